@@ -1,0 +1,41 @@
+# Everything runs in .venv, which is created on first use. Needs Python 3.11 or newer and g++.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint graphs bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+venv: .venv/.stamp ## create .venv with the pinned versions
+
+# torch is installed first and exactly: an open range would replace it by the newest build that fits.
+# Our own wheel is built in isolation, needs setuptools only, and never imports torch.
+.venv/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/.stamp ## train a small network four ways, print a table, write demo.png
+	$(BIN)/python -m compiled_optim.demo
+
+test: .venv/.stamp ## run the tests (the slow ones too: .venv/bin/pytest -m "")
+	$(BIN)/python -m pytest
+
+lint: .venv/.stamp ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict compiled_optim
+
+graphs: .venv/.stamp ## write the graph and source of every kernel to graphs/
+	$(BIN)/python -m compiled_optim.graphs graphs
+
+bench: .venv/.stamp ## time optimizer steps; raw numbers go to benchmark.json
+	$(BIN)/python -m pytest bench -m "" --benchmark-disable-gc --benchmark-columns=median,iqr,min,rounds \
+		--benchmark-sort=name --benchmark-json=benchmark.json
+
+clean: ## remove build artefacts, caches and demo output, but not .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmark.json demo.png
+	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

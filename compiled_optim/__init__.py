@@ -1,0 +1,46 @@
+"""torch.optim, JIT-compiled: change one import and pass ``compiled=True``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compiled_optim import foreach, kernels
+from compiled_optim.algorithms import SGD, Adam, AdamW
+from compiled_optim.cache.store import CacheWarning, open_store
+from compiled_optim.fallback import CompileError, CompileFallbackWarning
+from compiled_optim.kernels import CacheInfo, cache_info
+from compiled_optim.optimizer import Optimizer
+from compiled_optim.report import explain
+from compiled_optim.version import __version__
+
+
+def cache_dir() -> Path | None:
+    """The directory that holds compiled kernels, or None where none can be trusted or it is switched off."""
+    store = open_store()
+    return None if store is None else store.root
+
+
+def cache_clear(disk: bool = False) -> None:
+    """Forgets all kernels of this process and its counts; ``disk``: deletes those on disk too."""
+    kernels.forget()
+    foreach.forget()
+    store = open_store() if disk else None
+    if store is not None:
+        store.clear()
+
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "CacheInfo",
+    "CacheWarning",
+    "CompileError",
+    "CompileFallbackWarning",
+    "Optimizer",
+    "__version__",
+    "cache_clear",
+    "cache_dir",
+    "cache_info",
+    "explain",
+]

@@ -1,0 +1,68 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from compiled_optim.declare import buffer, counter, flag, number
+from compiled_optim.optimizer import Optimizer
+
+
+class Adam(Optimizer):
+    r"""Adam (Kingma and Ba 2015, arXiv:1412.6980); ``amsgrad`` after Reddi, Kale and Kumar (2018).
+
+    .. math::
+        m &\leftarrow m + (1 - \beta_1)(g - m), \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        \theta &\leftarrow \theta - \frac{\gamma}{1 - \beta_1^t} \, m \Big/ \Big(\sqrt{v / (1 - \beta_2^t)} + \epsilon\Big)
+
+    ``weight_decay`` adds :math:`\lambda \theta` to the gradient, or with ``decoupled_weight_decay`` multiplies
+    :math:`\theta` by :math:`1 - \gamma \lambda`; ``amsgrad`` replaces :math:`v` by its maximum so far.
+    """
+
+    lr: float | Tensor = number(1e-3, low=0)
+    betas: tuple[float | Tensor, float | Tensor] = number((0.9, 0.999), low=0, below=1)
+    eps: float = number(1e-8, low=0)
+    weight_decay: float = number(0, low=0, switch=True)
+    amsgrad: bool = flag(switch=True, kw_only=False)
+    capturable: bool = flag()
+    decoupled_weight_decay: bool = flag(switch=True)
+
+    step_count = counter()
+    exp_avg = buffer()
+    exp_avg_sq = buffer()
+    max_exp_avg_sq = buffer(when="amsgrad")
+
+    @staticmethod
+    def scalars(h: Any, step: Any) -> dict[str, Any]:
+        return {
+            "decay": 1 - h.lr * h.weight_decay if h.decoupled_weight_decay else h.weight_decay,
+            "one_minus_beta1": 1 - h.beta1,
+            "beta2": h.beta2,
+            "one_minus_beta2": 1 - h.beta2,
+            "step_size": h.lr / (1 - h.beta1**step),
+            "correction2": (1 - h.beta2**step) ** -0.5,
+            "eps": h.eps,
+        }
+
+    @staticmethod
+    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+        if on.decoupled_weight_decay:
+            p = p * k.decay
+        elif on.weight_decay:
+            g = g + p * k.decay
+        s.exp_avg = s.exp_avg + (g - s.exp_avg) * k.one_minus_beta1
+        s.exp_avg_sq = v = s.exp_avg_sq * k.beta2 + g * g * k.one_minus_beta2
+        if on.amsgrad:
+            s.max_exp_avg_sq = v = s.max_exp_avg_sq.maximum(v)
+        return p - s.exp_avg / (v.sqrt() * k.correction2 + k.eps) * k.step_size
+
+
+class AdamW(Adam):
+    r"""Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101): :class:`Adam`, with
+    :math:`\theta \leftarrow (1 - \gamma \lambda)\,\theta` before each update."""
+
+    # no switch: a group without decay multiplies by one, which is exact, and shares its kernel and its launch
+    weight_decay: float = number(1e-2, low=0)
+    decoupled_weight_decay: bool = flag(True, switch=True, init=False)

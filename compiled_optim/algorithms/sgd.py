@@ -1,0 +1,62 @@
+"""Stochastic gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from compiled_optim.declare import buffer, flag, number
+from compiled_optim.optimizer import Optimizer
+
+
+class SGD(Optimizer):
+    r"""Stochastic gradient descent with momentum (Sutskever et al. 2013, as torch.optim writes it).
+
+    .. math::
+        g \leftarrow g + \lambda \theta, \qquad b \leftarrow \mu b + (1 - \tau) g, \qquad
+        \theta \leftarrow \theta - \gamma \, (g + \mu b \text{ if nesterov, else } b)
+
+    The first gradient enters the momentum buffer whole, without dampening. Sparse gradients are accepted; without
+    momentum and weight decay only the rows they touch are read and written.
+    """
+
+    lr: float | Tensor = number(1e-3, low=0)
+    momentum: float = number(0, low=0, switch=True)
+    dampening: float = number(0)
+    weight_decay: float | Tensor = number(0, low=0, switch=True)
+    nesterov: bool = flag(switch=True, kw_only=False)
+
+    momentum_buffer = buffer(when="momentum")
+
+    accepts_sparse = True
+
+    @classmethod
+    def validate(cls, h: Any) -> None:
+        if h.nesterov and (h.momentum <= 0 or h.dampening != 0):
+            raise ValueError(
+                f"SGD: nesterov=True needs momentum above 0 and dampening 0, got momentum={h.momentum!r}, dampening={h.dampening!r}"
+            )
+
+    @classmethod
+    def keeps_untouched_rows(cls, on: Any) -> bool:
+        return not (on.momentum or on.weight_decay)
+
+    @staticmethod
+    def scalars(h: Any, step: Any) -> dict[str, Any]:
+        # there is no step count in SGD's state: step is 1 while the buffer is new, and 2 after
+        return {
+            "lr": h.lr,
+            "momentum": h.momentum,
+            "gradient_weight": 1 if step == 1 else 1 - h.dampening,
+            "weight_decay": h.weight_decay,
+        }
+
+    @staticmethod
+    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+        if on.weight_decay:
+            g = g + p * k.weight_decay
+        if on.momentum:
+            s.momentum_buffer = s.momentum_buffer * k.momentum + g * k.gradient_weight
+            g = g + s.momentum_buffer * k.momentum if on.nesterov else s.momentum_buffer
+        return p - g * k.lr

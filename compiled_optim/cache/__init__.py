@@ -1,0 +1,1 @@
+"""Native code, compiled once for a machine and kept on disk."""

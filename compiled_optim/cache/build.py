@@ -1,0 +1,166 @@
+"""Find the C++ compiler and run it, without ever hanging or leaving anything behind."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_SHOWN_BYTES = 4096
+_SHOWN_LINES = 12
+
+
+class BuildError(RuntimeError):
+    """The C++ compiler gave no library; the message has its command and the first lines it printed."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: its path, arguments that always come first, and what tells it from another version of itself."""
+
+    path: str
+    arguments: tuple[str, ...]
+    fingerprint: str
+
+
+def find_compiler() -> Compiler | None:
+    """The compiler named by `CXX` (which may carry arguments), else g++, else clang++; None if there is none.
+
+    Runs nothing: the fingerprint is made of the real path, size and modification time of each program in the command.
+    """
+    named = os.environ.get("CXX")
+    for command in [named] if named else ["g++", "clang++"]:
+        with suppress(OSError, ValueError):  # deleted meanwhile; CXX with an open quotation mark
+            words = [command] if shutil.which(command) else shlex.split(command)
+            path = shutil.which(words[0]) if words else None
+            if path is not None:
+                path = os.path.abspath(path)
+                return Compiler(path, tuple(words[1:]), " ".join([_identity(path), *map(_identity, words[1:])]))
+    return None
+
+
+def _identity(word: str) -> str:
+    """`ccache g++` is two programs, and either may be upgraded; any other word stands for itself."""
+    program = shutil.which(word)
+    if program is None:
+        return word
+    real = os.path.realpath(program)
+    status = os.stat(real)
+    return f"{real} {status.st_size} {status.st_mtime_ns}"
+
+
+@contextmanager
+def private_directory() -> Iterator[Path]:
+    """A new directory that only this user can enter, removed at exit.
+
+    Raises:
+        BuildError: there is no place for temporary files.
+    """
+    owner = os.getpid()
+    try:
+        path = tempfile.mkdtemp(prefix="compiled_optim-")
+        os.chmod(path, 0o700)  # an odd umask takes bits from the owner, too
+    except OSError as error:
+        raise BuildError(f"no private directory to compile in: {error}") from error
+    try:
+        yield Path(path)
+    finally:
+        if os.getpid() == owner:  # a forked child unwinds a copy of this frame, but the directory is its parent's
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Build:
+    """A compiler at work. Call `wait()`, and `stop()` when the result is no longer wanted."""
+
+    def __init__(self, command: list[str], output: Path, seconds: float) -> None:
+        self.output = output
+        self._owner = os.getpid()
+        self._command = shlex.join(command)
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self._log = output.with_suffix(".log")
+        # The compiler's own temporary files belong in the private directory: one that is killed cannot remove them.
+        environment = {**os.environ, "TMPDIR": str(output.parent)}
+        with open(self._log, "xb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # so that a compiler is killed together with what it started
+            )
+
+    def wait(self) -> None:
+        """Wait until the library is at `output`.
+
+        Raises:
+            BuildError: the compiler failed, took too long, wrote no library, or was started before this process forked.
+        """
+        if os.getpid() != self._owner:
+            raise BuildError(f"compiler was started by process {self._owner}, not by this one: {self._command}")
+        try:
+            status = self._process.wait(max(0.0, self._deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise self._error(f"took longer than {self._seconds:g} s") from None
+        finally:
+            self.stop()
+        if status != 0:
+            raise self._error(f"failed with status {status}")
+        if not self.output.is_file() or self.output.stat().st_size == 0:
+            raise self._error("reported success but wrote no library")
+
+    def stop(self) -> None:
+        """Kill the compiler and all it started, if it still runs."""
+        if os.getpid() == self._owner and self._process.poll() is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # in an uninterruptible wait even SIGKILL may take for ever
+                self._process.wait(5)
+
+    def _error(self, problem: str) -> BuildError:
+        printed = b""
+        with suppress(OSError), open(self._log, "rb") as log:
+            printed = log.read(_SHOWN_BYTES)
+        lines = printed.decode(errors="replace").expandtabs().splitlines()[:_SHOWN_LINES]
+        shown = "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+        return BuildError(f"compiler {problem}: {self._command}\n{shown}")
+
+
+def start_build(compiler: Compiler, source: str, flags: Sequence[str], output: Path, seconds: float = 300) -> Build:
+    """Start compiling a shared library.
+
+    Args:
+        compiler: the compiler to run.
+        source: C++ code; it is written next to `output`.
+        flags: come after the source, so that libraries among them are searched for its symbols.
+        output: the library to write, in a directory of its own (see `private_directory`).
+        seconds: how long the compiler may take.
+
+    Raises:
+        BuildError: the compiler cannot be started.
+    """
+    text = output.with_suffix(".cpp")
+    command = [compiler.path, *compiler.arguments, "-shared", "-fPIC", str(text), *flags, "-o", str(output)]
+    try:
+        text.write_text(source, encoding="utf-8")
+        return Build(command, output, seconds)
+    except OSError as error:
+        raise BuildError(f"compiler cannot be started ({error}): {shlex.join(command)}") from error
+
+
+def build(compiler: Compiler, source: str, flags: Sequence[str], output: Path, seconds: float = 300) -> None:
+    """Compile a shared library and wait for it: `start_build(...).wait()`.
+
+    Raises:
+        BuildError: the compiler cannot be started, failed, took too long or wrote no library.
+    """
+    start_build(compiler, source, flags, output, seconds).wait()

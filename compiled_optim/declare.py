@@ -1,0 +1,187 @@
+"""What an optimizer declares: hyperparameters with their bounds, flags, and the state it keeps for each parameter.
+
+From the fields of one class follow its constructor and signature, the checks of its arguments, the defaults of its
+param groups, its lazily made state, the key of its kernels, and its test cases.
+"""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from collections import namedtuple
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Buffer", "Counter", "Declaration", "Flag", "Number", "buffer", "counter", "flag", "number"]
+
+
+@dataclass(frozen=True)
+class Number:
+    default: Any
+    low: float | None
+    below: float | None
+    switch: bool
+    kw_only: bool = False
+    init: bool = True
+
+    @property
+    def range(self) -> str:
+        if self.low is None:
+            return f"a number below {self.below}" if self.below is not None else "a number"
+        return f"in [{self.low:g}, {self.below:g})" if self.below is not None else f"at least {self.low:g}"
+
+    def admits(self, value: Any) -> bool:
+        # written so that NaN fails
+        return (self.low is None or bool(value >= self.low)) and (self.below is None or bool(value < self.below))
+
+
+@dataclass(frozen=True)
+class Flag:
+    default: Any
+    switch: bool
+    kw_only: bool
+    init: bool
+
+
+@dataclass(frozen=True)
+class Buffer:
+    when: str | None
+
+
+@dataclass(frozen=True)
+class Counter:
+    pass
+
+
+FIELDS = (Number, Flag, Buffer, Counter)
+
+
+# Typed as Any so that a field can be annotated with the type of its value, as in a dataclass.
+def number(default: Any, *, low: float | None = None, below: float | None = None, switch: bool = False) -> Any:
+    """Declares a hyperparameter, a float or a tuple of floats, or 0-d tensors in their place.
+
+    Args:
+        default: its default value; for a tuple ``names``, the update rule sees ``name1``, ``name2``, ...
+        low: the least value allowed.
+        below: every value must be less than this.
+        switch: whether zero and non-zero values take different kernels (different values never do).
+    """
+    return Number(default, low, below, switch)
+
+
+def flag(default: Any = False, *, switch: bool = False, kw_only: bool = True, init: bool = True) -> Any:
+    """Declares an option. ``switch``: its truth selects a kernel; ``init=False``: fixed, not an argument."""
+    return Flag(default, switch, kw_only, init)
+
+
+def buffer(*, when: str | None = None) -> Any:
+    """Declares a state tensor shaped like its parameter; ``when``: kept only while that switch is on."""
+    return Buffer(when)
+
+
+def counter() -> Any:
+    """Declares the 0-d step count, which ``state_dict`` calls ``"step"``."""
+    return Counter()
+
+
+class Choice(NamedTuple):
+    """The values of one param group as the update rule sees them."""
+
+    hyper: Any
+    switches: Any
+    has_tensors: bool
+
+
+class Declaration:
+    """Everything that follows from the fields of one optimizer class, worked out once per class."""
+
+    def __init__(self, cls: type) -> None:
+        fields = {k: v for base in reversed(cls.__mro__) for k, v in vars(base).items()}
+        self.name = cls.__name__
+        self.options: dict[str, Number | Flag] = {k: v for k, v in fields.items() if isinstance(v, Number | Flag)}
+        self.buffers: dict[str, Buffer] = {k: v for k, v in fields.items() if isinstance(v, Buffer)}
+        self.counted = any(isinstance(v, Counter) for v in fields.values())
+        self.slots = ("step", *self.buffers) if self.counted else tuple(self.buffers)
+        self.hyper_type = namedtuple("Hyper", [n for k in self.options for n in self._rule_names(k)])  # type: ignore[misc]  # noqa: PYI024
+        self.switch_type = namedtuple("Switches", [k for k, v in self.options.items() if v.switch])  # type: ignore[misc]  # noqa: PYI024
+        self.read = itemgetter(*self.options)
+
+    def _rule_names(self, option: str) -> list[str]:
+        default = self.options[option].default
+        return [f"{option.removesuffix('s')}{i + 1}" for i in range(len(default))] if isinstance(default, tuple) else [option]
+
+    def signature(self) -> inspect.Signature:
+        """The constructor's: ``params``, the positional hyperparameters in their order, then the flags."""
+        P = inspect.Parameter
+        options = [(k, v) for k, v in self.options.items() if v.init]
+        kinds = (P.POSITIONAL_OR_KEYWORD, P.KEYWORD_ONLY)
+        parameters = [P("self", kinds[0]), P("params", kinds[0])]
+        for kw_only, kind in enumerate(kinds):
+            parameters += [P(k, kind, default=v.default) for k, v in options if v.kw_only == bool(kw_only)]
+        return inspect.Signature([*parameters, P("compiled", P.KEYWORD_ONLY, default=False)])
+
+    def check(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values as a param group keeps them.
+
+        Raises:
+            ValueError: naming the argument, its value and the range that was expected.
+            TypeError: for a value that is no number.
+        """
+        checked: dict[str, Any] = {}
+        for name, field in self.options.items():
+            value = values.get(name, field.default)
+            checked[name] = coerce(value)
+            if not isinstance(field, Number):
+                continue
+            expected = len(field.default) if isinstance(field.default, tuple) else 1
+            parts = tuple(value) if isinstance(field.default, tuple) else (value,)
+            if len(parts) != expected:
+                raise ValueError(f"{self.name}: {name} must have {expected} values, got {value!r}")
+            if any(isinstance(p, Tensor) for p in parts) and not all(isinstance(p, Tensor) for p in parts):
+                raise ValueError(f"{self.name}: {name} must be all floats or all tensors, got {value!r}")
+            for label, part in zip(self._rule_names(name), parts, strict=True):
+                if isinstance(part, Tensor) and part.numel() != 1:
+                    raise ValueError(f"{self.name}: {label} must be a number or a tensor of 1 element, got shape {tuple(part.shape)}")
+                if not isinstance(part, Tensor | numbers.Real):
+                    raise TypeError(f"{self.name}: {label} must be {field.range}, got {part!r} of type {type(part).__name__}")
+                if not field.admits(part):
+                    raise ValueError(f"{self.name}: {label} must be {field.range}, got {part!r}")
+        return checked
+
+    def choose(self, group: dict[str, Any], *, keep_tensors: bool = False) -> Choice:
+        """Reads a param group; tensors become floats unless they must stay in the graph or on their device."""
+        values: list[Any] = []
+        has_tensors = False
+        for option, value in zip(self.options, self.read(group), strict=True):
+            for part in value if isinstance(self.options[option].default, tuple) else (value,):
+                if isinstance(part, Tensor):
+                    has_tensors = True
+                    part = part.squeeze() if keep_tensors else part.item()
+                values.append(part)
+        hyper = self.hyper_type(*values)
+        on = self.switch_type(*(bool(getattr(hyper, s)) for s in self.switch_type._fields))
+        return Choice(hyper, on, has_tensors)
+
+    def kept(self, switches: Any) -> tuple[str, ...]:
+        """The names of the buffers that exist under these switches."""
+        return tuple(k for k, b in self.buffers.items() if b.when is None or getattr(switches, b.when))
+
+
+def coerce(value: Any) -> Any:
+    """A hyperparameter as a plain Python value.
+
+    An ``np.float64`` can be saved in a checkpoint but not loaded again with ``weights_only=True``.
+    """
+    if isinstance(value, Tensor | bool | str) or value is None or type(value) in (int, float):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(v.squeeze() if isinstance(v, Tensor) and v.dim() else coerce(v) for v in value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    return bool(value) if type(value).__name__ == "bool_" else value

@@ -1,0 +1,146 @@
+"""The eager execution: the rule on lists of tensors, on one tensor with its graph, or on the rows of a sparse gradient.
+
+It is the default, and what every other execution falls back to.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compiled_optim.rule import apply
+from compiled_optim.tensor_list import TensorList
+from compiled_optim.updates import Update, collect
+
+if TYPE_CHECKING:
+    from compiled_optim.optimizer import Optimizer
+
+# A list op makes a temporary of every tensor it is given. 2**18 elements keep the temporaries of one bucket in cache and
+# bound them, and leave a small model in one bucket.
+BUCKET_ELEMENTS = 1 << 18
+
+
+Scalars = Callable[[int, Any], dict[str, Any]]
+
+
+def step(optimizer: Optimizer, only: Iterable[tuple[int, Tensor]] | None = None) -> None:
+    """One eager step of all parameters, or of those in ``only`` (group, parameter)."""
+    differentiable = bool(optimizer.defaults["differentiable"])
+    groups = optimizer.param_groups
+    capturable = [bool(group.get("capturable")) for group in groups]
+    choices = optimizer.choices(keep_tensors=differentiable or any(capturable))
+    algorithm = type(optimizer)
+
+    def scalars(group: int, step: Any) -> dict[str, Any]:
+        return algorithm.scalars(choices[group].hyper, step)
+
+    switches = [choice.switches for choice in choices]
+    updates = collect(optimizer, choices, only)
+    with torch.set_grad_enabled(differentiable):
+        if differentiable:
+            run_differentiable(algorithm, updates, switches, scalars)
+        else:
+            one_by_one = [group["foreach"] is False for group in groups]
+            run(algorithm, updates, switches, scalars, one_by_one, capturable)
+
+
+def run(
+    algorithm: type[Optimizer],
+    updates: list[Update],
+    switches: list[Any],
+    scalars: Scalars,
+    one_by_one: list[bool],
+    capturable: list[bool],
+) -> None:
+    """Updates parameters and state in place, list by list.
+
+    Args:
+        switches, one_by_one (``foreach=False``), capturable: by param group; where capturable, step counts are read on
+            their device only, never by the host.
+        scalars: of a group and a step count.
+    """
+    lists: dict[Any, list[Update]] = defaultdict(list)
+    seen: set[int] = set()
+    for u in updates:
+        step = None if capturable[u.group] else u.next_step
+        u.advance()
+        if u.grad.is_sparse:
+            run_rows(algorithm, u, switches[u.group], scalars(u.group, step))
+        elif id(u.param) in seen:  # a parameter listed twice is stepped twice, one after the other
+            run_lists(algorithm, [u], switches[u.group], scalars(u.group, step))
+        else:
+            seen.add(id(u.param))
+            lists[(step, u.kind)].append(u)
+    for (step, _), members in lists.items():
+        group = members[0].group
+        for bucket in buckets(members, 1 if one_by_one[group] else BUCKET_ELEMENTS):
+            values = on_device(bucket, scalars) if step is None else scalars(group, step)
+            run_lists(algorithm, bucket, switches[group], values)
+
+
+def on_device(members: list[Update], scalars: Scalars) -> dict[str, Any]:
+    """The scalars of step counts that only their device may read: what depends on them is a list of 0-d tensors."""
+    steps = torch.stack([u.state["step"] for u in members])
+    values = scalars(members[0].group, steps)
+    return {k: TensorList(v.unbind()) if isinstance(v, Tensor) and v.dim() else v for k, v in values.items()}
+
+
+def buckets(members: list[Update], limit: int) -> Iterator[list[Update]]:
+    bucket: list[Update] = []
+    total = 0
+    for u in members:
+        if bucket and total + u.param.numel() > limit:
+            yield bucket
+            bucket, total = [], 0
+        bucket.append(u)
+        total += u.param.numel()
+    yield bucket
+
+
+def run_lists(algorithm: type[Optimizer], members: list[Update], on: Any, values: dict[str, Any]) -> None:
+    def column(tensors: list[Tensor]) -> TensorList:
+        return TensorList([torch.view_as_real(t) if t.is_complex() else t for t in tensors])
+
+    params = column([u.param for u in members])
+    state = {name: column([u.state[name] for u in members]) for name in members[0].buffers}
+    new, new_state = apply(algorithm, on, params, column([u.grad for u in members]), state, values)
+    new.copy_into(params.tensors)
+    for name, tensors in state.items():
+        new_state[name].copy_into(tensors.tensors)
+
+
+def run_rows(algorithm: type[Optimizer], u: Update, on: Any, values: dict[str, Any]) -> None:
+    """A sparse gradient. Where the rule leaves a row without gradient as it is, only the touched rows are visited."""
+    grad = u.grad.coalesce()
+    if not algorithm.keeps_untouched_rows(on) or grad.sparse_dim() != 1:
+        run_lists(algorithm, [replace(u, grad=grad.to_dense())], on, values)
+        return
+    rows = grad.indices()[0]
+    new, _ = apply(algorithm, on, u.param.index_select(0, rows), grad.values(), {}, values)
+    u.param.index_copy_(0, rows, new)
+
+
+def run_differentiable(
+    algorithm: type[Optimizer], updates: list[Update], switches: list[Any], scalars: Scalars
+) -> None:
+    """The rule with autograd recording: parameters are written in place, state tensors are replaced."""
+    for u in updates:
+        step = u.next_step
+        u.advance()
+        complex_valued = u.param.is_complex()
+
+        def view(t: Tensor, complex_valued: bool = complex_valued) -> Tensor:
+            return torch.view_as_real(t) if complex_valued else t
+
+        values = scalars(u.group, step)
+        state = {name: view(u.state[name]) for name in u.buffers}
+        # a copy, for what the graph saves must not be what is written below
+        new, new_state = apply(algorithm, switches[u.group], view(u.param.clone()), view(u.grad), state, values)
+        u.param.copy_(torch.view_as_complex(new) if complex_valued else new)
+        for name, tensor in new_state.items():
+            u.state[name] = torch.view_as_complex(tensor) if complex_valued else tensor

@@ -1,0 +1,117 @@
+"""The "foreach" lowering: plain ``torch.compile`` of the rule on lists of tensors.
+
+For devices without a launcher, for rules that are not one fusible loop, and by name. Unlike a launch over pointer
+tables, its compile time grows with the model and each pattern of missing gradients is a graph of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compiled_optim import lower
+from compiled_optim.rule import apply, arithmetic_dtype
+from compiled_optim.tensor_list import TensorList
+from compiled_optim.updates import Update
+
+if TYPE_CHECKING:
+    from compiled_optim.optimizer import Optimizer
+
+Scalars = Callable[[int, Any], dict[str, Any]]
+_numbers = itertools.count()
+_graphs: dict[Any, Graph] = {}
+
+
+@dataclass
+class Graph:
+    """One compiled list step; ``launches``: the kernels Inductor generated for it."""
+
+    name: str
+    function: Callable[..., None]
+    device: torch.device
+    dtype: torch.dtype
+    tensors: int
+    elements: int
+    seconds: float = 0.0
+    launches: int = 0
+    origin: str = "compiled"
+
+
+def forget() -> None:
+    """Drops the compiled graphs."""
+    _graphs.clear()
+
+
+def run(
+    algorithm: type[Optimizer], updates: list[Update], switches: list[Any], scalars: Scalars
+) -> list[Graph]:
+    """Updates parameters and state in place, one compiled graph for each list; returns the graphs that ran.
+
+    Raises:
+        Whatever ``torch.compile`` raises; the lists before the one that failed are already stepped.
+    """
+    lists: dict[Any, list[Update]] = defaultdict(list)
+    for u in updates:
+        lists[(u.next_step, u.kind)].append(u)
+    return [
+        _run_list(algorithm, members, switches[members[0].group], scalars(members[0].group, step))
+        for (step, _), members in lists.items()
+    ]
+
+
+def _run_list(algorithm: type[Optimizer], members: list[Update], on: Any, values: dict[str, Any]) -> Graph:
+    first = members[0]
+
+    def column(tensors: list[Tensor]) -> list[Tensor]:
+        return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+
+    params, grads = column([u.param for u in members]), column([u.grad for u in members])
+    state = [column([u.state[name] for u in members]) for name in first.buffers]
+    layout = tuple((t.shape, t.stride(), t.dtype) for tensors in (params, grads, *state) for t in tensors)
+    key = (algorithm.rule_class, on, first.buffers, tuple(values), first.param.device, layout)
+    graph = _graphs.get(key)
+    if graph is None:
+        function = _compile(algorithm, on, first.buffers, tuple(values))
+        name = f"{algorithm.__name__}[{len(params)} tensors]"
+        elements = sum(p.numel() for p in params)
+        graph = Graph(name, function, first.param.device, first.param.dtype, len(params), elements)
+    # on the device and of the arithmetic's dtype, so that no value is a constant of the graph
+    vector = torch.tensor(list(values.values()), dtype=arithmetic_dtype(params[0].dtype), device=first.param.device)
+    started, generated = perf_counter(), lower.kernels_generated()
+    graph.function(params, grads, state, list(vector.unbind()))
+    if key not in _graphs:
+        graph.seconds, graph.launches = perf_counter() - started, lower.kernels_generated() - generated
+        _graphs[key] = graph
+    else:
+        graph.origin = "memory"
+    for u in members:
+        u.advance()
+    return graph
+
+
+def _compile(
+    algorithm: type[Optimizer], on: Any, buffers: tuple[str, ...], scalar_names: tuple[str, ...]
+) -> Callable[..., None]:
+    def step(params: list[Tensor], grads: list[Tensor], state: list[list[Tensor]], scalars: list[Tensor]) -> None:
+        old = {name: TensorList(tensors) for name, tensors in zip(buffers, state)}  # noqa: B905
+        # as lists of 0-d tensors: Dynamo takes a list value times a tensor for an operation of the tensor
+        values = {name: TensorList([scalar] * len(params)) for name, scalar in zip(scalar_names, scalars)}  # noqa: B905
+        new, new_state = apply(algorithm, on, TensorList(params), TensorList(grads), old, values)
+        new.copy_into(params)
+        for name, tensors in old.items():
+            new_state[name].copy_into(tensors.tensors)
+
+    # Dynamo keeps its graphs, and their limit of 8, by code object: each list of shapes gets one of its own.
+    code = step.__code__.replace(co_name=f"foreach_step_{next(_numbers)}")
+    fresh = FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
+    # At the default of 30 operations Inductor stores intermediate results of the size of a parameter.
+    options: dict[str, Any] = {"realize_opcount_threshold": 1000, "compile_threads": 1}
+    return torch.compile(fresh, fullgraph=True, dynamic=False, options=options)  # type: ignore[no-any-return]

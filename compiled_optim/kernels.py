@@ -1,0 +1,196 @@
+"""The kernels of this process: each is lowered and compiled at most once, whatever optimizers and models ask for it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+import sysconfig
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from compiled_optim import lower, settings
+from compiled_optim.cache import libraries
+from compiled_optim.launch.source import translation_unit
+from compiled_optim.trace import Signature, trace
+
+
+class CacheInfo(NamedTuple):
+    """Counts since the process began or `cache_clear`.
+
+    ``hits``: requests answered from memory; ``disk_hits``: from disk; ``misses``: by compiling; ``kernels``: how many
+    are loaded now.
+    """
+
+    hits: int
+    disk_hits: int
+    misses: int
+    kernels: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded kernel. ``address``: of its launch function; ``origin``: "compiled", "disk", or "memory" if this process
+    had it already; ``seconds``: from request to loaded, when it was loaded."""
+
+    signature: Signature
+    address: int
+    origin: str
+    seconds: float
+    bytes_per_element: int
+    library: ctypes.CDLL
+
+
+_PACKAGE = Path(__file__).parent
+_HOST_SOURCE = _PACKAGE / "launch" / "host.cpp"
+_kernels: dict[Signature, Kernel] = {}
+_counts = {"hits": 0, "disk_hits": 0, "misses": 0}
+_host: ModuleType | None = None
+_lock = threading.RLock()
+
+
+def cache_info() -> CacheInfo:
+    """How often kernels were asked for, and where they came from."""
+    return CacheInfo(**_counts, kernels=len(_kernels))
+
+
+def forget() -> None:
+    """Empties the cache in memory and its counts. Optimizers that hold a kernel keep it."""
+    with _lock:
+        _kernels.clear()
+        _counts.update(dict.fromkeys(_counts, 0))
+
+
+def obtain(signatures: Sequence[Signature]) -> tuple[ModuleType, dict[Signature, Kernel]]:
+    """The host module and a kernel for each signature; what must be compiled is compiled side by side.
+
+    Raises:
+        libraries.NoCompilerError, build.BuildError, lower.LoweringError: see there.
+    """
+    global _host
+    with _lock:
+        host = _begin_host() if _host is None else None
+        wanted = dict.fromkeys(signatures)
+        pending = {s: _begin(s) for s in wanted if s not in _kernels}
+        if host is not None:
+            _host = host.result().value
+        for signature, library in pending.items():
+            _kernels[signature] = _finish(signature, library.result())
+        _counts["hits"] += len(wanted) - len(pending)
+        assert _host is not None
+        return _host, {s: k if s in pending else replace(k, origin="memory") for s in wanted for k in (_kernels[s],)}
+
+
+def host_module() -> ModuleType:
+    """The compiled host module (launch/host.cpp)."""
+    return obtain(())[0]
+
+
+def _begin(signature: Signature) -> libraries.Pending[ctypes.CDLL]:
+    facts: dict[str, Any] = {"name": signature.name}
+
+    def produce() -> tuple[str, Sequence[str]]:
+        lowered = lower.lower_cpp(trace(signature))
+        facts["bytes_per_element"] = bytes_per_element(signature, lowered)
+        return translation_unit(signature, lowered), lower.cpp_flags()
+
+    def load(path: Path) -> ctypes.CDLL:
+        library = ctypes.CDLL(str(path))
+        if library.signature() != len(signature.flat) * 100 + len(signature.scalars):
+            raise ImportError(f"{path.name} takes other arguments than {signature.name}")
+        return library
+
+    key = libraries.machine_key("kernel", _engine(), *_identity(signature))
+    return libraries.begin(key, produce, load, facts, persistent=_in_a_file(signature.algorithm))
+
+
+def _finish(signature: Signature, library: libraries.Library[ctypes.CDLL]) -> Kernel:
+    address = ctypes.cast(library.value.launch, ctypes.c_void_p).value
+    assert address is not None
+    traffic = int(library.facts["bytes_per_element"])  # type: ignore[arg-type]
+    _counts["disk_hits" if library.origin == "disk" else "misses"] += 1
+    settings.logger.info("%s: %s in %.1f s", signature.name, library.origin, library.seconds)
+    return Kernel(signature, address, library.origin, library.seconds, traffic, library.value)
+
+
+def bytes_per_element(signature: Signature, lowered: lower.Lowered) -> int:
+    """The memory traffic of one element: an input that is read and written is two arguments of the kernel."""
+    flat = [i for i in lowered.arguments if i is not None and i < len(signature.flat)]
+    return sum(signature.flat_dtypes[i].itemsize for i in flat)
+
+
+def _begin_host() -> libraries.Pending[ModuleType]:
+    source = _HOST_SOURCE.read_text()
+    flags = [*lower.BASE_FLAGS, "-O2", f"-I{sysconfig.get_path('include')}"]
+
+    def load(path: Path) -> ModuleType:
+        loader = importlib.machinery.ExtensionFileLoader("host", str(path))
+        spec = importlib.util.spec_from_loader("host", loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        sample = torch.empty(5, 7, dtype=torch.float64)
+        module.start(torch.Tensor, torch.nn.Parameter, sample, sample.data_ptr())
+        return module
+
+    return libraries.begin(libraries.machine_key("host", source, *flags), lambda: (source, flags), load)
+
+
+def _identity(signature: Signature) -> list[str]:
+    cls = signature.algorithm
+    dtypes = ",".join(map(str, signature.dtypes))
+    names = ",".join((*signature.buffers, "|", *signature.scalars))
+    rule = hashlib.sha256()
+    _fingerprint(cls.update, rule, set())
+    return [f"{cls.__module__}.{cls.__qualname__}", rule.hexdigest(), repr(signature.switches), dtypes, names]
+
+
+def _fingerprint(function: Any, digest: Any, seen: set[Any]) -> None:
+    """Hashes a rule's code, and that of the functions and the constants it names."""
+    if not isinstance(function, FunctionType) or function in seen:
+        digest.update(repr(function).encode() if isinstance(function, int | float | str | bool | tuple) else b"")
+        return
+    seen.add(function)
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+        constants = [c for c in code.co_consts if not isinstance(c, CodeType)]
+        digest.update(repr((code.co_code, constants, code.co_names, code.co_varnames)).encode())
+        for name in code.co_names:
+            _fingerprint(function.__globals__.get(name), digest, seen)
+
+
+def _in_a_file(cls: type) -> bool:
+    """Whether the class's source is in a file: what a notebook or a prompt defines is not kept on disk."""
+    try:
+        return os.path.isfile(inspect.getfile(cls))
+    except (OSError, TypeError):
+        return False
+
+
+@functools.cache
+def _engine() -> str:
+    """A hash of the files that decide what a rule is compiled to."""
+    files = ("rule.py", "trace.py", "lower.py", "launch/source.py")
+    return hashlib.sha256(b"\0".join((_PACKAGE / f).read_bytes() for f in files)).hexdigest()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # its holder does not exist in the child
+    if _host is not None:
+        _host.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,460 @@
+// The host side of a CPU step: walks parameters, gradients and state where they are kept now, checks every tensor before
+// any is dereferenced, and makes one call per kernel. 100 tensors cost about 4 us here; reading the same addresses from
+// Python costs 50 (issue 2). Nothing is remembered that could dangle: a plan holds names, shapes of dictionaries and
+// dtypes, and takes each address from the live object in the step that uses it.
+#include <Python.h>
+
+#include <ATen/core/TensorBase.h>
+
+#include <cstring>
+#include <limits>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+// torch/csrc/autograd/python_variable.h states this layout, and takes 17 s to compile against 2 (issue 2).
+// `self_check` compares it with what Python says, once per process.
+struct PyTensor {
+  PyObject_HEAD
+  at::TensorBase tensor;
+};
+
+using Kernel = void (*)(int64_t, void* const*, const int64_t*, const int32_t*, const double*, int64_t, int);
+
+struct Launch {
+  Kernel kernel;
+  at::ScalarType param_type;
+  std::vector<at::ScalarType> types;  // of each buffer, in the order of `roles`
+  std::vector<int> roles;             // which slot of an entry feeds each buffer
+  int width;                          // 2 for complex parameters: the kernel sees pairs of reals
+  std::vector<void*> columns;         // [buffer][tensor], filled in each step
+  std::vector<std::vector<void*>> rows_of_buffers;
+  std::vector<int64_t> begins;
+  std::vector<int32_t> rows;
+  std::vector<c10::TensorImpl*> held;
+};
+
+constexpr int kElsewhere = -1;  // another execution updates this parameter
+constexpr int kStateless = -2;  // its state is made when its first gradient arrives
+
+struct Entry {
+  PyObject* param;
+  int group, launch;
+  bool fresh;
+};
+
+struct Layout {  // the keys of one parameter's state dictionary and the slot each fills (-1: not ours)
+  std::vector<PyObject*> keys;
+  std::vector<int> slots;
+};
+
+struct Tracked {
+  PyObject* key;
+  int64_t entry;
+  int layout;
+};
+
+struct Plan {
+  bool counted = false, busy = false;
+  std::vector<std::string> slot_names;  // slot 0 is the step count where the algorithm has one
+  std::vector<Launch> launches;
+  std::vector<Entry> entries;           // parameters in the order of the param groups
+  std::vector<int64_t> group_sizes;
+  std::vector<Layout> layouts;
+  std::vector<Tracked> tracked;         // the optimizer's state, in its order
+  std::vector<PyObject*> slots;         // [entry][slot], filled in each step
+  std::vector<double> steps;
+  ~Plan() {
+    for (auto& layout : layouts)
+      for (auto* key : layout.keys) Py_DECREF(key);
+  }
+};
+
+PyTypeObject* tensor_type = nullptr;
+PyTypeObject* parameter_type = nullptr;
+c10::DispatchKeySet plain_keys;
+bool forked = false;
+
+const at::TensorBase* unpack(PyObject* object) {
+  auto* type = Py_TYPE(object);
+  return type == tensor_type || type == parameter_type ? &reinterpret_cast<PyTensor*>(object)->tensor : nullptr;
+}
+
+// A strided CPU tensor with no lazy conjugate, negation, subclass, functorch level or inference mode.
+bool plain(const c10::TensorImpl* t) {
+  return t->key_set() == plain_keys && t->layout() == c10::kStrided;
+}
+
+// Same memory order for the same sizes; a dimension of size one may have any stride.
+bool same_layout(const c10::TensorImpl* a, const c10::TensorImpl* b) {
+  auto sizes = a->sizes();
+  if (sizes != b->sizes()) return false;
+  auto x = a->strides(), y = b->strides();
+  for (size_t d = 0; d < sizes.size(); d++)
+    if (x[d] != y[d] && sizes[d] != 1) return false;
+  return true;
+}
+
+bool fits(const c10::TensorImpl* t, at::ScalarType type, const c10::TensorImpl* like) {
+  return plain(t) && c10::typeMetaToScalarType(t->dtype()) == type && same_layout(like, t);
+}
+
+const c10::TensorImpl* gradient(const c10::TensorImpl* param) {
+  const auto& grad = reinterpret_cast<const at::TensorBase&>(param->grad());
+  return grad.defined() ? grad.unsafeGetTensorImpl() : nullptr;
+}
+
+char* address(const c10::TensorImpl* t) {
+  return static_cast<char*>(const_cast<c10::TensorImpl*>(t)->mutable_data());
+}
+
+double read_step(const c10::TensorImpl* t) {
+  return t->dtype() == caffe2::TypeMeta::Make<float>() ? *reinterpret_cast<float*>(address(t))
+                                                       : *reinterpret_cast<double*>(address(t));
+}
+
+void advance_step(const c10::TensorImpl* t) {
+  if (t->dtype() == caffe2::TypeMeta::Make<float>()) *reinterpret_cast<float*>(address(t)) += 1;
+  else *reinterpret_cast<double*>(address(t)) += 1;
+}
+
+bool is_step(const at::TensorBase* t) {
+  return t && plain(t->unsafeGetTensorImpl()) && t->numel() == 1 &&
+         (t->scalar_type() == at::kFloat || t->scalar_type() == at::kDouble);
+}
+
+Plan* plan_of(PyObject* capsule) { return static_cast<Plan*>(PyCapsule_GetPointer(capsule, "compiled_optim.plan")); }
+
+void drop_plan(PyObject* capsule) { delete plan_of(capsule); }
+
+template <class Body>
+PyObject* guarded(Body body) {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+// make(slot_names, counted): an empty plan.
+PyObject* make(PyObject*, PyObject* args) {
+  PyObject* names;
+  int counted;
+  if (!PyArg_ParseTuple(args, "O!p", &PyTuple_Type, &names, &counted)) return nullptr;
+  auto* plan = new Plan;
+  plan->counted = counted;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); i++)
+    plan->slot_names.emplace_back(PyUnicode_AsUTF8(PyTuple_GET_ITEM(names, i)));
+  return PyCapsule_New(plan, "compiled_optim.plan", drop_plan);
+}
+
+// add_launch(plan, kernel address, parameter, buffers by slot): dtypes are taken from the samples.
+PyObject* add_launch(PyObject*, PyObject* args) {
+  PyObject *capsule, *param, *buffers;
+  unsigned long long kernel;
+  if (!PyArg_ParseTuple(args, "OKOO!", &capsule, &kernel, &param, &PyDict_Type, &buffers)) return nullptr;
+  return guarded([&]() -> PyObject* {
+    Launch launch{reinterpret_cast<Kernel>(kernel)};
+    launch.param_type = unpack(param)->scalar_type();
+    launch.width = c10::isComplexType(launch.param_type) ? 2 : 1;
+    PyObject *slot, *sample;
+    Py_ssize_t at = 0;
+    while (PyDict_Next(buffers, &at, &slot, &sample)) {
+      launch.roles.push_back(static_cast<int>(PyLong_AsLong(slot)));
+      launch.types.push_back(unpack(sample)->scalar_type());
+    }
+    launch.rows_of_buffers.resize(2 + launch.roles.size());
+    plan_of(capsule)->launches.push_back(std::move(launch));
+    Py_RETURN_NONE;
+  });
+}
+
+// add_group(plan, [(parameter, launch, fresh), ...])
+PyObject* add_group(PyObject*, PyObject* args) {
+  PyObject *capsule, *list;
+  if (!PyArg_ParseTuple(args, "OO!", &capsule, &PyList_Type, &list)) return nullptr;
+  auto* plan = plan_of(capsule);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
+    Entry entry{nullptr, static_cast<int>(plan->group_sizes.size()), 0, false};
+    int fresh;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(list, i), "Oip", &entry.param, &entry.launch, &fresh)) return nullptr;
+    entry.fresh = fresh;
+    plan->entries.push_back(entry);
+  }
+  plan->group_sizes.push_back(PyList_GET_SIZE(list));
+  Py_RETURN_NONE;
+}
+
+// seal(plan, state): notes the order and the keys of the optimizer's state.
+PyObject* seal(PyObject*, PyObject* args) {
+  PyObject *capsule, *state, *key, *value;
+  if (!PyArg_ParseTuple(args, "OO!", &capsule, &PyDict_Type, &state)) return nullptr;
+  auto* plan = plan_of(capsule);
+  std::unordered_map<PyObject*, int64_t> entry_of;
+  for (size_t i = 0; i < plan->entries.size(); i++)
+    if (plan->entries[i].launch >= 0) entry_of[plan->entries[i].param] = i;
+  Py_ssize_t at = 0;
+  while (PyDict_Next(state, &at, &key, &value)) {
+    auto found = entry_of.find(key);
+    if (found == entry_of.end() || !PyDict_Check(value)) {
+      plan->tracked.push_back({key, kElsewhere, 0});
+      continue;
+    }
+    Layout layout;
+    PyObject *name, *tensor;
+    Py_ssize_t inner = 0;
+    while (PyDict_Next(value, &inner, &name, &tensor)) {
+      const char* text = PyUnicode_Check(name) ? PyUnicode_AsUTF8(name) : "";
+      int slot = -1;
+      for (size_t s = 0; s < plan->slot_names.size(); s++)
+        if (plan->slot_names[s] == text) slot = static_cast<int>(s);
+      layout.keys.push_back(name);
+      layout.slots.push_back(slot);
+    }
+    int index = 0;
+    for (; index < static_cast<int>(plan->layouts.size()); index++)
+      if (plan->layouts[index].keys == layout.keys) break;
+    if (index == static_cast<int>(plan->layouts.size())) {
+      for (auto* k : layout.keys) Py_INCREF(k);
+      plan->layouts.push_back(std::move(layout));
+    }
+    plan->tracked.push_back({key, found->second, index});
+  }
+  plan->slots.assign(plan->entries.size() * plan->slot_names.size(), nullptr);
+  Py_RETURN_NONE;
+}
+
+// Fills `slots` from the live state; false where the state is no longer laid out as it was.
+bool collect_state(Plan* plan, PyObject* state) {
+  PyObject *key, *value, *name, *tensor;
+  Py_ssize_t at = 0;
+  size_t i = 0, width = plan->slot_names.size();
+  while (PyDict_Next(state, &at, &key, &value)) {
+    if (i == plan->tracked.size() || plan->tracked[i].key != key) return false;
+    const auto& tracked = plan->tracked[i++];
+    if (tracked.entry < 0) continue;
+    const auto& layout = plan->layouts[tracked.layout];
+    if (!PyDict_Check(value) || PyDict_GET_SIZE(value) != static_cast<Py_ssize_t>(layout.keys.size())) return false;
+    Py_ssize_t inner = 0;
+    for (size_t k = 0; PyDict_Next(value, &inner, &name, &tensor); k++) {
+      if (layout.keys[k] != name) return false;
+      if (layout.slots[k] >= 0) plan->slots[tracked.entry * width + layout.slots[k]] = tensor;
+    }
+  }
+  return i == plan->tracked.size();
+}
+
+bool same_params(const Plan* plan, PyObject* groups) {
+  if (PyTuple_GET_SIZE(groups) != static_cast<Py_ssize_t>(plan->group_sizes.size())) return false;
+  size_t at = 0;
+  for (size_t g = 0; g < plan->group_sizes.size(); g++) {
+    PyObject* list = PyTuple_GET_ITEM(groups, g);
+    if (!PyList_Check(list) || PyList_GET_SIZE(list) != plan->group_sizes[g]) return false;
+    for (Py_ssize_t i = 0; i < plan->group_sizes[g]; i++)
+      if (PyList_GET_ITEM(list, i) != plan->entries[at++].param) return false;
+  }
+  return true;
+}
+
+struct Steps {  // distinct (group, step) pairs, and the row of scalars each has
+  std::vector<std::pair<int, double>> pairs;
+  std::unordered_map<double, int32_t> seen;
+  int32_t row(int group, double step) {
+    if (!pairs.empty() && pairs.back() == std::make_pair(group, step)) return static_cast<int32_t>(pairs.size() - 1);
+    if (pairs.empty() || pairs.back().first != group) seen.clear();
+    auto [at, is_new] = seen.try_emplace(step, static_cast<int32_t>(pairs.size()));
+    if (is_new) pairs.emplace_back(group, step);
+    return at->second;
+  }
+};
+
+// Fills the tables of all launches. Returns nullptr, or what no longer holds.
+const char* fill(Plan* plan, PyObject* state, PyObject* copies, Steps& steps, std::vector<const c10::TensorImpl*>& counters,
+                 std::vector<Entry*>& fresh) {
+  std::unordered_map<PyObject*, const c10::TensorImpl*> copy_of;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(copies); i++) {
+    PyObject* pair = PyList_GET_ITEM(copies, i);
+    copy_of[PyTuple_GET_ITEM(pair, 0)] = unpack(PyTuple_GET_ITEM(pair, 1))->unsafeGetTensorImpl();
+  }
+  if (!collect_state(plan, state)) return "the optimizer's state changed";
+  const size_t width = plan->slot_names.size();
+  for (auto& launch : plan->launches) {
+    for (auto& row : launch.rows_of_buffers) row.clear();
+    launch.begins.assign(1, 0);
+    launch.rows.clear();
+    launch.held.clear();
+  }
+  for (size_t e = 0; e < plan->entries.size(); e++) {
+    auto& entry = plan->entries[e];
+    if (entry.launch == kElsewhere) continue;
+    const auto* param = reinterpret_cast<PyTensor*>(entry.param)->tensor.unsafeGetTensorImpl();
+    const auto* grad = gradient(param);
+    if (!grad) continue;
+    if (entry.launch == kStateless) return "a parameter received its first gradient";
+    auto& launch = plan->launches[entry.launch];
+    if (!plain(param) || !param->is_non_overlapping_and_dense() ||
+        c10::typeMetaToScalarType(param->dtype()) != launch.param_type)
+      return "a parameter changed";
+    if (!copy_of.empty())
+      if (auto copy = copy_of.find(entry.param); copy != copy_of.end()) grad = copy->second;
+    if (!fits(grad, launch.param_type, param)) return "a gradient changed its layout or dtype";
+    double step = entry.fresh ? 1 : 2;
+    PyObject** slots = plan->slots.data() + e * width;
+    if (plan->counted) {
+      const auto* count = slots[0] ? unpack(slots[0]) : nullptr;
+      if (!is_step(count)) return "a step count changed";
+      counters.push_back(count->unsafeGetTensorImpl());
+      step = read_step(counters.back()) + 1;
+    }
+    launch.rows_of_buffers[0].push_back(address(param));
+    launch.rows_of_buffers[1].push_back(const_cast<void*>(grad->data()));
+    launch.held.push_back(const_cast<c10::TensorImpl*>(param));
+    launch.held.push_back(const_cast<c10::TensorImpl*>(grad));
+    for (size_t b = 0; b < launch.roles.size(); b++) {
+      PyObject* object = slots[launch.roles[b]];
+      const auto* buffer = object ? unpack(object) : nullptr;
+      if (!buffer || !fits(buffer->unsafeGetTensorImpl(), launch.types[b], param)) return "a state tensor changed";
+      launch.rows_of_buffers[2 + b].push_back(address(buffer->unsafeGetTensorImpl()));
+      launch.held.push_back(buffer->unsafeGetTensorImpl());
+    }
+    launch.begins.push_back(launch.begins.back() + param->numel() * launch.width);
+    launch.rows.push_back(steps.row(entry.group, step));
+    if (entry.fresh) fresh.push_back(&entry);
+  }
+  return nullptr;
+}
+
+// The scalars of every (group, step) pair as one table; -1 on a Python error. Runs before the first write.
+int64_t evaluate(const Steps& steps, PyObject* scalars, std::vector<double>& table) {
+  int64_t columns = 0;
+  for (const auto& [group, step] : steps.pairs) {
+    PyObject* row = PyObject_CallFunction(scalars, "id", group, step);
+    if (!row) return -1;
+    if (!PyTuple_Check(row)) PyErr_SetString(PyExc_TypeError, "scalars must return a tuple of floats");
+    columns = PyTuple_Check(row) ? PyTuple_GET_SIZE(row) : 0;
+    for (Py_ssize_t i = 0; i < columns; i++) table.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(row, i)));
+    Py_DECREF(row);
+    if (PyErr_Occurred()) return -1;
+  }
+  return columns;
+}
+
+// Below this many elements a step is shorter than handing over the interpreter lock and the references is worth.
+constexpr int64_t kReleaseLock = 1 << 19;
+// Below this, starting a team of threads costs more than it saves.
+constexpr int64_t kOneThread = 1 << 13;
+
+void launch_all(Plan* plan, const std::vector<double>& table, int64_t columns, int threads) {
+  for (auto& launch : plan->launches) {
+    const auto tensors = static_cast<int64_t>(launch.rows.size());
+    if (!tensors) continue;
+    launch.columns.clear();
+    for (const auto& row : launch.rows_of_buffers) launch.columns.insert(launch.columns.end(), row.begin(), row.end());
+    const int team = forked || launch.begins.back() < kOneThread ? 1 : threads;
+    launch.kernel(tensors, launch.columns.data(), launch.begins.data(), launch.rows.data(), table.data(), columns, team);
+  }
+}
+
+// run(plan, lists of parameters, state, scalars, copies, threads): None, or why the plan no longer fits (nothing was
+// written then). `scalars(group, step)` returns a tuple of floats; `copies` lists (parameter, stand-in of its gradient).
+PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 6) return PyErr_Format(PyExc_TypeError, "run takes 6 arguments, got %zd", count);
+  auto* plan = plan_of(args[0]);
+  if (plan->busy) return PyErr_Format(PyExc_RuntimeError, "step() of this optimizer is already running in another thread");
+  return guarded([&]() -> PyObject* {
+    struct Busy {
+      bool& flag;
+      ~Busy() { flag = false; }
+    } busy{plan->busy};
+    plan->busy = true;
+    if (!same_params(plan, args[1])) return PyUnicode_FromString("the param groups changed");
+    Steps steps;
+    std::vector<const c10::TensorImpl*> counters;
+    std::vector<Entry*> fresh;
+    std::vector<double> table;
+    if (const char* why = fill(plan, args[2], args[4], steps, counters, fresh)) return PyUnicode_FromString(why);
+    const int64_t columns = evaluate(steps, args[3], table);
+    if (columns < 0) return nullptr;
+    const int threads = static_cast<int>(PyLong_AsLong(args[5]));
+    int64_t elements = 0;
+    for (auto* counter : counters) advance_step(counter), const_cast<c10::TensorImpl*>(counter)->bump_version();
+    for (auto& launch : plan->launches) {
+      elements += launch.begins.back();
+      const size_t stride = 2 + launch.roles.size();
+      for (size_t i = 0; i < launch.held.size(); i++)
+        if (i % stride != 1) launch.held[i]->bump_version();  // gradients are only read
+    }
+    if (elements < kReleaseLock) {
+      launch_all(plan, table, columns, threads);
+    } else {
+      for (auto& launch : plan->launches)
+        for (auto* t : launch.held) c10::raw::intrusive_ptr::incref(t);
+      Py_BEGIN_ALLOW_THREADS;
+      launch_all(plan, table, columns, threads);
+      Py_END_ALLOW_THREADS;
+      for (auto& launch : plan->launches)
+        for (auto* t : launch.held) c10::raw::intrusive_ptr::decref(t);
+    }
+    for (auto* entry : fresh) entry->fresh = false;
+    Py_RETURN_NONE;
+  });
+}
+
+// refusal(tensor): None for a tensor the kernels can walk, else the reason.
+PyObject* refusal(PyObject*, PyObject* object) {
+  const auto* tensor = unpack(object);
+  if (!tensor) return PyUnicode_FromFormat("its type is %s", Py_TYPE(object)->tp_name);
+  if (!plain(tensor->unsafeGetTensorImpl())) return PyUnicode_FromString("it is not a plain strided CPU tensor");
+  if (!tensor->unsafeGetTensorImpl()->is_non_overlapping_and_dense())
+    return PyUnicode_FromString("its elements overlap or leave gaps");
+  Py_RETURN_NONE;
+}
+
+// matches(tensor, like): whether both have one dtype and one layout in memory.
+PyObject* matches(PyObject*, PyObject* args) {
+  PyObject *tensor, *like;
+  if (!PyArg_ParseTuple(args, "OO", &tensor, &like)) return nullptr;
+  const auto *a = unpack(tensor), *b = unpack(like);
+  return PyBool_FromLong(a && b && plain(a->unsafeGetTensorImpl()) &&
+                         same_layout(a->unsafeGetTensorImpl(), b->unsafeGetTensorImpl()));
+}
+
+// start(Tensor, Parameter, sample tensor, its data_ptr): the types, the dispatch keys, and the check of PyTensor.
+PyObject* start(PyObject*, PyObject* args) {
+  PyObject *tensor, *parameter, *sample;
+  unsigned long long pointer;
+  if (!PyArg_ParseTuple(args, "OOOK", &tensor, &parameter, &sample, &pointer)) return nullptr;
+  tensor_type = reinterpret_cast<PyTypeObject*>(tensor);
+  parameter_type = reinterpret_cast<PyTypeObject*>(parameter);
+  const auto* t = unpack(sample);
+  if (!t || t->dim() != 2 || t->size(1) != 7 || t->scalar_type() != at::kDouble ||
+      t->const_data_ptr() != reinterpret_cast<void*>(pointer))
+    return PyErr_Format(PyExc_ImportError, "torch lays out its tensors in another way than this library was built for");
+  plain_keys = t->unsafeGetTensorImpl()->key_set();
+  Py_RETURN_NONE;
+}
+
+// after_fork(): OpenMP's threads do not survive a fork, so the child runs one (pitfall in issue 2).
+PyObject* after_fork(PyObject*, PyObject*) {
+  forked = true;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {{"make", make, METH_VARARGS, nullptr},
+                         {"add_launch", add_launch, METH_VARARGS, nullptr},
+                         {"add_group", add_group, METH_VARARGS, nullptr},
+                         {"seal", seal, METH_VARARGS, nullptr},
+                         {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL, nullptr},
+                         {"refusal", refusal, METH_O, nullptr},
+                         {"matches", matches, METH_VARARGS, nullptr},
+                         {"start", start, METH_VARARGS, nullptr},
+                         {"after_fork", after_fork, METH_NOARGS, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "host", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit_host() { return PyModule_Create(&module); }

@@ -1,0 +1,172 @@
+"""A launch plan: which tensors of an optimizer which kernel updates. It is checked in every step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compiled_optim import kernels
+from compiled_optim.trace import Signature
+
+if TYPE_CHECKING:
+    from compiled_optim.declare import Choice
+    from compiled_optim.optimizer import Optimizer
+
+DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp
+
+
+@dataclass
+class Launch:
+    """What one kernel does in a step; complex elements count as two."""
+
+    kernel: kernels.Kernel
+    dtype: torch.dtype
+    tensors: int = 0
+    elements: int = 0
+
+
+@dataclass
+class Plan:
+    """The tables of one optimizer.
+
+    ``elsewhere``: parameters that no kernel takes, with their param group and the reason. ``copied``: those whose
+    gradient is laid out otherwise than they are.
+    """
+
+    host: Any
+    native: Any
+    switches: list[Any]
+    launches: list[Launch] = field(default_factory=list)
+    elsewhere: list[tuple[int, Tensor, str]] = field(default_factory=list)
+    copied: list[Tensor] = field(default_factory=list)
+    places: dict[Any, int] = field(default_factory=dict)
+
+    def run(self, optimizer: Optimizer, scalars: Any) -> str | None:
+        """One step in one call. None, or what no longer holds; then nothing was written."""
+        lists = tuple([group["params"] for group in optimizer.param_groups])
+        copies = [(p, _like_parameter(p, p.grad)) for p in self.copied if p.grad is not None]
+        why: str | None = self.host.run(self.native, lists, optimizer.state, scalars, copies, torch.get_num_threads())
+        return why
+
+
+@dataclass
+class _Member:
+    group: int
+    param: Tensor
+    state: dict[str, Any]  # with what was made
+    made: dict[str, Any]
+    refusal: str | None
+    signature: Signature | None
+
+    @property
+    def active(self) -> bool:
+        return self.param.grad is not None
+
+
+def make_plan(optimizer: Optimizer, choices: list[Choice], scalar_names: list[tuple[str, ...]]) -> Plan:
+    """Sorts the parameters by kernel, obtains the kernels, and makes the missing state when nothing can fail any more.
+
+    Args:
+        choices: the hyperparameters and switches of each param group; scalar_names: of the scalars of each.
+
+    Raises:
+        What `kernels.obtain` raises.
+    """
+    occurrences = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    members = [
+        _examine(optimizer, i, p, choices[i], scalar_names[i], occurrences[id(p)])
+        for i, group in enumerate(optimizer.param_groups)
+        for p in group["params"]
+    ]
+    host, found = kernels.obtain([m.signature for m in members if m.active and m.signature])
+    declaration = optimizer.declaration
+    plan = Plan(host, host.make(declaration.slots, declaration.counted), [c.switches for c in choices])
+    entries: list[list[tuple[Tensor, int, bool]]] = [[] for _ in choices]
+    for m in members:
+        m.refusal = m.refusal or _refusal(host, m)
+        place = _STATELESS
+        if m.refusal:
+            place = _ELSEWHERE
+            plan.elsewhere.append((m.group, m.param, m.refusal))
+        elif m.signature in found and (m.active or not m.made):
+            place = _place(plan, declaration.slots, m, found[m.signature])
+            if m.active and not _same(host, m.param.grad, m.param):
+                plan.copied.append(m.param)
+        fresh = place >= 0 and any(name in m.made for name in declaration.buffers)
+        entries[m.group].append((m.param, place, fresh))
+    for m in members:
+        if m.active and m.made and not m.refusal:
+            optimizer.state[m.param].update(m.made)
+    for group in entries:
+        host.add_group(plan.native, group)
+    host.seal(plan.native, optimizer.state)
+    return plan
+
+
+def _examine(
+    optimizer: Optimizer, group: int, p: Tensor, choice: Choice, scalar_names: tuple[str, ...], occurrences: int
+) -> _Member:
+    """What can be said before the host module is loaded, so that it and the kernels may be compiled side by side."""
+    grad = p.grad
+    refusal = None
+    if occurrences > 1:
+        refusal = "it is listed more than once"
+    elif type(p) not in _PLAIN:
+        refusal = f"its type is {type(p).__name__}"
+    elif p.device.type != "cpu" or p.dtype not in DTYPES:
+        refusal = f"it is {p.dtype} on {p.device.type}"
+    elif grad is not None and (grad.layout is not torch.strided or type(grad) not in _PLAIN):
+        refusal = f"its gradient is a {type(grad).__name__} with layout {grad.layout}"
+    if refusal:
+        return _Member(group, p, {}, {}, refusal, None)
+    made = optimizer.make_state(p, optimizer.param_groups[group], choice.switches, allocate=grad is not None)
+    state = {**(optimizer.state[p] if p in optimizer.state else {}), **made}
+    buffers = optimizer.declaration.kept(choice.switches)
+    dtypes = tuple(d.to_real() for d in (p.dtype, *(p.dtype if state[b] is None else state[b].dtype for b in buffers)))
+    return _Member(
+        group, p, state, made, None, Signature(optimizer.rule_class, choice.switches, dtypes, buffers, scalar_names)
+    )
+
+
+def _refusal(host: Any, m: _Member) -> str | None:
+    """Why no kernel takes a tensor, or None."""
+    reason: str | None = host.refusal(m.param)
+    if reason or m.signature is None:
+        return reason
+    for name in m.signature.buffers:
+        buffer = m.state[name]
+        if buffer is not None and not host.matches(buffer, m.param):
+            return f"its state {name!r} has another shape, layout or device"
+    step = m.state.get("step")
+    if isinstance(step, Tensor) and (step.numel() != 1 or step.dtype not in (torch.float32, torch.float64) or host.refusal(step)):
+        return f"its step count is a {step.dtype} tensor of shape {tuple(step.shape)} on {step.device}"
+    return None
+
+
+def _place(plan: Plan, slots: tuple[str, ...], m: _Member, kernel: kernels.Kernel) -> int:
+    """The launch that takes a tensor; complex tensors have one of their own, with the kernel of their real dtype."""
+    dtypes = (m.param.dtype, *(m.state[name].dtype for name in kernel.signature.buffers))
+    place = plan.places.setdefault((kernel.signature, dtypes), len(plan.launches))
+    if place == len(plan.launches):
+        plan.launches.append(Launch(kernel, m.param.dtype))
+        samples = {slots.index(name): m.state[name] for name in kernel.signature.buffers}
+        plan.host.add_launch(plan.native, kernel.address, m.param, samples)
+    launch = plan.launches[place]
+    launch.tensors += 1
+    launch.elements += m.param.numel() * (2 if m.param.is_complex() else 1)
+    return place
+
+
+def _same(host: Any, tensor: Tensor | None, like: Tensor) -> bool:
+    return tensor is not None and tensor.dtype == like.dtype and bool(host.matches(tensor, like))
+
+
+def _like_parameter(p: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in the parameter's dtype and layout."""
+    return torch.empty_like(p, requires_grad=False).copy_(grad.detach())

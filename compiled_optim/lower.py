@@ -1,0 +1,190 @@
+"""The only file that touches the private parts of torch: tracing on symbolic lengths, Inductor, Dynamo's state.
+
+Checked against torch 2.13; `tests/test_private_apis.py` says which upstream change broke when one of these moves.
+Inductor and Dynamo are imported by the functions that lower something, for a warm start must not pay 2 s for them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from compiled_optim.trace import Traced
+
+SUPPORTED = ((2, 13), (2, 16))
+
+# The length that lowering sees as a hint; no power of two and no small number, which would be specialised on.
+_HINT = 1_000_003
+# Inductor's state is process-wide.
+_lock = threading.RLock()
+
+
+class LoweringError(RuntimeError):
+    """The rule could not be lowered to one loop over one flat tensor."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A C++ function ``kernel``: its source, and for each of its arguments which input it is (None: the length)."""
+
+    source: str
+    arguments: tuple[int | None, ...]
+
+
+def unsupported_version() -> str | None:
+    """None, or why this version of torch is not known to work."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    low, below = SUPPORTED
+    if low <= version < below:
+        return None
+    return f"torch {torch.__version__} is not known to work: compiled_optim was checked with torch>=2.13,<2.16"
+
+
+def trace_flat(
+    body: Callable[..., list[Any]], flat: Sequence[torch.dtype], scalars: Sequence[torch.dtype], device: str
+) -> tuple[torch.fx.GraphModule, Any, list[Any]]:
+    """Traces ``body`` on fake 1-D tensors of one symbolic length, followed by 0-d tensors."""
+    from torch._dynamo.source import ConstantSource
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with _lock, FakeTensorMode(shape_env=ShapeEnv()) as mode, torch.no_grad():
+        symbol = mode.shape_env.create_symbol(_HINT, ConstantSource("numel"))
+        numel = mode.shape_env.create_symintnode(symbol, hint=_HINT)
+        inputs = [torch.empty(numel, device=device, dtype=d) for d in flat]
+        inputs += [torch.empty((), device=device, dtype=d) for d in scalars]
+        graph = make_fx(body, decomposition_table=select_decomp_table())(*inputs)
+    return graph, mode, inputs
+
+
+class _Recorder:
+    """Stands in for a compiled C++ kernel: keeps its source, and the arguments of one call."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.call: tuple[Any, ...] = ()
+
+    def __call__(self, *args: Any) -> None:
+        self.call = args
+
+
+def lower_cpp(traced: Traced) -> Lowered:
+    """Lowers to one serial, vectorised C++ loop. Nothing is compiled and no file is written.
+
+    Raises:
+        LoweringError: when Inductor makes more than one kernel or allocates a buffer.
+    """
+    import torch._inductor.config as config
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    # threads=1: the launcher shares out the work. vec_isa_ok: no 5 s of probes, for torch itself reports the
+    # instruction set. compile_threads=1: no worker pool, which would steal a core from the training it speeds up.
+    settings = {
+        "cpp.threads": 1,
+        "cpp.vec_isa_ok": True,
+        "compile_threads": 1,
+        "cpp.force_inline_kernel": True,
+        "cpp.enable_kernel_profile": False,
+        "cpp_wrapper": False,
+    }
+    recorders: list[_Recorder] = []
+
+    def record(self: Any, argtypes: Any, source: str) -> _Recorder:
+        recorders.append(_Recorder(source))
+        return recorders[-1]
+
+    with _lock, config.patch(settings), V.set_fake_mode(traced.fake_mode), V.set_debug_handler(DebugContext()):
+        lowering = GraphLowering(
+            traced.graph, example_inputs=traced.inputs, shape_env=traced.fake_mode.shape_env, is_inference=True
+        )
+        with V.set_graph_handler(lowering):
+            lowering.run(*traced.inputs)
+            wrapper = lowering.codegen()[0].value
+        stock = AsyncCompile.cpp_pybinding
+        AsyncCompile.cpp_pybinding = record  # type: ignore[assignment, method-assign]
+        try:
+            namespace: dict[str, Any] = {"__name__": "compiled_optim.lowered"}
+            exec(compile(wrapper, "<compiled_optim wrapper>", "exec"), namespace)
+        finally:
+            AsyncCompile.cpp_pybinding = stock  # type: ignore[method-assign]
+    if len(recorders) != 1:
+        raise LoweringError(f"{traced.signature.name} is not one fusible loop: Inductor made {len(recorders)} kernels")
+    # One call on small tensors shows which input is which argument: no generated text is parsed.
+    probes = [torch.zeros(64 if t.dim() else (), dtype=t.dtype) for t in traced.inputs]
+    namespace["call"](list(probes))
+    place = {t.data_ptr(): i for i, t in enumerate(probes)}
+    arguments: list[int | None] = []
+    for value in recorders[0].call:
+        if isinstance(value, torch.Tensor) and value.data_ptr() not in place:
+            raise LoweringError(f"{traced.signature.name} is not one fusible loop: Inductor allocates a buffer")
+        arguments.append(place[value.data_ptr()] if isinstance(value, torch.Tensor) else None)
+    return Lowered(recorders[0].source, tuple(arguments))
+
+
+def cpp_flags() -> list[str]:
+    """The compiler's flags for source that `lower_cpp` returned: headers, vector instructions, semantics."""
+    import torch._inductor.config as config
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    with _lock, config.patch({"cpp.vec_isa_ok": True}):
+        isa = pick_vec_isa()
+    macros = ["TORCH_INDUCTOR_CPP_WRAPPER", "STANDALONE_TORCH_HEADER", "C10_USING_CUSTOM_GENERATED_MACROS"]
+    return [
+        *BASE_FLAGS,
+        "-O3",
+        "-march=native",
+        "-fopenmp",
+        "-fno-semantic-interposition",  # or the kernel is not inlined in its driver, and reads its scalars per vector
+        # as Inductor compiles it: no trapping, no errno, the sign of zero is not kept, and no fused multiply-add
+        *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=off"),
+        *(f"-D{m}" for m in (*macros, *isa.build_macro())),
+        *isa.build_arch_flags().split(),
+    ]
+
+
+def _torch_directory(name: str) -> str:
+    return str(Path(torch.__file__).parent / name)
+
+
+# Linked by name: the loader then finds the copies that torch has loaded, libgomp among them (one pool of threads).
+BASE_FLAGS = [
+    *("-std=c++20", "-DNDEBUG", "-w", "-fPIC", "-shared"),
+    f"-I{_torch_directory('include')}",
+    f"-L{_torch_directory('lib')}",
+    "-lc10",
+]
+
+
+def compiling_disabled() -> str | None:
+    """Why torch itself was told not to compile, or None."""
+    if os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1":
+        return "TORCH_COMPILE_DISABLE=1"
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+    stance = getattr(getattr(eval_frame, "_stance", None), "stance", "default")
+    return f'torch.compiler.set_stance("{stance}")' if stance in ("force_eager", "eager_on_recompile") else None
+
+
+def without_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` kept out of a surrounding ``torch.compile``; costs nothing where there is none."""
+    if "torch._dynamo.eval_frame" not in sys.modules or torch._C._dynamo.eval_frame.get_eval_frame_callback() is None:
+        return function
+    return torch.compiler.disable(function)  # type: ignore[no-any-return]
+
+
+def kernels_generated() -> int:
+    """How many kernels Inductor has generated in this process, for what goes through ``torch.compile``."""
+    metrics = sys.modules.get("torch._inductor.metrics")
+    return int(metrics.generated_kernel_count) if metrics else 0

@@ -1,0 +1,220 @@
+"""The base class of all optimizers: param groups, state, ``step`` and ``state_dict`` of torch.optim from a declaration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import dataclass_transform
+
+from compiled_optim import execution
+from compiled_optim.declare import FIELDS, Choice, Declaration, Flag, buffer, coerce, counter, flag, number
+
+
+@dataclass_transform(field_specifiers=(number, flag, buffer, counter))
+class Optimizer(torch.optim.Optimizer):
+    """An algorithm, declared once and run eagerly or compiled.
+
+    A subclass declares hyperparameters (`number`), options (`flag`) and state (`buffer`, `counter`), and two static
+    methods: ``scalars(h, step)``, what one update needs of the hyperparameters ``h`` and the step count, by name; and
+    ``update(p, g, s, k, on)``, which returns the new parameter and assigns the new state to attributes of ``s``, given
+    the gradient ``g``, those scalars as ``k`` and the switches as ``on``.
+
+    Args:
+        params: parameters, named parameters, or dicts that define param groups, as in torch.optim.
+        maximize: ascend instead of descend.
+        foreach: ``False`` updates one tensor at a time in eager steps; otherwise lists of tensors.
+        differentiable: record the step with autograd. Excludes ``compiled``.
+        fused: ``True`` means ``compiled=True``, and lets ``torch.amp.GradScaler`` leave unscaling to the step.
+        compiled: ``True`` for the best lowering of the device, or ``"multi_tensor"`` or ``"foreach"`` by name.
+
+    Raises:
+        ValueError: for a hyperparameter out of its range; the message names argument, value and range.
+    """
+
+    maximize: bool = flag(switch=True)
+    foreach: bool | None = flag(None)
+    differentiable: bool = flag()
+    fused: bool | None = flag(None)
+
+    declaration: ClassVar[Declaration]
+    rule_class: ClassVar[type[Optimizer]]
+    accepts_sparse: ClassVar[bool] = False
+
+    # torch.amp.GradScaler sets these around a step if `_step_supports_amp_scaling`
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    _compiled: bool | str = False
+    _execution: Any = None  # made by the first step, and again after a copy
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        # what declares nothing new (a user's subclass, a framework's wrapper) shares its parent's constructor and kernels
+        if "update" in own or "scalars" in own or any(isinstance(v, FIELDS) for v in own.values()):
+            cls.declaration = Declaration(cls)
+            cls.rule_class = cls
+            if "__init__" not in own:
+                cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
+
+    def _construct(self, params: Any, options: dict[str, Any], compiled: bool | str) -> None:
+        defaults = self.declaration.check(options)
+        if compiled not in (False, True, "multi_tensor", "foreach"):
+            raise ValueError(f"compiled must be False, True, 'multi_tensor' or 'foreach', got {compiled!r}")
+        if defaults["differentiable"] and (compiled or defaults["fused"]):
+            chosen = f"compiled={compiled!r}" if compiled else "fused=True"
+            raise RuntimeError(f"{chosen} does not support differentiable=True: a kernel records no graph")
+        if defaults["fused"] and defaults["foreach"]:
+            raise RuntimeError("fused=True and foreach=True cannot be combined")
+        self.validate(self.declaration.choose(defaults).hyper)
+        super().__init__(params, defaults)
+        self._compiled = compiled or bool(defaults["fused"])
+        if defaults["fused"]:
+            self._step_supports_amp_scaling = True
+
+    @classmethod
+    def validate(cls, h: Any) -> None:
+        """Checks what concerns several hyperparameters at once; raises ValueError."""
+
+    @classmethod
+    def keeps_untouched_rows(cls, on: Any) -> bool:
+        """Whether a row whose gradient is zero stays as it is, so that a sparse update may skip it."""
+        return False
+
+    @staticmethod
+    def scalars(h: Any, step: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @staticmethod
+    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+        raise NotImplementedError
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Performs one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The loss of ``closure``, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.grad_scale is None and self.found_inf is None:
+            execution.step(self)
+        elif self._unscale():
+            execution.step(self)
+        return loss
+
+    def _unscale(self) -> bool:
+        """Divides the gradients by the scale, as torch's fused optimizers do; False if the step must be skipped."""
+        if self.found_inf is not None and self.found_inf.item():
+            return False
+        if self.grad_scale is not None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.div_(self.grad_scale.to(p.device))
+        return True
+
+    def make_state(self, p: Tensor, group: dict[str, Any], on: Any, *, allocate: bool = True) -> dict[str, Any]:
+        """The state that ``p`` still lacks under these switches, or None for each if not to be allocated.
+
+        ``self.state`` is not changed.
+        """
+        present = self.state[p] if p in self.state else {}
+        made: dict[str, Any] = {}
+        if self.declaration.counted and "step" not in present:
+            made["step"] = self._step_tensor(p, group, 0.0) if allocate else None
+        for name in self.declaration.kept(on):
+            if present.get(name) is None:
+                made[name] = torch.zeros_like(p, memory_format=torch.preserve_format) if allocate else None
+        return made
+
+    @staticmethod
+    def _step_tensor(p: Tensor, group: dict[str, Any], value: float) -> Tensor:
+        """A step count with torch.optim's dtype and device."""
+        fused = group["fused"]
+        double = torch.get_default_dtype() == torch.float64 and not fused
+        device = p.device if group.get("capturable") or fused else "cpu"
+        return torch.tensor(value, dtype=torch.float64 if double else torch.float32, device=device)
+
+    def choices(self, *, keep_tensors: bool = False) -> list[Choice]:
+        return [self.declaration.choose(group, keep_tensors=keep_tensors) for group in self.param_groups]
+
+    def __getstate__(self) -> dict[str, Any]:
+        amp = {k: v for k, v in self.__dict__.items() if k == "_step_supports_amp_scaling"}
+        return {**super().__getstate__(), "_compiled": self._compiled, **amp}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, field in self.declaration.options.items():
+                if isinstance(field, Flag):
+                    group.setdefault(name, field.default)
+                    if not field.init:
+                        group[name] = field.default
+            if self.declaration.counted:
+                self._restore_steps(group)
+
+    def _restore_steps(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
+            step = self.state.get(p, {}).get("step")
+            if step is not None and not isinstance(step, Tensor):
+                self.state[p]["step"] = self._step_tensor(p, group, float(step))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, as in torch.optim; numpy scalars among its options become Python's."""
+        _undecorated("add_param_group")(self, param_group)
+        group = self.param_groups[-1]
+        group.update({name: coerce(group[name]) for name in self.declaration.options})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch.optim's ``state_dict`` lays it out; either side loads the other's."""
+        return _undecorated("state_dict")(self)  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what ``state_dict`` of this class or of torch.optim's returned.
+
+        A tensor learning rate stays the tensor it is, and takes the value that was saved.
+        """
+        kept = [{k: v for k, v in group.items() if isinstance(v, Tensor)} for group in self.param_groups]
+        _undecorated("load_state_dict")(self, state_dict)
+        for group, tensors in zip(self.param_groups, kept, strict=True):
+            for name, tensor in tensors.items():
+                if name in self.declaration.options and name in group:
+                    with torch.no_grad():
+                        tensor.fill_(group[name]) if not isinstance(group[name], Tensor) else tensor.copy_(group[name])
+                    group[name] = tensor
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients, as in torch.optim."""
+        _undecorated("zero_grad")(self, set_to_none)
+
+
+def _undecorated(name: str) -> Callable[..., Any]:
+    """A method of torch.optim.Optimizer without the decorator that imports torch._dynamo (1 s in a fresh process)."""
+    return inspect.unwrap(getattr(torch.optim.Optimizer, name))
+
+
+def _constructor(cls: type[Optimizer]) -> Callable[..., None]:
+    signature = cls.declaration.signature()
+
+    def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        options = dict(bound.arguments)
+        del options["self"]
+        self._construct(options.pop("params"), options, options.pop("compiled"))
+
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
+    __init__.__qualname__ = f"{cls.__qualname__}.__init__"
+    return __init__
+
+

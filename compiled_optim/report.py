@@ -1,0 +1,105 @@
+"""``explain``: how an optimizer's steps run, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+from compiled_optim.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part of a step.
+
+    Attributes:
+        execution: "multi_tensor", "foreach" or "eager".
+        device, dtype: of the parameters.
+        tensors, elements: how many parameters, and real elements in them.
+        launches: kernel launches in a step; None where it is not known (eager).
+        bytes_per_element: memory traffic of one element in a step; None where it is not known.
+        kernel: its name.
+        origin: "compiled" in this process, "disk" or "memory"; empty for eager parts.
+        seconds: from the request to the loaded kernel.
+        reason: why it runs this way.
+    """
+
+    execution: str
+    device: str
+    dtype: str
+    tensors: int
+    elements: int
+    launches: int | None
+    bytes_per_element: int | None
+    kernel: str
+    origin: str
+    seconds: float
+    reason: str
+
+
+class Explanation:
+    """The rows of `explain`, to iterate over or to print."""
+
+    def __init__(self, rows: list[Row], rebuilt: list[str]) -> None:
+        self.rows, self.rebuilt = rows, rebuilt
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        table = [tuple(f.name for f in fields(Row)), *(tuple(_text(v) for v in astuple(row)) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join([*lines, *(f"plan {i + 1}: {why}" for i, why in enumerate(self.rebuilt))])
+
+
+def explain(optimizer: Optimizer) -> Explanation:
+    """How the last step of ``optimizer`` ran: one row for each kernel, graph, or reason to run eagerly.
+
+    Raises:
+        TypeError: if it is not an optimizer of this package.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a compiled_optim.Optimizer, got {type(optimizer).__name__}")
+    execution = optimizer._execution
+    everything = [p for group in optimizer.param_groups for p in group["params"]]
+    if not optimizer._compiled:
+        return Explanation(_eager_rows(everything, "compiled=False"), [])
+    if execution is None:
+        return Explanation(_eager_rows(everything, "no step was taken yet"), [])
+    if execution.reason:
+        return Explanation(_eager_rows(everything, execution.reason), execution.rebuilt)
+    rows = [
+        Row("foreach", str(g.device), _dtype(g.dtype), g.tensors, g.elements, g.launches, None, g.name, g.origin, g.seconds, "")
+        for g in execution.graphs
+    ]
+    if execution.plan is not None:
+        for launch in execution.plan.launches:
+            k = launch.kernel
+            size = (k.bytes_per_element, k.signature.name, k.origin, k.seconds, "")
+            rows.append(Row("multi_tensor", "cpu", _dtype(launch.dtype), launch.tensors, launch.elements, 1, *size))
+        for reason in dict.fromkeys(why for _, _, why in execution.plan.elsewhere):
+            rows += _eager_rows([p for _, p, why in execution.plan.elsewhere if why == reason], reason)
+    return Explanation(rows, execution.rebuilt)
+
+
+def _eager_rows(params: list[Any], reason: str) -> list[Row]:
+    kinds = dict.fromkeys((str(p.device), p.dtype) for p in params)
+    rows = []
+    for device, dtype in kinds:
+        members = [p for p in params if (str(p.device), p.dtype) == (device, dtype)]
+        elements = sum(p.numel() for p in members)
+        rows.append(Row("eager", device, _dtype(dtype), len(members), elements, None, None, "", "", 0.0, reason))
+    return rows
+
+
+def _dtype(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None or value == "" else f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,46 @@
+"""What the environment says. Everything is read when it is used, so a change counts from the next use on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+logger = logging.getLogger("compiled_optim")
+
+
+def cache_directory() -> Path | None:
+    """Where native code is kept: `COMPILED_OPTIM_CACHE_DIR`, else `compiled_optim` in `XDG_CACHE_HOME` or `~/.cache`.
+
+    Returns:
+        An absolute path, which need not exist; None if nothing is set and this user has no home directory.
+    """
+    if chosen := os.environ.get("COMPILED_OPTIM_CACHE_DIR"):
+        return Path(os.path.expanduser(chosen)).absolute()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # the XDG specification: ignore a relative path
+        base = Path(os.path.expanduser("~")) / ".cache"
+    return base / "compiled_optim" if base.is_absolute() else None
+
+
+def disk_cache() -> bool:
+    """Whether native code may be kept on disk (`COMPILED_OPTIM_DISK_CACHE`, on unless set to 0)."""
+    return _switch("COMPILED_OPTIM_DISK_CACHE", default=True)
+
+
+def disabled() -> bool:
+    """Whether every optimizer steps eagerly, whatever it was asked for (`COMPILED_OPTIM_DISABLE`)."""
+    return _switch("COMPILED_OPTIM_DISABLE", default=False)
+
+
+def strict() -> bool:
+    """Whether a step that cannot be compiled is an error rather than an eager step (`COMPILED_OPTIM_STRICT`)."""
+    return _switch("COMPILED_OPTIM_STRICT", default=False)
+
+
+def _switch(variable: str, *, default: bool) -> bool:
+    value = os.environ.get(variable, "")
+    try:
+        return {"": default, "0": False, "false": False, "1": True, "true": True}[value.lower()]
+    except KeyError:
+        raise ValueError(f"{variable}={value!r}: expected 0, 1, true, false or nothing") from None

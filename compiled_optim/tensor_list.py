@@ -1,0 +1,82 @@
+"""A list of tensors that reads as one value: each operator is one ``torch._foreach_*`` call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TensorList:
+    """Tensors of one dtype and one device under elementwise arithmetic.
+
+    Operands are another `TensorList` of the same length, a Python number, or a 0-d tensor; a 0-d tensor stands on the
+    right, or Python asks the list first (`__torch_function__`).
+    """
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
+
+    def to(self, dtype: torch.dtype) -> TensorList:
+        return self if dtype == self.dtype else TensorList([t.to(dtype) for t in self.tensors])
+
+    def _with(self, operation: Callable[..., Any], other: Any) -> TensorList:
+        if isinstance(other, TensorList):
+            other = other.tensors
+        elif isinstance(other, Tensor):
+            # the overload for one 0-d tensor cannot be traced on fake tensors in torch 2.13
+            other = [other] * len(self.tensors)
+        return TensorList(operation(self.tensors, other))
+
+    def __add__(self, other: Any) -> TensorList:
+        return self._with(torch._foreach_add, other)
+
+    def __sub__(self, other: Any) -> TensorList:
+        return self._with(torch._foreach_sub, other)
+
+    def __mul__(self, other: Any) -> TensorList:
+        return self._with(torch._foreach_mul, other)
+
+    def __truediv__(self, other: Any) -> TensorList:
+        return self._with(torch._foreach_div, other)
+
+    def __pow__(self, other: Any) -> TensorList:
+        return self._with(torch._foreach_pow, other)
+
+    def __neg__(self) -> TensorList:
+        return TensorList(torch._foreach_neg(self.tensors))
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __rsub__(self, other: Any) -> TensorList:
+        return -self + other
+
+    def __rtruediv__(self, other: Any) -> TensorList:
+        return TensorList(torch._foreach_reciprocal(self.tensors)) * other
+
+    def maximum(self, other: Any) -> TensorList:
+        return self._with(torch._foreach_maximum, other)
+
+    def minimum(self, other: Any) -> TensorList:
+        return self._with(torch._foreach_minimum, other)
+
+    def sqrt(self) -> TensorList:
+        return TensorList(torch._foreach_sqrt(self.tensors))
+
+    def abs(self) -> TensorList:
+        return TensorList(torch._foreach_abs(self.tensors))
+
+    def sign(self) -> TensorList:
+        return TensorList(torch._foreach_sign(self.tensors))
+
+    def copy_into(self, targets: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(targets, self.tensors)

@@ -1,0 +1,71 @@
+"""The parameters that have a gradient in this step, with their state, for the executions that work on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from compiled_optim.declare import Choice
+    from compiled_optim.optimizer import Optimizer
+
+
+@dataclass(slots=True)
+class Update:
+    """One parameter that has a gradient.
+
+    ``state``: the parameter's live state, of which the rule sees ``buffers``, or nothing at all for an algorithm
+    without; ``counted``: whether a step count is among it; ``fresh``: whether it was made in this step.
+    """
+
+    group: int
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    buffers: tuple[str, ...]
+    counted: bool
+    fresh: bool
+
+    @property
+    def next_step(self) -> float:
+        """The step count after this step; where none is kept, 1 for new state and 2 after."""
+        return self.state["step"].item() + 1 if self.counted else 1 if self.fresh else 2
+
+    def advance(self) -> None:
+        if self.counted:
+            self.state["step"].add_(1)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What tensors must share to be in one list."""
+        return (self.group, self.param.device, self.param.dtype, self.grad.dtype, *(self.state[b].dtype for b in self.buffers))
+
+
+def collect(optimizer: Optimizer, choices: list[Choice], only: Iterable[tuple[int, Tensor]] | None = None) -> list[Update]:
+    """All parameters with a gradient, or those of ``only`` (group, parameter); makes the state they lack.
+
+    Raises:
+        RuntimeError: for a sparse gradient that the algorithm does not take, or ``capturable`` on a device without
+            graphs. Nothing was changed then.
+    """
+    declaration = optimizer.declaration
+    groups = optimizer.param_groups
+    pairs = only if only is not None else [(i, p) for i, group in enumerate(groups) for p in group["params"]]
+    with_gradient = [(i, p, p.grad) for i, p in pairs if p.grad is not None]
+    for i, p, grad in with_gradient:
+        if grad.is_sparse and not optimizer.accepts_sparse:
+            raise RuntimeError(f"{declaration.name} does not support sparse gradients, please consider SparseAdam instead")
+        if groups[i].get("capturable") and p.device.type == "cpu":
+            raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got a parameter on {p.device}")
+    updates = []
+    for i, p, grad in with_gradient:
+        on = choices[i].switches
+        made = optimizer.make_state(p, groups[i], on)
+        state = optimizer.state[p] if made or p in optimizer.state else {}
+        state.update(made)
+        buffers = declaration.kept(on)
+        updates.append(Update(i, p, grad, state, buffers, declaration.counted, any(b in made for b in buffers)))
+    return updates

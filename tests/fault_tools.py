@@ -1,0 +1,242 @@
+"""What the fault-injection tests need: compilers that misbehave, children that die, and ways to damage an entry."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shlex
+import shutil
+import signal
+import sys
+import traceback
+import warnings
+
+SOURCE = 'extern "C" int answer() { return 42; }'
+KEY, OTHER_KEY = "0123456789abcdef" * 2, "fedcba9876543210" * 2
+
+
+def program(path, body):
+    """An executable script, in shell unless it says otherwise; `$output` is the library that it is asked for."""
+    path.write_text(body if body.startswith("#!") else f"#!/bin/sh\nfor output; do :; done\n{body}\n")
+    path.chmod(0o700)
+    return path
+
+
+def copying_compiler(path, library, log, before=""):
+    """A compiler that hands out a finished library and adds a line to a log."""
+    quoted = [shlex.quote(str(name)) for name in (log, library)]
+    return program(path, f'echo built >> {quoted[0]}\n{before}\ncp {quoted[1]} "$output"')
+
+
+class Gate:
+    """A compiler that says it has started, then waits to be let through; any number of it may run."""
+
+    def __init__(self, here):
+        names = [here.path / "started", here.path / "go"]
+        for name in names:
+            os.mkfifo(name)
+        self._started, self._go = (os.open(name, os.O_RDWR) for name in names)
+        before = "echo > {}; read line < {}".format(*(shlex.quote(str(name)) for name in names))
+        here.use(copying_compiler(here.path / "gated", here.real, here.log, before))
+
+    def wait(self):
+        os.read(self._started, 1)
+
+    def open(self):
+        os.write(self._go, b"\n" * 50)
+
+    def close(self):
+        os.close(self._started)
+        os.close(self._go)
+
+
+class Hanging:
+    """A compiler that hangs, and so does a process that it started."""
+
+    def __init__(self, here):
+        alive, never = here.path / "alive", here.path / "never"
+        os.mkfifo(alive)
+        os.mkfifo(never)
+        self._alive = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+        os.set_blocking(self._alive, True)
+        self._writer = os.open(alive, os.O_WRONLY)
+        here.use(program(here.path / "hangs", f"exec 9> '{alive}'; echo >&9; cat '{never}'; echo"))
+
+    def wait(self):
+        """Wait until it runs."""
+        os.read(self._alive, 1)
+        os.close(self._writer)
+
+    def wait_for_death(self):
+        """Wait until the compiler and what it started are dead, which closes the last writing end of the FIFO."""
+        while os.read(self._alive, 1):
+            pass
+        os.close(self._alive)
+
+
+def in_child(function):
+    """Run a function in a forked process, whose status is 0 if it returned and 1 if it raised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 on: forking while torch has threads
+        pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        function()
+        status = 0
+    except BaseException:
+        traceback.print_exc(file=sys.stderr)
+    finally:
+        os._exit(status)
+
+
+def status_of(pid):
+    """Wait for a child: its exit status, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def failing(function, failure, nth=1, under=None):
+    """A stand-in for an os function whose nth call (on a path under a directory, if one is given) fails."""
+    calls = 0
+
+    def stand_in(*arguments, **options):
+        nonlocal calls
+        if under is None or str(arguments[0]).startswith(str(under)):
+            calls += 1
+            if calls == nth:
+                failure()
+        return function(*arguments, **options)
+
+    return stand_in
+
+
+def read_only(monkeypatch, directory):
+    """Root may write anywhere, so the system calls have to say no."""
+
+    def deny(function, denied):
+        def stand_in(*arguments, **options):
+            if str(arguments[0]).startswith(str(directory)) and denied(arguments):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return function(*arguments, **options)
+
+        return stand_in
+
+    monkeypatch.setattr(os, "open", deny(os.open, lambda arguments: arguments[1] & (os.O_WRONLY | os.O_RDWR)))
+    for name in ("rename", "unlink", "mkdir"):
+        monkeypatch.setattr(os, name, deny(getattr(os, name), lambda _: True))
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def flip_bit(path, offset, bit):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1 << bit
+    path.unlink()
+    path.write_bytes(data)
+
+
+def rewrite(manifest, drop=(), **changes):
+    """Change a manifest as somebody would who knows how it is sealed."""
+    fields = {**json.loads(manifest.read_bytes()), **changes}
+    del fields["digest"]
+    for name in drop:
+        del fields[name]
+    fields["digest"] = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    manifest.write_text(json.dumps(fields))
+
+
+class Planted:
+    """Unpickling this leaves a mark."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def replaced(make):
+    def damage(path):
+        path.unlink()
+        make(path)
+
+    return damage
+
+
+def _linked(path):
+    os.rename(path, path.parent.parent / path.name)
+    os.symlink(path.parent.parent / path.name, path)
+
+
+def _sparse(path):
+    os.truncate(path, 2**40)
+
+
+# Each is done to the manifest and to the library.
+FILE_DAMAGE = {
+    "empty": lambda path: os.truncate(path, 0),
+    "garbage": lambda path: path.write_bytes(os.urandom(4000)),
+    "directory": replaced(os.mkdir),
+    "FIFO": replaced(os.mkfifo),
+    "sparse": _sparse,
+    "linked": _linked,
+    "hard linked": lambda path: os.link(path, path.parent.parent / "other name"),
+    "group can write": lambda path: path.chmod(0o620),
+    "world can write": lambda path: path.chmod(0o602),
+    "foreign owner": lambda path: os.chown(path, 12345, -1),
+    "pickle": lambda path: path.write_bytes(pickle.dumps(Planted(path.parent.parent / "marker"))),
+}
+MANIFEST_DAMAGE = {
+    "extra key": lambda path: rewrite(path, surprise=1),
+    "missing key": lambda path: rewrite(path, drop=["facts"]),
+    "not an object": lambda path: path.write_text("[]"),
+    "nested too deep": lambda path: path.write_text("[" * 500_000),
+    "other schema": lambda path: rewrite(path, schema=0),
+    "other key": lambda path: rewrite(path, key=OTHER_KEY),
+    "wrong hash": lambda path: rewrite(path, sha256=json.loads(path.read_bytes())["sha256"][:16] + "0" * 48),
+    "hash with ..": lambda path: rewrite(path, sha256="/../../secret"),
+    "hash of another type": lambda path: rewrite(path, sha256=7),
+    "size of another type": lambda path: rewrite(path, size="1"),
+    "size too small": lambda path: rewrite(path, size=100),
+    "size negative": lambda path: rewrite(path, size=-1),
+    "size too large": lambda path: rewrite(path, size=2**40),
+    "library missing": lambda path: next(path.parent.glob("*.so")).unlink(),
+    "other key's library": lambda path: shutil.copy(path.parent.parent / "other.so", next(path.parent.glob("*.so"))),
+}
+DAMAGE = [
+    *((f"{part}: {name}", part, damage) for part in ("manifest", "library") for name, damage in FILE_DAMAGE.items()),
+    *((f"manifest: {name}", "manifest", damage) for name, damage in MANIFEST_DAMAGE.items()),
+]
+
+
+def _link_directory(cache):
+    os.rename(cache, cache.with_name("real"))
+    cache.symlink_to(cache.with_name("real"))
+
+
+def _file_for_directory(cache):
+    shutil.rmtree(cache)
+    cache.touch()
+
+
+DIRECTORY_DAMAGE = {
+    "foreign owner": (lambda cache: os.chown(cache, 12345, -1), "belongs to user 12345"),
+    "group can write": (lambda cache: cache.chmod(0o770), "mode 770"),
+    "world can write": (lambda cache: cache.chmod(0o707), "mode 707"),
+    "link": (_link_directory, "is a link"),
+    "file": (_file_for_directory, "expected a directory"),
+    "replaceable": (lambda cache: cache.parent.chmod(0o777), "can be replaced by others"),
+}
+BAD_COMPILERS = {
+    "fails": ("echo 'x.cpp:1: error: }' >&2; exit 1", RuntimeError, r"status 1: .*-shared[^\n]*\nx.cpp:1: error: }"),
+    "prints garbage": (r"head -c 100000 /dev/urandom; printf '\033[2J'; exit 3", RuntimeError, "status 3"),
+    "is killed": ("kill -9 $$", RuntimeError, "status -9"),
+    "writes nothing": ("exit 0", RuntimeError, "wrote no library"),
+    "writes an empty file": (': > "$output"', RuntimeError, "wrote no library"),
+    "writes garbage": ('echo hello > "$output"', OSError, "library.so: file too short"),
+    "cannot start": ("#!/absent", RuntimeError, "cannot be started"),
+}

@@ -1,0 +1,585 @@
+"""The disk cache against faults made on purpose: what is loaded is mine and whole, and a failure is but a miss."""
+
+import ctypes
+import errno
+import fcntl
+import itertools
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import fault_tools
+import pytest
+import torch
+from fault_tools import BAD_COMPILERS, DAMAGE, DIRECTORY_DAMAGE, KEY, OTHER_KEY, SOURCE, in_child, program, status_of
+
+from compiled_optim import settings
+from compiled_optim.cache import build, libraries, store
+
+FLAGS = ("-O1",)
+
+
+def load(path):
+    return ctypes.CDLL(str(path)).answer()
+
+
+def obtain(key=KEY, load=load, **options):
+    return libraries.obtain(key, lambda: (SOURCE, FLAGS), load, **options)
+
+
+def find(fingerprint=None):
+    return store.open_store().find(KEY, fingerprint)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A library compiled once by the compiler of this machine."""
+    output = tmp_path_factory.mktemp("real") / "real.so"
+    build.build(build.find_compiler(), SOURCE, FLAGS, output)
+    return output
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch, real):
+    """An empty cache and a fast compiler. Afterwards nothing temporary may be left, and no test may hang."""
+    here = SimpleNamespace(
+        path=tmp_path, cache=tmp_path / "cache", temporary=tmp_path / "temporary", log=tmp_path / "log", real=real
+    )
+    here.temporary.mkdir()
+    here.log.touch()
+    here.builds = lambda: here.log.read_text().count("built")
+    here.use = lambda compiler: monkeypatch.setenv("CXX", str(compiler))
+    here.use(fault_tools.copying_compiler(tmp_path / "cxx", real, here.log))
+    monkeypatch.setenv("COMPILED_OPTIM_CACHE_DIR", str(here.cache))
+    monkeypatch.delenv("COMPILED_OPTIM_DISK_CACHE", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(here.temporary))
+    for name, value in vars(store.Counters()).items():
+        monkeypatch.setattr(store.counters, name, value)
+
+    def too_late(*_):
+        raise TimeoutError("the test hangs")
+
+    previous = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(20)
+    yield here
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+    assert os.listdir(here.temporary) == []
+    assert not list(here.cache.glob("*.tmp"))
+
+
+@pytest.fixture
+def entry(here):
+    """A published entry, and the paths of its files; not loaded, since damage to a mapped file kills a process."""
+    obtain(load=lambda _: None)
+    (library,) = here.cache.glob("*.so")
+    return SimpleNamespace(manifest=here.cache / f"{KEY}.json", library=library)
+
+
+def contents(directory):
+    return {path.name: (path.lstat().st_mtime_ns, path.lstat().st_ino) for path in directory.iterdir()}
+
+
+def test_compiled_once_then_read_without_writing(here):
+    first = obtain(facts={"order": ["p", "g"], "count": 2, "limit": 0.1})
+    before = contents(here.cache)
+    second = obtain(facts={"order": []})
+    assert (first.value, first.origin, second.value, second.origin) == (42, "compiled", 42, "disk")
+    assert first.facts == second.facts == {"order": ["p", "g"], "count": 2, "limit": 0.1}
+    assert first.seconds > 0
+    assert second.seconds > 0
+    assert contents(here.cache) == before
+    assert here.builds() == 1
+    assert store.counters == store.Counters()
+
+
+def test_facts_may_be_found_while_producing():
+    facts = {}
+
+    def produce():
+        facts["kernels"] = 1
+        return SOURCE, FLAGS
+
+    assert libraries.obtain(KEY, produce, load, facts).facts == {"kernels": 1}
+    assert find().facts == {"kernels": 1}
+
+
+def test_another_compiler_is_a_miss_and_none_is_a_hit(here, entry):
+    here.use(fault_tools.copying_compiler(here.path / "newer", here.real, here.log))
+    assert obtain().origin == "compiled"
+    assert here.builds() == 2
+    here.use(here.path / "absent")
+    assert obtain().origin == "disk"
+    with pytest.raises(libraries.NoCompilerError, match=r"install g\+\+"):
+        obtain(OTHER_KEY)
+    assert store.counters.bad == 0
+
+
+def test_switched_off(here, monkeypatch):
+    monkeypatch.setenv("COMPILED_OPTIM_DISK_CACHE", "0")
+    assert [obtain().origin for _ in range(2)] == ["compiled", "compiled"]
+    assert not here.cache.exists()
+
+
+def test_clear_removes_only_our_files(here, entry, monkeypatch):
+    (here.cache / "notes.json").touch()
+    (here.cache / f"{KEY}.json.bad").touch()
+    (here.cache / f"{KEY}.json.{'0' * 16}.tmp").touch()
+    names = [*os.listdir(here.cache), f"{OTHER_KEY}.json"]  # the last one has just been deleted by somebody else
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", lambda _: names)
+        store.open_store().clear()
+    assert [path.name for path in here.cache.iterdir()] == ["notes.json"]
+
+
+@pytest.mark.parametrize(("part", "damage"), [pytest.param(*case, id=name) for name, *case in DAMAGE])
+def test_bad_entry_is_set_aside_once_and_rebuilt(here, entry, part, damage):
+    if "foreign" in os.environ["PYTEST_CURRENT_TEST"] and os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    (here.path / "other.so").write_bytes(here.real.read_bytes()[::-1])
+    damage(getattr(entry, part))
+    assert find() is None
+    assert store.counters.bad == len(store.counters.reasons) == 1
+    assert find() is None
+    healed = obtain()
+    assert (healed.value, healed.origin) == (42, "compiled")
+    assert obtain().origin == "disk"
+    assert store.counters.bad == 1
+    assert store.counters.errors == 0
+    assert not (here.path / "marker").exists()
+
+
+def damaged_copies(path, damages):
+    """Apply each damage to a fresh entry; how many of them were found out."""
+    good = {file: file.read_bytes() for file in path.parent.iterdir()}
+    assert find() is not None
+    found_out = 0
+    for damage in damages:
+        damage()
+        found_out += find() is None
+        for file, data in good.items():
+            file.write_bytes(data)
+    assert find() is not None
+    return found_out
+
+
+@pytest.mark.parametrize("part", ["manifest", "library"])
+def test_every_truncation_and_flipped_bit_is_found(entry, part):
+    path = getattr(entry, part)
+    size = path.stat().st_size
+    sizes = [size * i // 25 for i in range(25)]
+    assert damaged_copies(path, [lambda s=s: os.truncate(path, s) for s in sizes]) == 25
+    flips = [(size * i // 50, i % 8) for i in range(50)]
+    assert damaged_copies(path, [lambda f=f: fault_tools.flip_bit(path, *f) for f in flips]) == 50
+    assert store.counters.bad == 75
+    assert len(store.counters.reasons) == 20
+
+
+def test_no_manifest_is_a_plain_miss(here, entry):
+    entry.manifest.unlink()
+    assert find() is None
+    assert obtain().origin == "compiled"
+    assert store.counters == store.Counters()
+
+
+def test_deleted_between_manifest_and_load(here, entry):
+    def load_late(path):
+        if here.builds() == 1:
+            path.unlink()
+        return path.read_bytes()[:4]
+
+    assert obtain(load=load_late).value == b"\x7fELF"
+    assert here.builds() == 2
+    assert store.counters.bad == 1
+
+
+def test_library_that_does_not_load_is_rebuilt_once(here, entry):
+    tried = []
+
+    def refuse(path):
+        tried.append(path)
+        raise ImportError("made for another interface")
+
+    with pytest.raises(ImportError, match="another interface"):
+        obtain(load=refuse)
+    assert here.builds() == 2
+    assert len(tried) == 3  # from disk, as published, and from the private directory
+    assert find() is None
+    assert obtain().value == 42
+
+
+def test_nothing_may_be_executed_from_the_cache(here):
+    def load_elsewhere(path):
+        if path.is_relative_to(here.cache):
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    assert obtain(load=load_elsewhere).value == 42
+
+
+def test_planted_library_never_runs(here, entry, monkeypatch):
+    planted, marker = here.path / "planted.so", here.path / "marker"
+    monkeypatch.setenv("MARKER", str(marker))
+    monkeypatch.delenv("CXX")
+    source = """#include <cstdlib>
+        #include <sys/stat.h>
+        __attribute__((constructor)) static void run() { mkdir(std::getenv("MARKER"), 0700); }"""
+    build.build(build.find_compiler(), source + SOURCE, (), planted)
+    shutil.copyfile(planted, entry.library)
+    assert obtain().value == 42
+    assert not marker.exists()
+    load(planted)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(("fault", "message"), DIRECTORY_DAMAGE.values(), ids=DIRECTORY_DAMAGE)
+def test_directory_that_others_could_change(here, entry, fault, message):
+    if "belongs" in message and os.geteuid() != 0:
+        pytest.skip("only root can give a directory away")
+    fault(here.cache)
+    with pytest.warns(store.CacheWarning, match=message) as caught:
+        assert obtain().value == 42
+    assert len(caught) == 1
+    assert obtain().origin == "compiled"  # silently: warnings are errors here
+    assert here.builds() == 3
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o777])
+def test_modes_do_not_depend_on_umask(here, monkeypatch, umask):
+    monkeypatch.setenv("COMPILED_OPTIM_CACHE_DIR", str(here.cache / "new" / "deep"))
+    previous = os.umask(umask)
+    try:
+        store.open_store()
+        (here.cache / "lib").write_bytes(here.real.read_bytes())
+        with store.open_store().writer(KEY, 0) as held, build.private_directory() as private:
+            assert held
+            assert private.stat().st_mode & 0o777 == 0o700
+            store.open_store().publish(KEY, here.cache / "lib", {}, "")
+    finally:
+        os.umask(previous)
+    deep = here.cache / "new" / "deep"
+    assert {path.stat().st_mode & 0o777 for path in (here.cache, deep.parent, deep)} == {0o700}
+    assert {path.stat().st_mode & 0o777 for path in deep.iterdir()} == {0o600}
+    assert len(list(deep.iterdir())) == 3
+
+
+@pytest.fixture
+def gate(here):
+    gate = fault_tools.Gate(here)
+    yield gate
+    gate.close()
+
+
+def begin(key=KEY):
+    return libraries.begin(key, lambda: (SOURCE, FLAGS), load)
+
+
+def test_processes_on_one_cold_key_build_once(here, gate):
+    read_end, write_end = os.pipe()
+
+    def work():
+        pending = begin()
+        os.write(write_end, b".")
+        assert pending.result().value == 42
+
+    children = [in_child(work) for _ in range(8)]
+    for _ in children:
+        os.read(read_end, 1)  # all have begun while the one compiler still waits
+    gate.open()
+    assert [status_of(child) for child in children] == [0] * 8
+    assert here.builds() == 1
+    for descriptor in (read_end, write_end):
+        os.close(descriptor)
+
+
+def test_threads_on_one_cold_key_build_once(here, gate):
+    ready = threading.Barrier(9)
+
+    def work(_):
+        pending = begin()
+        ready.wait(10)
+        return pending.result().value
+
+    with ThreadPoolExecutor(8) as pool:
+        values = pool.map(work, range(8))
+        ready.wait(10)
+        gate.open()
+        assert list(values) == [42] * 8
+    assert here.builds() == 1
+
+
+def test_two_libraries_are_compiled_at_once(here, gate):
+    both = [begin(KEY), begin(OTHER_KEY)]
+    gate.wait()
+    gate.wait()
+    gate.open()
+    assert [pending.result().value for pending in both] == [42, 42]
+    assert both[0].result() is both[0].result()
+
+
+def test_stopped_lock_holder(here, monkeypatch):
+    monkeypatch.setattr(libraries, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(time, "time", itertools.count(1e9, -3600).__next__)  # a clock that is set back again and again
+
+    def hold():
+        with store.open_store().writer(KEY, 0) as held:
+            assert held
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    child = in_child(hold)
+    os.waitpid(child, os.WUNTRACED)
+    result = obtain()
+    assert (result.value, result.origin, store.counters.errors) == (42, "compiled", 1)
+    assert find() is None
+    os.kill(child, signal.SIGCONT)
+    assert status_of(child) == 0
+    obtain()
+    assert find() is not None
+
+
+def test_locks_that_do_not_work(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert obtain().value == 42
+    assert find() is None
+    assert store.counters.errors == 1
+
+
+PUBLISHING = [(name, nth) for name in ("open", "fchmod", "write", "fsync", "rename") for nth in (1, 2)]
+
+
+def obtain_failing(here, monkeypatch, name, nth, failure):
+    """Obtain a library, but the nth call of an os function by `publish` fails."""
+
+    def produce():
+        under = here.cache if name in ("open", "rename") else None  # these are called elsewhere, too
+        monkeypatch.setattr(os, name, fault_tools.failing(getattr(os, name), failure, nth, under))
+        return SOURCE, FLAGS
+
+    return libraries.obtain(KEY, produce, load)
+
+
+@pytest.mark.parametrize(("name", "nth"), PUBLISHING)
+def test_writer_killed_while_publishing(here, monkeypatch, name, nth):
+    monkeypatch.setattr(tempfile, "tempdir", str(here.path))  # the dead cannot tidy up here
+    child = in_child(lambda: obtain_failing(here, monkeypatch, name, nth, fault_tools.die))
+    assert status_of(child) == -signal.SIGKILL
+    assert find() is None
+    assert [obtain().origin for _ in range(2)] == ["compiled", "disk"]
+    assert store.counters == store.Counters()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize(("name", "nth"), PUBLISHING)
+def test_failure_while_publishing(here, monkeypatch, name, nth, number):
+    def fail():
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        result = obtain_failing(here, patch, name, nth, fail)
+    assert (result.value, result.origin, store.counters.errors) == (42, "compiled", 1)
+    assert os.strerror(number) in store.counters.reasons[0]
+    assert not list(here.cache.glob("*.tmp"))
+    assert find() is None
+    assert [obtain().origin for _ in range(2)] == ["compiled", "disk"]
+
+
+def test_child_forked_while_compiling_disturbs_nothing(here, gate):
+    pending = [begin()]
+    gate.wait()
+
+    def work():
+        with pytest.raises(build.BuildError, match="not by this one"):
+            pending[0].result()
+        pending.clear()
+        with store.open_store().writer(KEY, 0) as held:
+            assert not held
+
+    assert status_of(in_child(work)) == 0
+    gate.open()
+    assert pending[0].result().value == 42
+    assert find() is not None
+
+
+def test_dropped_while_compiling(here, gate):
+    pending = begin()
+    gate.wait()
+    del pending
+    assert os.listdir(here.temporary) == []
+    with store.open_store().writer(KEY, 0) as held:
+        assert held
+
+
+def test_unreadable_entry_is_left_alone(here, entry, monkeypatch):
+    def fail():
+        raise OSError(errno.EMFILE, "too many open files")
+
+    before = contents(here.cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fault_tools.failing(os.open, fail, under=here.cache))
+        assert find() is None
+    assert (store.counters.bad, store.counters.errors) == (0, 1)
+    assert contents(here.cache) == before
+    assert obtain().origin == "disk"
+
+
+def test_read_only(here, entry, monkeypatch):
+    fault_tools.read_only(monkeypatch, here.cache)
+    assert obtain().origin == "disk"
+    assert obtain(OTHER_KEY).value == 42
+    assert (store.counters.bad, store.counters.errors) == (0, 1)
+
+
+def test_read_only_and_damaged(here, entry, monkeypatch):
+    fault_tools.flip_bit(entry.library, 1000, 3)
+    fault_tools.read_only(monkeypatch, here.cache)
+    assert obtain().value == 42
+    assert store.counters.bad > 0
+
+
+def test_read_only_without_a_directory(here, monkeypatch):
+    fault_tools.read_only(monkeypatch, here.cache)
+    with pytest.warns(store.CacheWarning, match=os.strerror(errno.EROFS)):
+        assert obtain().value == 42
+
+
+@pytest.mark.parametrize(("body", "error", "message"), BAD_COMPILERS.values(), ids=BAD_COMPILERS)
+def test_bad_compiler(here, body, error, message):
+    good = os.environ["CXX"]
+    here.use(program(here.path / "bad", body))
+    with pytest.raises(error, match=message) as caught:
+        obtain()
+    assert str(caught.value).replace("\n", "").isprintable()
+    assert len(str(caught.value)) < 6000
+    assert find() is None
+    here.use(good)
+    assert obtain().value == 42
+
+
+def test_compiler_that_hangs(here):
+    hanging = fault_tools.Hanging(here)
+    with build.private_directory() as private:
+        started = build.start_build(build.find_compiler(), SOURCE, FLAGS, private / "library.so", seconds=0.3)
+        hanging.wait()
+        with pytest.raises(build.BuildError, match=r"longer than 0\.3 s"):
+            started.wait()
+    hanging.wait_for_death()
+
+
+def test_interrupt_while_compiling(here):
+    def work():
+        with pytest.raises(KeyboardInterrupt):
+            obtain()
+        assert os.listdir(here.temporary) == []
+
+    hanging = fault_tools.Hanging(here)
+    child = in_child(work)
+    hanging.wait()
+    os.kill(child, signal.SIGINT)
+    assert status_of(child) == 0
+    hanging.wait_for_death()
+    assert [path.name for path in here.cache.iterdir()] == [f"{KEY}.lock"]
+
+
+def test_no_place_for_temporary_files(here, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(here.path / "absent"))
+    with pytest.raises(build.BuildError, match="no private directory"):
+        obtain()
+
+
+@pytest.mark.parametrize("name", ["with space", "ünï-cødé-目", "-dash", "new\nline", "quo'te\"$(x)"])
+def test_odd_paths(here, monkeypatch, name):
+    odd = here.path / name
+    odd.mkdir()
+    monkeypatch.delenv("CXX")
+    compiler = odd / "c++"
+    compiler.symlink_to(build.find_compiler().path)
+    here.use(compiler)
+    monkeypatch.setenv("COMPILED_OPTIM_CACHE_DIR", str(odd / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(odd))
+    assert [obtain().origin for _ in range(2)] == ["compiled", "disk"]
+
+
+def test_compiler_is_looked_for(here, monkeypatch, tmp_path):
+    for name in ("g++", "clang++"):
+        program(tmp_path / name, "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX")
+    assert build.find_compiler().path == str(tmp_path / "g++")
+    (tmp_path / "g++").unlink()
+    found = build.find_compiler()
+    assert found.path == str(tmp_path / "clang++")
+    program(tmp_path / "clang++", "# upgraded")
+    assert build.find_compiler().fingerprint != found.fingerprint
+    program(tmp_path / "ccache", "")
+    monkeypatch.setenv("CXX", "ccache clang++ -m64")
+    wrapped = build.find_compiler()
+    assert (wrapped.path, wrapped.arguments) == (str(tmp_path / "ccache"), ("clang++", "-m64"))
+    program(tmp_path / "clang++", "# upgraded again")
+    assert build.find_compiler().fingerprint != wrapped.fingerprint
+    for missing in ("absent", "g++ 'open quotation"):
+        monkeypatch.setenv("CXX", missing)
+        assert build.find_compiler() is None
+
+
+def test_cache_directory(monkeypatch, tmp_path):
+    assert settings.cache_directory() == tmp_path / "cache"
+    monkeypatch.setenv("COMPILED_OPTIM_CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert str(settings.cache_directory()) == "/xdg/compiled_optim"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(settings.cache_directory()) == "/home/me/.cache/compiled_optim"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert settings.cache_directory() is None
+    with pytest.warns(store.CacheWarning, match="no home directory"):
+        assert store.open_store() is None
+
+
+def test_switches(monkeypatch):
+    for name, function, default in [
+        ("COMPILED_OPTIM_DISK_CACHE", settings.disk_cache, True),
+        ("COMPILED_OPTIM_DISABLE", settings.disabled, False),
+        ("COMPILED_OPTIM_STRICT", settings.strict, False),
+    ]:
+        for value, expected in [("", default), ("0", False), ("False", False), ("1", True), ("true", True)]:
+            monkeypatch.setenv(name, value)
+            assert function() is expected
+        monkeypatch.setenv(name, "maybe")
+        with pytest.raises(ValueError, match=f"{name}='maybe'"):
+            function()
+
+
+def test_machine_key(monkeypatch):
+    def key(*parts):
+        libraries._machine.cache_clear()
+        return libraries.machine_key(*parts)
+
+    keys = [key("a", "bc"), key("ab", "c"), key("abc")]
+    for target, name in [(torch, "__version__"), (torch.version, "git_version"), (sys, "platform")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, "other")
+            keys.append(key("abc"))
+    for name, value in [("__version__", "other"), ("SCHEMA", 0), ("_processor", lambda: "other")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(libraries, name, value)
+            keys.append(key("abc"))
+    assert len(set(keys)) == len(keys)
+    assert key("abc") == keys[2]
+    command = "from compiled_optim.cache import libraries; print(libraries.machine_key('abc'))"
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    printed = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.split() == [keys[2]]
