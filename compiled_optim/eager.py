@@ -1,4 +1,4 @@
-"""The eager execution: the rule on lists of tensors, on one tensor with its graph, or on the rows of a sparse gradient.
+"""The eager execution: the rule on buckets of tensors, on one tensor with its graph, or on rows of a sparse gradient.
 
 It is the default, and what every other execution falls back to.
 """
@@ -20,9 +20,8 @@ from compiled_optim.updates import Update, collect
 if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer
 
-# A list op makes a temporary of every tensor it is given. 2**18 elements keep the temporaries of one bucket in cache and
-# bound them, and leave a small model in one bucket.
-BUCKET_ELEMENTS = 1 << 18
+# Bounds the temporaries of a step, and keeps them in cache.
+BUCKET_ELEMENTS = 1 << 17
 
 
 Scalars = Callable[[int, Any], dict[str, Any]]
@@ -72,7 +71,7 @@ def run(
         if u.grad.is_sparse:
             run_rows(algorithm, u, switches[u.group], scalars(u.group, step))
         elif id(u.param) in seen:  # a parameter listed twice is stepped twice, one after the other
-            run_lists(algorithm, [u], switches[u.group], scalars(u.group, step))
+            run_bucket(algorithm, [u], switches[u.group], scalars(u.group, step))
         else:
             seen.add(id(u.param))
             lists[(step, u.kind)].append(u)
@@ -80,7 +79,7 @@ def run(
         group = members[0].group
         for bucket in buckets(members, 1 if one_by_one[group] else BUCKET_ELEMENTS):
             values = on_device(bucket, scalars) if step is None else scalars(group, step)
-            run_lists(algorithm, bucket, switches[group], values)
+            run_bucket(algorithm, bucket, switches[group], values)
 
 
 def on_device(members: list[Update], scalars: Scalars) -> dict[str, Any]:
@@ -102,23 +101,47 @@ def buckets(members: list[Update], limit: int) -> Iterator[list[Update]]:
     yield bucket
 
 
-def run_lists(algorithm: type[Optimizer], members: list[Update], on: Any, values: dict[str, Any]) -> None:
-    def column(tensors: list[Tensor]) -> TensorList:
-        return TensorList([torch.view_as_real(t) if t.is_complex() else t for t in tensors])
+def run_bucket(algorithm: type[Optimizer], members: list[Update], on: Any, values: dict[str, Any]) -> None:
+    """Updates one bucket: on CPU as one flat tensor, where a list op is a loop over tensors; elsewhere as lists."""
+    first = members[0]
+    columns = [[u.param for u in members], [u.grad for u in members]]
+    columns += [[u.state[name] for u in members] for name in first.buffers]
+    if first.param.is_complex():
+        columns = [[torch.view_as_real(t) for t in column] for column in columns]
+    if first.param.device.type != "cpu":
+        run_value(algorithm, on, [TensorList(column) for column in columns], first.buffers, values)
+    elif len(members) == 1:
+        tensors = [column[0] for column in columns]
+        for piece in pieces(tensors):
+            run_value(algorithm, on, piece, first.buffers, values)
+    else:
+        flat = [torch._utils._flatten_dense_tensors(column) for column in columns]
+        run_value(algorithm, on, flat, first.buffers, values)
+        for column, source in zip([columns[0], *columns[2:]], [flat[0], *flat[2:]], strict=True):
+            torch._foreach_copy_(column, torch._utils._unflatten_dense_tensors(source, column))
 
-    params = column([u.param for u in members])
-    state = {name: column([u.state[name] for u in members]) for name in members[0].buffers}
-    new, new_state = apply(algorithm, on, params, column([u.grad for u in members]), state, values)
-    new.copy_into(params.tensors)
-    for name, tensors in state.items():
-        new_state[name].copy_into(tensors.tensors)
+
+def run_value(algorithm: type[Optimizer], on: Any, value: list[Any], buffers: tuple[str, ...], scalars: Any) -> None:
+    """Updates (parameter, gradient, buffers...) in place."""
+    state = {name: value[2 + i] for i, name in enumerate(buffers)}
+    new, new_state = apply(algorithm, on, value[0], value[1], state, scalars)
+    value[0].copy_(new)
+    for name, tensor in state.items():
+        tensor.copy_(new_state[name])
+
+
+def pieces(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+    """A large update cut into parts whose temporaries stay in cache, if its tensors lie in memory one after the other."""
+    if tensors[0].numel() <= BUCKET_ELEMENTS or not all(t.is_contiguous() for t in tensors):
+        return [tensors]
+    return map(list, zip(*(t.view(-1).split(BUCKET_ELEMENTS) for t in tensors), strict=True))
 
 
 def run_rows(algorithm: type[Optimizer], u: Update, on: Any, values: dict[str, Any]) -> None:
     """A sparse gradient. Where the rule leaves a row without gradient as it is, only the touched rows are visited."""
     grad = u.grad.coalesce()
     if not algorithm.keeps_untouched_rows(on) or grad.sparse_dim() != 1:
-        run_lists(algorithm, [replace(u, grad=grad.to_dense())], on, values)
+        run_bucket(algorithm, [replace(u, grad=grad.to_dense())], on, values)
         return
     rows = grad.indices()[0]
     new, _ = apply(algorithm, on, u.param.index_select(0, rows), grad.values(), {}, values)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from compiled_optim import lower
-from compiled_optim.rule import apply, arithmetic_dtype
+from compiled_optim.eager import run_value
+from compiled_optim.rule import arithmetic_dtype
 from compiled_optim.tensor_list import TensorList
 from compiled_optim.updates import Update
 
@@ -101,13 +102,9 @@ def _compile(
     algorithm: type[Optimizer], on: Any, buffers: tuple[str, ...], scalar_names: tuple[str, ...]
 ) -> Callable[..., None]:
     def step(params: list[Tensor], grads: list[Tensor], state: list[list[Tensor]], scalars: list[Tensor]) -> None:
-        old = {name: TensorList(tensors) for name, tensors in zip(buffers, state)}  # noqa: B905
         # as lists of 0-d tensors: Dynamo takes a list value times a tensor for an operation of the tensor
         values = {name: TensorList([scalar] * len(params)) for name, scalar in zip(scalar_names, scalars)}  # noqa: B905
-        new, new_state = apply(algorithm, on, TensorList(params), TensorList(grads), old, values)
-        new.copy_into(params)
-        for name, tensors in old.items():
-            new_state[name].copy_into(tensors.tensors)
+        run_value(algorithm, on, [TensorList(t) for t in (params, grads, *state)], buffers, values)
 
     # Dynamo keeps its graphs, and their limit of 8, by code object: each list of shapes gets one of its own.
     code = step.__code__.replace(co_name=f"foreach_step_{next(_numbers)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 if TYPE_CHECKING:
     from compiled_optim.trace import Traced
@@ -182,6 +183,17 @@ def without_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
     if "torch._dynamo.eval_frame" not in sys.modules or torch._C._dynamo.eval_frame.get_eval_frame_callback() is None:
         return function
     return torch.compiler.disable(function)  # type: ignore[no-any-return]
+
+
+def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a hook or a profiler wants to know of a step."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def kernels_generated() -> int:

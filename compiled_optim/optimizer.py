@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from compiled_optim import execution
+from compiled_optim import execution, lower
 from compiled_optim.declare import FIELDS, Choice, Declaration, Flag, buffer, coerce, counter, flag, number
 
 
@@ -102,6 +102,14 @@ class Optimizer(torch.optim.Optimizer):
         Returns:
             The loss of ``closure``, or None.
         """
+        # A step overridden in a subclass was wrapped by torch, which has run the hooks.
+        if lower.step_is_observed(self) and type(self).step is Optimizer.step:
+            return _observed_step(self, closure=closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it: 10 us a step, hooks or none
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -196,6 +204,10 @@ class Optimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients, as in torch.optim."""
         _undecorated("zero_grad")(self, set_to_none)
+
+
+# with the hooks, and an entry in the profiler
+_observed_step = torch.optim.Optimizer.profile_hook_step(Optimizer._step)
 
 
 def _undecorated(name: str) -> Callable[..., Any]:

@@ -78,5 +78,5 @@ class TensorList:
     def sign(self) -> TensorList:
         return TensorList(torch._foreach_sign(self.tensors))
 
-    def copy_into(self, targets: Sequence[Tensor]) -> None:
-        torch._foreach_copy_(targets, self.tensors)
+    def copy_(self, source: TensorList) -> None:
+        torch._foreach_copy_(self.tensors, source.tensors)

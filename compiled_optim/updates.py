@@ -60,12 +60,16 @@ def collect(optimizer: Optimizer, choices: list[Choice], only: Iterable[tuple[in
             raise RuntimeError(f"{declaration.name} does not support sparse gradients, please consider SparseAdam instead")
         if groups[i].get("capturable") and p.device.type == "cpu":
             raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got a parameter on {p.device}")
+    kept = [declaration.kept(choice.switches) for choice in choices]
+    slots = [("step", *names) if declaration.counted else names for names in kept]
     updates = []
     for i, p, grad in with_gradient:
-        on = choices[i].switches
-        made = optimizer.make_state(p, groups[i], on)
-        state = optimizer.state[p] if made or p in optimizer.state else {}
-        state.update(made)
-        buffers = declaration.kept(on)
-        updates.append(Update(i, p, grad, state, buffers, declaration.counted, any(b in made for b in buffers)))
+        state = optimizer.state[p] if p in optimizer.state else {}
+        fresh = False
+        if not all(state.get(name) is not None for name in slots[i]):
+            made = optimizer.make_state(p, groups[i], choices[i].switches)
+            fresh = any(name in made for name in kept[i])
+            state = optimizer.state[p]
+            state.update(made)
+        updates.append(Update(i, p, grad, state, kept[i], declaration.counted, fresh))
     return updates

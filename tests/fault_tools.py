@@ -9,21 +9,55 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 SOURCE = 'extern "C" int answer() { return 42; }'
+Call = Callable[..., Any]
+Failure = Callable[[], object]
+Damage = Callable[[Path], object]
 KEY, OTHER_KEY = "0123456789abcdef" * 2, "fedcba9876543210" * 2
 
 
-def program(path, body):
+@dataclass
+class Here:
+    """A place for one test: its cache, its temporary files, its compiler and how often that ran."""
+
+    path: Path
+    real: Path
+    monkeypatch: pytest.MonkeyPatch
+
+    def __post_init__(self) -> None:
+        self.cache, self.temporary, self.log = (self.path / name for name in ("cache", "temporary", "log"))
+        self.temporary.mkdir()
+        self.log.touch()
+        self.use(copying_compiler(self.path / "cxx", self.real, self.log))
+        self.monkeypatch.setenv("COMPILED_OPTIM_CACHE_DIR", str(self.cache))
+        self.monkeypatch.delenv("COMPILED_OPTIM_DISK_CACHE", raising=False)
+        self.monkeypatch.setattr(tempfile, "tempdir", str(self.temporary))
+
+    def use(self, compiler: Path | str) -> None:
+        self.monkeypatch.setenv("CXX", str(compiler))
+
+    def builds(self) -> int:
+        return self.log.read_text().count("built")
+
+
+def program(path: Path, body: str) -> Path:
     """An executable script, in shell unless it says otherwise; `$output` is the library that it is asked for."""
     path.write_text(body if body.startswith("#!") else f"#!/bin/sh\nfor output; do :; done\n{body}\n")
     path.chmod(0o700)
     return path
 
 
-def copying_compiler(path, library, log, before=""):
+def copying_compiler(path: Path, library: Path, log: Path, before: str = "") -> Path:
     """A compiler that hands out a finished library and adds a line to a log."""
     quoted = [shlex.quote(str(name)) for name in (log, library)]
     return program(path, f'echo built >> {quoted[0]}\n{before}\ncp {quoted[1]} "$output"')
@@ -32,7 +66,7 @@ def copying_compiler(path, library, log, before=""):
 class Gate:
     """A compiler that says it has started, then waits to be let through; any number of it may run."""
 
-    def __init__(self, here):
+    def __init__(self, here: Here) -> None:
         names = [here.path / "started", here.path / "go"]
         for name in names:
             os.mkfifo(name)
@@ -40,13 +74,13 @@ class Gate:
         before = "echo > {}; read line < {}".format(*(shlex.quote(str(name)) for name in names))
         here.use(copying_compiler(here.path / "gated", here.real, here.log, before))
 
-    def wait(self):
+    def wait(self) -> None:
         os.read(self._started, 1)
 
-    def open(self):
+    def open(self) -> None:
         os.write(self._go, b"\n" * 50)
 
-    def close(self):
+    def close(self) -> None:
         os.close(self._started)
         os.close(self._go)
 
@@ -54,7 +88,7 @@ class Gate:
 class Hanging:
     """A compiler that hangs, and so does a process that it started."""
 
-    def __init__(self, here):
+    def __init__(self, here: Here) -> None:
         alive, never = here.path / "alive", here.path / "never"
         os.mkfifo(alive)
         os.mkfifo(never)
@@ -63,19 +97,19 @@ class Hanging:
         self._writer = os.open(alive, os.O_WRONLY)
         here.use(program(here.path / "hangs", f"exec 9> '{alive}'; echo >&9; cat '{never}'; echo"))
 
-    def wait(self):
+    def wait(self) -> None:
         """Wait until it runs."""
         os.read(self._alive, 1)
-        os.close(self._writer)
 
-    def wait_for_death(self):
+    def wait_for_death(self) -> None:
         """Wait until the compiler and what it started are dead, which closes the last writing end of the FIFO."""
+        os.close(self._writer)
         while os.read(self._alive, 1):
             pass
         os.close(self._alive)
 
 
-def in_child(function):
+def in_child(function: Callable[..., Any]) -> int:
     """Run a function in a forked process, whose status is 0 if it returned and 1 if it raised."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 on: forking while torch has threads
@@ -92,16 +126,18 @@ def in_child(function):
         os._exit(status)
 
 
-def status_of(pid):
+def status_of(pid: int) -> int:
     """Wait for a child: its exit status, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def failing(function, failure, nth=1, under=None):
+def failing(
+    function: Callable[..., Any], failure: Failure, nth: int = 1, under: Path | None = None
+) -> Callable[..., Any]:
     """A stand-in for an os function whose nth call (on a path under a directory, if one is given) fails."""
     calls = 0
 
-    def stand_in(*arguments, **options):
+    def stand_in(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         if under is None or str(arguments[0]).startswith(str(under)):
             calls += 1
@@ -112,11 +148,11 @@ def failing(function, failure, nth=1, under=None):
     return stand_in
 
 
-def read_only(monkeypatch, directory):
+def read_only(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     """Root may write anywhere, so the system calls have to say no."""
 
-    def deny(function, denied):
-        def stand_in(*arguments, **options):
+    def deny(function: Callable[..., Any], denied: Callable[[tuple[Any, ...]], object]) -> Callable[..., Any]:
+        def stand_in(*arguments: Any, **options: Any) -> Any:
             if str(arguments[0]).startswith(str(directory)) and denied(arguments):
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS))
             return function(*arguments, **options)
@@ -128,18 +164,18 @@ def read_only(monkeypatch, directory):
         monkeypatch.setattr(os, name, deny(getattr(os, name), lambda _: True))
 
 
-def die():
+def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def flip_bit(path, offset, bit):
+def flip_bit(path: Path, offset: int, bit: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1 << bit
     path.unlink()
     path.write_bytes(data)
 
 
-def rewrite(manifest, drop=(), **changes):
+def rewrite(manifest: Path, drop: Sequence[str] = (), **changes: object) -> None:
     """Change a manifest as somebody would who knows how it is sealed."""
     fields = {**json.loads(manifest.read_bytes()), **changes}
     del fields["digest"]
@@ -152,32 +188,43 @@ def rewrite(manifest, drop=(), **changes):
 class Planted:
     """Unpickling this leaves a mark."""
 
-    def __init__(self, marker):
+    def __init__(self, marker: Path) -> None:
         self.marker = marker
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
         return os.mkdir, (str(self.marker),)
 
 
-def replaced(make):
-    def damage(path):
+def replaced(make: Damage) -> Damage:
+    def damage(path: Path) -> None:
         path.unlink()
         make(path)
 
     return damage
 
 
-def _linked(path):
+def _linked(path: Path) -> None:
     os.rename(path, path.parent.parent / path.name)
     os.symlink(path.parent.parent / path.name, path)
 
 
-def _sparse(path):
+def _escaping(path: Path) -> None:
+    (path.parent / f"{KEY}-").mkdir()  # makes the name below one that exists
+    rewrite(path, sha256="/../../secret")
+
+
+def _of_another_key(path: Path) -> None:
+    rewrite(path, key=OTHER_KEY)
+    library = next(path.parent.glob("*.so"))
+    shutil.copy(library, library.with_name(library.name.replace(KEY, OTHER_KEY)))
+
+
+def _sparse(path: Path) -> None:
     os.truncate(path, 2**40)
 
 
 # Each is done to the manifest and to the library.
-FILE_DAMAGE = {
+FILE_DAMAGE: dict[str, Damage] = {
     "empty": lambda path: os.truncate(path, 0),
     "garbage": lambda path: path.write_bytes(os.urandom(4000)),
     "directory": replaced(os.mkdir),
@@ -190,15 +237,15 @@ FILE_DAMAGE = {
     "foreign owner": lambda path: os.chown(path, 12345, -1),
     "pickle": lambda path: path.write_bytes(pickle.dumps(Planted(path.parent.parent / "marker"))),
 }
-MANIFEST_DAMAGE = {
+MANIFEST_DAMAGE: dict[str, Damage] = {
     "extra key": lambda path: rewrite(path, surprise=1),
     "missing key": lambda path: rewrite(path, drop=["facts"]),
     "not an object": lambda path: path.write_text("[]"),
     "nested too deep": lambda path: path.write_text("[" * 500_000),
     "other schema": lambda path: rewrite(path, schema=0),
-    "other key": lambda path: rewrite(path, key=OTHER_KEY),
+    "other key": _of_another_key,
     "wrong hash": lambda path: rewrite(path, sha256=json.loads(path.read_bytes())["sha256"][:16] + "0" * 48),
-    "hash with ..": lambda path: rewrite(path, sha256="/../../secret"),
+    "hash with ..": _escaping,
     "hash of another type": lambda path: rewrite(path, sha256=7),
     "size of another type": lambda path: rewrite(path, size="1"),
     "size too small": lambda path: rewrite(path, size=100),
@@ -213,17 +260,17 @@ DAMAGE = [
 ]
 
 
-def _link_directory(cache):
+def _link_directory(cache: Path) -> None:
     os.rename(cache, cache.with_name("real"))
     cache.symlink_to(cache.with_name("real"))
 
 
-def _file_for_directory(cache):
+def _file_for_directory(cache: Path) -> None:
     shutil.rmtree(cache)
     cache.touch()
 
 
-DIRECTORY_DAMAGE = {
+DIRECTORY_DAMAGE: dict[str, tuple[Damage, str]] = {
     "foreign owner": (lambda cache: os.chown(cache, 12345, -1), "belongs to user 12345"),
     "group can write": (lambda cache: cache.chmod(0o770), "mode 770"),
     "world can write": (lambda cache: cache.chmod(0o707), "mode 707"),
@@ -231,7 +278,7 @@ DIRECTORY_DAMAGE = {
     "file": (_file_for_directory, "expected a directory"),
     "replaceable": (lambda cache: cache.parent.chmod(0o777), "can be replaced by others"),
 }
-BAD_COMPILERS = {
+BAD_COMPILERS: dict[str, tuple[str, type[Exception], str]] = {
     "fails": ("echo 'x.cpp:1: error: }' >&2; exit 1", RuntimeError, r"status 1: .*-shared[^\n]*\nx.cpp:1: error: }"),
     "prints garbage": (r"head -c 100000 /dev/urandom; printf '\033[2J'; exit 3", RuntimeError, "status 3"),
     "is killed": ("kill -9 $$", RuntimeError, "status -9"),

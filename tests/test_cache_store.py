@@ -13,58 +13,82 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import fault_tools
 import pytest
 import torch
-from fault_tools import BAD_COMPILERS, DAMAGE, DIRECTORY_DAMAGE, KEY, OTHER_KEY, SOURCE, in_child, program, status_of
+from fault_tools import (
+    BAD_COMPILERS,
+    DAMAGE,
+    DIRECTORY_DAMAGE,
+    KEY,
+    OTHER_KEY,
+    SOURCE,
+    Damage,
+    Gate,
+    Here,
+    in_child,
+    program,
+    status_of,
+)
 
 from compiled_optim import settings
 from compiled_optim.cache import build, libraries, store
 
 FLAGS = ("-O1",)
+Patch = pytest.MonkeyPatch
 
 
-def load(path):
-    return ctypes.CDLL(str(path)).answer()
+class Entry(NamedTuple):
+    manifest: Path
+    library: Path
 
 
-def obtain(key=KEY, load=load, **options):
+def load(path: Path) -> int:
+    return int(ctypes.CDLL(str(path)).answer())
+
+
+def obtain(key: str = KEY, load: Callable[[Path], Any] = load, **options: Any) -> libraries.Library[Any]:
     return libraries.obtain(key, lambda: (SOURCE, FLAGS), load, **options)
 
 
-def find(fingerprint=None):
-    return store.open_store().find(KEY, fingerprint)
+def opened() -> store.Store:
+    found = store.open_store()
+    assert found is not None
+    return found
+
+
+def found_compiler() -> build.Compiler:
+    compiler = build.find_compiler()
+    assert compiler is not None
+    return compiler
+
+
+def find(fingerprint: str | None = None) -> store.Entry | None:
+    return opened().find(KEY, fingerprint)
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library compiled once by the compiler of this machine."""
     output = tmp_path_factory.mktemp("real") / "real.so"
-    build.build(build.find_compiler(), SOURCE, FLAGS, output)
+    build.build(found_compiler(), SOURCE, FLAGS, output)
     return output
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch, real):
+def here(tmp_path: Path, monkeypatch: Patch, real: Path) -> Iterator[Here]:
     """An empty cache and a fast compiler. Afterwards nothing temporary may be left, and no test may hang."""
-    here = SimpleNamespace(
-        path=tmp_path, cache=tmp_path / "cache", temporary=tmp_path / "temporary", log=tmp_path / "log", real=real
-    )
-    here.temporary.mkdir()
-    here.log.touch()
-    here.builds = lambda: here.log.read_text().count("built")
-    here.use = lambda compiler: monkeypatch.setenv("CXX", str(compiler))
-    here.use(fault_tools.copying_compiler(tmp_path / "cxx", real, here.log))
-    monkeypatch.setenv("COMPILED_OPTIM_CACHE_DIR", str(here.cache))
-    monkeypatch.delenv("COMPILED_OPTIM_DISK_CACHE", raising=False)
-    monkeypatch.setattr(tempfile, "tempdir", str(here.temporary))
+    here = Here(tmp_path, real, monkeypatch)
     for name, value in vars(store.Counters()).items():
         monkeypatch.setattr(store.counters, name, value)
 
-    def too_late(*_):
+    def too_late(*_: object) -> NoReturn:
         raise TimeoutError("the test hangs")
 
     previous = signal.signal(signal.SIGALRM, too_late)
@@ -77,18 +101,18 @@ def here(tmp_path, monkeypatch, real):
 
 
 @pytest.fixture
-def entry(here):
+def entry(here: Here) -> Entry:
     """A published entry, and the paths of its files; not loaded, since damage to a mapped file kills a process."""
     obtain(load=lambda _: None)
     (library,) = here.cache.glob("*.so")
-    return SimpleNamespace(manifest=here.cache / f"{KEY}.json", library=library)
+    return Entry(here.cache / f"{KEY}.json", library)
 
 
-def contents(directory):
+def contents(directory: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.lstat().st_mtime_ns, path.lstat().st_ino) for path in directory.iterdir()}
 
 
-def test_compiled_once_then_read_without_writing(here):
+def test_compiled_once_then_read_without_writing(here: Here) -> None:
     first = obtain(facts={"order": ["p", "g"], "count": 2, "limit": 0.1})
     before = contents(here.cache)
     second = obtain(facts={"order": []})
@@ -101,18 +125,20 @@ def test_compiled_once_then_read_without_writing(here):
     assert store.counters == store.Counters()
 
 
-def test_facts_may_be_found_while_producing():
+def test_facts_may_be_found_while_producing() -> None:
     facts = {}
 
-    def produce():
+    def produce() -> tuple[str, Sequence[str]]:
         facts["kernels"] = 1
         return SOURCE, FLAGS
 
     assert libraries.obtain(KEY, produce, load, facts).facts == {"kernels": 1}
-    assert find().facts == {"kernels": 1}
+    found = find()
+    assert found is not None
+    assert found.facts == {"kernels": 1}
 
 
-def test_another_compiler_is_a_miss_and_none_is_a_hit(here, entry):
+def test_another_compiler_is_a_miss_and_none_is_a_hit(here: Here, entry: Entry) -> None:
     here.use(fault_tools.copying_compiler(here.path / "newer", here.real, here.log))
     assert obtain().origin == "compiled"
     assert here.builds() == 2
@@ -123,28 +149,29 @@ def test_another_compiler_is_a_miss_and_none_is_a_hit(here, entry):
     assert store.counters.bad == 0
 
 
-def test_switched_off(here, monkeypatch):
+def test_switched_off(here: Here, monkeypatch: Patch) -> None:
     monkeypatch.setenv("COMPILED_OPTIM_DISK_CACHE", "0")
     assert [obtain().origin for _ in range(2)] == ["compiled", "compiled"]
     assert not here.cache.exists()
 
 
-def test_clear_removes_only_our_files(here, entry, monkeypatch):
+def test_clear_removes_only_our_files(here: Here, entry: Entry, monkeypatch: Patch) -> None:
     (here.cache / "notes.json").touch()
     (here.cache / f"{KEY}.json.bad").touch()
     (here.cache / f"{KEY}.json.{'0' * 16}.tmp").touch()
     names = [*os.listdir(here.cache), f"{OTHER_KEY}.json"]  # the last one has just been deleted by somebody else
     with monkeypatch.context() as patch:
         patch.setattr(os, "listdir", lambda _: names)
-        store.open_store().clear()
+        opened().clear()
     assert [path.name for path in here.cache.iterdir()] == ["notes.json"]
 
 
 @pytest.mark.parametrize(("part", "damage"), [pytest.param(*case, id=name) for name, *case in DAMAGE])
-def test_bad_entry_is_set_aside_once_and_rebuilt(here, entry, part, damage):
+def test_bad_entry_is_set_aside_once_and_rebuilt(here: Here, entry: Entry, part: str, damage: Damage) -> None:
     if "foreign" in os.environ["PYTEST_CURRENT_TEST"] and os.geteuid() != 0:
         pytest.skip("only root can give a file away")
     (here.path / "other.so").write_bytes(here.real.read_bytes()[::-1])
+    (here.path / "secret.so").touch()
     damage(getattr(entry, part))
     assert find() is None
     assert store.counters.bad == len(store.counters.reasons) == 1
@@ -155,9 +182,10 @@ def test_bad_entry_is_set_aside_once_and_rebuilt(here, entry, part, damage):
     assert store.counters.bad == 1
     assert store.counters.errors == 0
     assert not (here.path / "marker").exists()
+    assert (here.path / "secret.so").exists()
 
 
-def damaged_copies(path, damages):
+def damaged_copies(path: Path, damages: Sequence[Callable[[], object]]) -> int:
     """Apply each damage to a fresh entry; how many of them were found out."""
     good = {file: file.read_bytes() for file in path.parent.iterdir()}
     assert find() is not None
@@ -172,26 +200,26 @@ def damaged_copies(path, damages):
 
 
 @pytest.mark.parametrize("part", ["manifest", "library"])
-def test_every_truncation_and_flipped_bit_is_found(entry, part):
+def test_every_truncation_and_flipped_bit_is_found(entry: Entry, part: str) -> None:
     path = getattr(entry, part)
     size = path.stat().st_size
     sizes = [size * i // 25 for i in range(25)]
-    assert damaged_copies(path, [lambda s=s: os.truncate(path, s) for s in sizes]) == 25
+    assert damaged_copies(path, [partial(os.truncate, path, s) for s in sizes]) == 25
     flips = [(size * i // 50, i % 8) for i in range(50)]
-    assert damaged_copies(path, [lambda f=f: fault_tools.flip_bit(path, *f) for f in flips]) == 50
+    assert damaged_copies(path, [partial(fault_tools.flip_bit, path, *flip) for flip in flips]) == 50
     assert store.counters.bad == 75
     assert len(store.counters.reasons) == 20
 
 
-def test_no_manifest_is_a_plain_miss(here, entry):
+def test_no_manifest_is_a_plain_miss(here: Here, entry: Entry) -> None:
     entry.manifest.unlink()
     assert find() is None
     assert obtain().origin == "compiled"
     assert store.counters == store.Counters()
 
 
-def test_deleted_between_manifest_and_load(here, entry):
-    def load_late(path):
+def test_deleted_between_manifest_and_load(here: Here, entry: Entry) -> None:
+    def load_late(path: Path) -> bytes:
         if here.builds() == 1:
             path.unlink()
         return path.read_bytes()[:4]
@@ -201,10 +229,10 @@ def test_deleted_between_manifest_and_load(here, entry):
     assert store.counters.bad == 1
 
 
-def test_library_that_does_not_load_is_rebuilt_once(here, entry):
+def test_library_that_does_not_load_is_rebuilt_once(here: Here, entry: Entry) -> None:
     tried = []
 
-    def refuse(path):
+    def refuse(path: Path) -> NoReturn:
         tried.append(path)
         raise ImportError("made for another interface")
 
@@ -216,8 +244,8 @@ def test_library_that_does_not_load_is_rebuilt_once(here, entry):
     assert obtain().value == 42
 
 
-def test_nothing_may_be_executed_from_the_cache(here):
-    def load_elsewhere(path):
+def test_nothing_may_be_executed_from_the_cache(here: Here) -> None:
+    def load_elsewhere(path: Path) -> int:
         if path.is_relative_to(here.cache):
             raise OSError("failed to map segment from shared object")
         return load(path)
@@ -225,14 +253,14 @@ def test_nothing_may_be_executed_from_the_cache(here):
     assert obtain(load=load_elsewhere).value == 42
 
 
-def test_planted_library_never_runs(here, entry, monkeypatch):
+def test_planted_library_never_runs(here: Here, entry: Entry, monkeypatch: Patch) -> None:
     planted, marker = here.path / "planted.so", here.path / "marker"
     monkeypatch.setenv("MARKER", str(marker))
     monkeypatch.delenv("CXX")
     source = """#include <cstdlib>
         #include <sys/stat.h>
         __attribute__((constructor)) static void run() { mkdir(std::getenv("MARKER"), 0700); }"""
-    build.build(build.find_compiler(), source + SOURCE, (), planted)
+    build.build(found_compiler(), source + SOURCE, (), planted)
     shutil.copyfile(planted, entry.library)
     assert obtain().value == 42
     assert not marker.exists()
@@ -241,7 +269,7 @@ def test_planted_library_never_runs(here, entry, monkeypatch):
 
 
 @pytest.mark.parametrize(("fault", "message"), DIRECTORY_DAMAGE.values(), ids=DIRECTORY_DAMAGE)
-def test_directory_that_others_could_change(here, entry, fault, message):
+def test_directory_that_others_could_change(here: Here, entry: Entry, fault: Damage, message: str) -> None:
     if "belongs" in message and os.geteuid() != 0:
         pytest.skip("only root can give a directory away")
     fault(here.cache)
@@ -253,16 +281,15 @@ def test_directory_that_others_could_change(here, entry, fault, message):
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o777])
-def test_modes_do_not_depend_on_umask(here, monkeypatch, umask):
+def test_modes_do_not_depend_on_umask(here: Here, monkeypatch: Patch, umask: int) -> None:
     monkeypatch.setenv("COMPILED_OPTIM_CACHE_DIR", str(here.cache / "new" / "deep"))
     previous = os.umask(umask)
     try:
         store.open_store()
-        (here.cache / "lib").write_bytes(here.real.read_bytes())
-        with store.open_store().writer(KEY, 0) as held, build.private_directory() as private:
+        with opened().writer(KEY, 0) as held, build.private_directory() as private:
             assert held
             assert private.stat().st_mode & 0o777 == 0o700
-            store.open_store().publish(KEY, here.cache / "lib", {}, "")
+            opened().publish(KEY, here.real, {}, "")
     finally:
         os.umask(previous)
     deep = here.cache / "new" / "deep"
@@ -272,20 +299,20 @@ def test_modes_do_not_depend_on_umask(here, monkeypatch, umask):
 
 
 @pytest.fixture
-def gate(here):
-    gate = fault_tools.Gate(here)
+def gate(here: Here) -> Iterator[Gate]:
+    gate = Gate(here)
     yield gate
     gate.close()
 
 
-def begin(key=KEY):
+def begin(key: str = KEY) -> libraries.Pending[int]:
     return libraries.begin(key, lambda: (SOURCE, FLAGS), load)
 
 
-def test_processes_on_one_cold_key_build_once(here, gate):
+def test_processes_on_one_cold_key_build_once(here: Here, gate: Gate) -> None:
     read_end, write_end = os.pipe()
 
-    def work():
+    def work() -> None:
         pending = begin()
         os.write(write_end, b".")
         assert pending.result().value == 42
@@ -300,10 +327,10 @@ def test_processes_on_one_cold_key_build_once(here, gate):
         os.close(descriptor)
 
 
-def test_threads_on_one_cold_key_build_once(here, gate):
+def test_threads_on_one_cold_key_build_once(here: Here, gate: Gate) -> None:
     ready = threading.Barrier(9)
 
-    def work(_):
+    def work(_: object) -> int:
         pending = begin()
         ready.wait(10)
         return pending.result().value
@@ -316,7 +343,7 @@ def test_threads_on_one_cold_key_build_once(here, gate):
     assert here.builds() == 1
 
 
-def test_two_libraries_are_compiled_at_once(here, gate):
+def test_two_libraries_are_compiled_at_once(here: Here, gate: Gate) -> None:
     both = [begin(KEY), begin(OTHER_KEY)]
     gate.wait()
     gate.wait()
@@ -325,12 +352,12 @@ def test_two_libraries_are_compiled_at_once(here, gate):
     assert both[0].result() is both[0].result()
 
 
-def test_stopped_lock_holder(here, monkeypatch):
+def test_stopped_lock_holder(here: Here, monkeypatch: Patch) -> None:
     monkeypatch.setattr(libraries, "LOCK_SECONDS", 0.1)
     monkeypatch.setattr(time, "time", itertools.count(1e9, -3600).__next__)  # a clock that is set back again and again
 
-    def hold():
-        with store.open_store().writer(KEY, 0) as held:
+    def hold() -> None:
+        with opened().writer(KEY, 0) as held:
             assert held
             os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -345,8 +372,8 @@ def test_stopped_lock_holder(here, monkeypatch):
     assert find() is not None
 
 
-def test_locks_that_do_not_work(monkeypatch):
-    def refuse(*_):
+def test_locks_that_do_not_work(monkeypatch: Patch) -> None:
+    def refuse(*_: object) -> NoReturn:
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
@@ -358,10 +385,12 @@ def test_locks_that_do_not_work(monkeypatch):
 PUBLISHING = [(name, nth) for name in ("open", "fchmod", "write", "fsync", "rename") for nth in (1, 2)]
 
 
-def obtain_failing(here, monkeypatch, name, nth, failure):
+def obtain_failing(
+    here: Here, monkeypatch: Patch, name: str, nth: int, failure: Callable[[], object]
+) -> libraries.Library[int]:
     """Obtain a library, but the nth call of an os function by `publish` fails."""
 
-    def produce():
+    def produce() -> tuple[str, Sequence[str]]:
         under = here.cache if name in ("open", "rename") else None  # these are called elsewhere, too
         monkeypatch.setattr(os, name, fault_tools.failing(getattr(os, name), failure, nth, under))
         return SOURCE, FLAGS
@@ -370,7 +399,7 @@ def obtain_failing(here, monkeypatch, name, nth, failure):
 
 
 @pytest.mark.parametrize(("name", "nth"), PUBLISHING)
-def test_writer_killed_while_publishing(here, monkeypatch, name, nth):
+def test_writer_killed_while_publishing(here: Here, monkeypatch: Patch, name: str, nth: int) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(here.path))  # the dead cannot tidy up here
     child = in_child(lambda: obtain_failing(here, monkeypatch, name, nth, fault_tools.die))
     assert status_of(child) == -signal.SIGKILL
@@ -381,8 +410,8 @@ def test_writer_killed_while_publishing(here, monkeypatch, name, nth):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
 @pytest.mark.parametrize(("name", "nth"), PUBLISHING)
-def test_failure_while_publishing(here, monkeypatch, name, nth, number):
-    def fail():
+def test_failure_while_publishing(here: Here, monkeypatch: Patch, name: str, nth: int, number: int) -> None:
+    def fail() -> NoReturn:
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
@@ -394,15 +423,15 @@ def test_failure_while_publishing(here, monkeypatch, name, nth, number):
     assert [obtain().origin for _ in range(2)] == ["compiled", "disk"]
 
 
-def test_child_forked_while_compiling_disturbs_nothing(here, gate):
+def test_child_forked_while_compiling_disturbs_nothing(here: Here, gate: Gate) -> None:
     pending = [begin()]
     gate.wait()
 
-    def work():
+    def work() -> None:
         with pytest.raises(build.BuildError, match="not by this one"):
             pending[0].result()
         pending.clear()
-        with store.open_store().writer(KEY, 0) as held:
+        with opened().writer(KEY, 0) as held:
             assert not held
 
     assert status_of(in_child(work)) == 0
@@ -411,17 +440,17 @@ def test_child_forked_while_compiling_disturbs_nothing(here, gate):
     assert find() is not None
 
 
-def test_dropped_while_compiling(here, gate):
+def test_dropped_while_compiling(here: Here, gate: Gate) -> None:
     pending = begin()
     gate.wait()
     del pending
     assert os.listdir(here.temporary) == []
-    with store.open_store().writer(KEY, 0) as held:
+    with opened().writer(KEY, 0) as held:
         assert held
 
 
-def test_unreadable_entry_is_left_alone(here, entry, monkeypatch):
-    def fail():
+def test_unreadable_entry_is_left_alone(here: Here, entry: Entry, monkeypatch: Patch) -> None:
+    def fail() -> NoReturn:
         raise OSError(errno.EMFILE, "too many open files")
 
     before = contents(here.cache)
@@ -433,28 +462,28 @@ def test_unreadable_entry_is_left_alone(here, entry, monkeypatch):
     assert obtain().origin == "disk"
 
 
-def test_read_only(here, entry, monkeypatch):
+def test_read_only(here: Here, entry: Entry, monkeypatch: Patch) -> None:
     fault_tools.read_only(monkeypatch, here.cache)
     assert obtain().origin == "disk"
     assert obtain(OTHER_KEY).value == 42
     assert (store.counters.bad, store.counters.errors) == (0, 1)
 
 
-def test_read_only_and_damaged(here, entry, monkeypatch):
+def test_read_only_and_damaged(here: Here, entry: Entry, monkeypatch: Patch) -> None:
     fault_tools.flip_bit(entry.library, 1000, 3)
     fault_tools.read_only(monkeypatch, here.cache)
     assert obtain().value == 42
     assert store.counters.bad > 0
 
 
-def test_read_only_without_a_directory(here, monkeypatch):
+def test_read_only_without_a_directory(here: Here, monkeypatch: Patch) -> None:
     fault_tools.read_only(monkeypatch, here.cache)
     with pytest.warns(store.CacheWarning, match=os.strerror(errno.EROFS)):
         assert obtain().value == 42
 
 
 @pytest.mark.parametrize(("body", "error", "message"), BAD_COMPILERS.values(), ids=BAD_COMPILERS)
-def test_bad_compiler(here, body, error, message):
+def test_bad_compiler(here: Here, body: str, error: type[Exception], message: str) -> None:
     good = os.environ["CXX"]
     here.use(program(here.path / "bad", body))
     with pytest.raises(error, match=message) as caught:
@@ -466,73 +495,84 @@ def test_bad_compiler(here, body, error, message):
     assert obtain().value == 42
 
 
-def test_compiler_that_hangs(here):
+def test_compiler_that_hangs(here: Here) -> None:
     hanging = fault_tools.Hanging(here)
     with build.private_directory() as private:
-        started = build.start_build(build.find_compiler(), SOURCE, FLAGS, private / "library.so", seconds=0.3)
+        started = build.start_build(found_compiler(), SOURCE, FLAGS, private / "library.so", seconds=0.3)
         hanging.wait()
         with pytest.raises(build.BuildError, match=r"longer than 0\.3 s"):
             started.wait()
     hanging.wait_for_death()
 
 
-def test_interrupt_while_compiling(here):
-    def work():
+@pytest.mark.parametrize("moment", ["starting", "waiting"])
+def test_interrupt_while_compiling(here: Here, monkeypatch: Patch, moment: str) -> None:
+    start = subprocess.Popen
+
+    def start_interrupted(*arguments: Any, **options: Any) -> Any:
+        process = start(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    def work() -> None:
+        if moment == "starting":
+            monkeypatch.setattr(subprocess, "Popen", start_interrupted)
         with pytest.raises(KeyboardInterrupt):
             obtain()
         assert os.listdir(here.temporary) == []
 
     hanging = fault_tools.Hanging(here)
     child = in_child(work)
-    hanging.wait()
-    os.kill(child, signal.SIGINT)
+    if moment == "waiting":
+        hanging.wait()
+        os.kill(child, signal.SIGINT)
     assert status_of(child) == 0
     hanging.wait_for_death()
     assert [path.name for path in here.cache.iterdir()] == [f"{KEY}.lock"]
 
 
-def test_no_place_for_temporary_files(here, monkeypatch):
+def test_no_place_for_temporary_files(here: Here, monkeypatch: Patch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(here.path / "absent"))
     with pytest.raises(build.BuildError, match="no private directory"):
         obtain()
 
 
 @pytest.mark.parametrize("name", ["with space", "ünï-cødé-目", "-dash", "new\nline", "quo'te\"$(x)"])
-def test_odd_paths(here, monkeypatch, name):
+def test_odd_paths(here: Here, monkeypatch: Patch, name: str) -> None:
     odd = here.path / name
     odd.mkdir()
     monkeypatch.delenv("CXX")
     compiler = odd / "c++"
-    compiler.symlink_to(build.find_compiler().path)
+    compiler.symlink_to(found_compiler().path)
     here.use(compiler)
     monkeypatch.setenv("COMPILED_OPTIM_CACHE_DIR", str(odd / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(odd))
     assert [obtain().origin for _ in range(2)] == ["compiled", "disk"]
 
 
-def test_compiler_is_looked_for(here, monkeypatch, tmp_path):
+def test_compiler_is_looked_for(here: Here, monkeypatch: Patch, tmp_path: Path) -> None:
     for name in ("g++", "clang++"):
         program(tmp_path / name, "")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX")
-    assert build.find_compiler().path == str(tmp_path / "g++")
+    assert found_compiler().path == str(tmp_path / "g++")
     (tmp_path / "g++").unlink()
-    found = build.find_compiler()
+    found = found_compiler()
     assert found.path == str(tmp_path / "clang++")
     program(tmp_path / "clang++", "# upgraded")
-    assert build.find_compiler().fingerprint != found.fingerprint
+    assert found_compiler().fingerprint != found.fingerprint
     program(tmp_path / "ccache", "")
     monkeypatch.setenv("CXX", "ccache clang++ -m64")
-    wrapped = build.find_compiler()
+    wrapped = found_compiler()
     assert (wrapped.path, wrapped.arguments) == (str(tmp_path / "ccache"), ("clang++", "-m64"))
     program(tmp_path / "clang++", "# upgraded again")
-    assert build.find_compiler().fingerprint != wrapped.fingerprint
+    assert found_compiler().fingerprint != wrapped.fingerprint
     for missing in ("absent", "g++ 'open quotation"):
         monkeypatch.setenv("CXX", missing)
         assert build.find_compiler() is None
 
 
-def test_cache_directory(monkeypatch, tmp_path):
+def test_cache_directory(monkeypatch: Patch, tmp_path: Path) -> None:
     assert settings.cache_directory() == tmp_path / "cache"
     monkeypatch.setenv("COMPILED_OPTIM_CACHE_DIR", "")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
@@ -547,7 +587,7 @@ def test_cache_directory(monkeypatch, tmp_path):
         assert store.open_store() is None
 
 
-def test_switches(monkeypatch):
+def test_switches(monkeypatch: Patch) -> None:
     for name, function, default in [
         ("COMPILED_OPTIM_DISK_CACHE", settings.disk_cache, True),
         ("COMPILED_OPTIM_DISABLE", settings.disabled, False),
@@ -561,8 +601,8 @@ def test_switches(monkeypatch):
             function()
 
 
-def test_machine_key(monkeypatch):
-    def key(*parts):
+def test_machine_key(monkeypatch: Patch) -> None:
+    def key(*parts: str) -> str:
         libraries._machine.cache_clear()
         return libraries.machine_key(*parts)
 

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -89,15 +91,21 @@ class Build:
         self._log = output.with_suffix(".log")
         # The compiler's own temporary files belong in the private directory: one that is killed cannot remove them.
         environment = {**os.environ, "TMPDIR": str(output.parent)}
-        with open(self._log, "xb") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # so that a compiler is killed together with what it started
-            )
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            with open(self._log, "xb") as log, _uninterrupted():
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,  # so that a compiler is killed together with what it started
+                )
+                weakref.finalize(self, _kill, self._process)  # for a caller interrupted before it can call `stop`
+        except BaseException:
+            self.stop()
+            raise
 
     def wait(self) -> None:
         """Wait until the library is at `output`.
@@ -107,6 +115,7 @@ class Build:
         """
         if os.getpid() != self._owner:
             raise BuildError(f"compiler was started by process {self._owner}, not by this one: {self._command}")
+        assert self._process is not None
         try:
             status = self._process.wait(max(0.0, self._deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -120,11 +129,8 @@ class Build:
 
     def stop(self) -> None:
         """Kill the compiler and all it started, if it still runs."""
-        if os.getpid() == self._owner and self._process.poll() is None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # in an uninterruptible wait even SIGKILL may take for ever
-                self._process.wait(5)
+        if self._process is not None:
+            _kill(self._process)
 
     def _error(self, problem: str) -> BuildError:
         printed = b""
@@ -133,6 +139,31 @@ class Build:
         lines = printed.decode(errors="replace").expandtabs().splitlines()[:_SHOWN_LINES]
         shown = "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
         return BuildError(f"compiler {problem}: {self._command}\n{shown}")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:  # never so in a forked child, whose process this is not
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # in an uninterruptible wait even SIGKILL may take for ever
+            process.wait(5)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C until the end: an interrupt inside Popen would lose sight of a process that has started."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is None or threading.current_thread() is not threading.main_thread():  # Python handles no signals here
+        yield
+        return
+    caught: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if caught:
+            signal.raise_signal(signal.SIGINT)
 
 
 def start_build(compiler: Compiler, source: str, flags: Sequence[str], output: Path, seconds: float = 300) -> Build:

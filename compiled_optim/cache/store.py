@@ -87,7 +87,7 @@ class _Manifest:
     compiler: str
     sha256: str
     size: int
-    facts: Mapping[str, Fact]
+    facts: dict[str, Fact]
 
     @property
     def library(self) -> str:
@@ -225,7 +225,7 @@ class Store:
             library = self.root / manifest.library
             if hashlib.sha256(_read(library, manifest.size)).hexdigest() != manifest.sha256:
                 raise _Bad(f"{library.name} is damaged")
-            return Entry(key, library, dict(manifest.facts))
+            return Entry(key, library, manifest.facts)
         except FileNotFoundError:
             if library is not None:
                 self.set_aside(key, library, f"{library.name} is missing")
@@ -248,18 +248,18 @@ class Store:
         Args:
             key: the entry's key.
             library: the library to copy.
-            facts: anything worth knowing about it without loading it.
+            facts: anything worth knowing about it without loading it; JSON keeps it.
             fingerprint: of the compiler that made it.
 
         Raises:
             OSError: it could not be written, and nothing of it is left.
         """
         code = library.read_bytes()
-        manifest = _Manifest(SCHEMA, key, fingerprint, hashlib.sha256(code).hexdigest(), len(code), facts)
+        manifest = _Manifest(SCHEMA, key, fingerprint, hashlib.sha256(code).hexdigest(), len(code), dict(facts))
         self._remove(re.compile(rf"{key}.*{_TEMPORARY}"))  # of a writer that was killed
         self._write(manifest.library, code, _LIBRARY_LIMIT)
         self._write(f"{key}.json", manifest.encode(), _MANIFEST_LIMIT)
-        return Entry(key, self.root / manifest.library, dict(facts))
+        return Entry(key, self.root / manifest.library, manifest.facts)
 
     def _write(self, name: str, data: bytes, limit: int) -> None:
         if not 0 < len(data) <= limit:

@@ -29,11 +29,11 @@ struct Launch {
   std::vector<at::ScalarType> types;  // of each buffer, in the order of `roles`
   std::vector<int> roles;             // which slot of an entry feeds each buffer
   int width;                          // 2 for complex parameters: the kernel sees pairs of reals
-  std::vector<void*> columns;         // [buffer][tensor], filled in each step
-  std::vector<std::vector<void*>> rows_of_buffers;
+  // filled in each step
+  std::vector<void*> table;  // [tensor][parameter, gradient, buffers...]
+  std::vector<c10::TensorImpl*> tensors;  // the same, for their reference and version counts
   std::vector<int64_t> begins;
   std::vector<int32_t> rows;
-  std::vector<c10::TensorImpl*> held;
 };
 
 constexpr int kElsewhere = -1;  // another execution updates this parameter
@@ -65,7 +65,6 @@ struct Plan {
   std::vector<Layout> layouts;
   std::vector<Tracked> tracked;         // the optimizer's state, in its order
   std::vector<PyObject*> slots;         // [entry][slot], filled in each step
-  std::vector<double> steps;
   ~Plan() {
     for (auto& layout : layouts)
       for (auto* key : layout.keys) Py_DECREF(key);
@@ -166,7 +165,6 @@ PyObject* add_launch(PyObject*, PyObject* args) {
       launch.roles.push_back(static_cast<int>(PyLong_AsLong(slot)));
       launch.types.push_back(unpack(sample)->scalar_type());
     }
-    launch.rows_of_buffers.resize(2 + launch.roles.size());
     plan_of(capsule)->launches.push_back(std::move(launch));
     Py_RETURN_NONE;
   });
@@ -282,10 +280,10 @@ const char* fill(Plan* plan, PyObject* state, PyObject* copies, Steps& steps, st
   if (!collect_state(plan, state)) return "the optimizer's state changed";
   const size_t width = plan->slot_names.size();
   for (auto& launch : plan->launches) {
-    for (auto& row : launch.rows_of_buffers) row.clear();
+    launch.table.clear();
+    launch.tensors.clear();
     launch.begins.assign(1, 0);
     launch.rows.clear();
-    launch.held.clear();
   }
   for (size_t e = 0; e < plan->entries.size(); e++) {
     auto& entry = plan->entries[e];
@@ -309,16 +307,15 @@ const char* fill(Plan* plan, PyObject* state, PyObject* copies, Steps& steps, st
       counters.push_back(count->unsafeGetTensorImpl());
       step = read_step(counters.back()) + 1;
     }
-    launch.rows_of_buffers[0].push_back(address(param));
-    launch.rows_of_buffers[1].push_back(const_cast<void*>(grad->data()));
-    launch.held.push_back(const_cast<c10::TensorImpl*>(param));
-    launch.held.push_back(const_cast<c10::TensorImpl*>(grad));
+    launch.table.insert(launch.table.end(), {address(param), const_cast<void*>(grad->data())});
+    launch.tensors.insert(launch.tensors.end(),
+                          {const_cast<c10::TensorImpl*>(param), const_cast<c10::TensorImpl*>(grad)});
     for (size_t b = 0; b < launch.roles.size(); b++) {
       PyObject* object = slots[launch.roles[b]];
       const auto* buffer = object ? unpack(object) : nullptr;
       if (!buffer || !fits(buffer->unsafeGetTensorImpl(), launch.types[b], param)) return "a state tensor changed";
-      launch.rows_of_buffers[2 + b].push_back(address(buffer->unsafeGetTensorImpl()));
-      launch.held.push_back(buffer->unsafeGetTensorImpl());
+      launch.table.push_back(address(buffer->unsafeGetTensorImpl()));
+      launch.tensors.push_back(buffer->unsafeGetTensorImpl());
     }
     launch.begins.push_back(launch.begins.back() + param->numel() * launch.width);
     launch.rows.push_back(steps.row(entry.group, step));
@@ -351,10 +348,8 @@ void launch_all(Plan* plan, const std::vector<double>& table, int64_t columns, i
   for (auto& launch : plan->launches) {
     const auto tensors = static_cast<int64_t>(launch.rows.size());
     if (!tensors) continue;
-    launch.columns.clear();
-    for (const auto& row : launch.rows_of_buffers) launch.columns.insert(launch.columns.end(), row.begin(), row.end());
     const int team = forked || launch.begins.back() < kOneThread ? 1 : threads;
-    launch.kernel(tensors, launch.columns.data(), launch.begins.data(), launch.rows.data(), table.data(), columns, team);
+    launch.kernel(tensors, launch.table.data(), launch.begins.data(), launch.rows.data(), table.data(), columns, team);
   }
 }
 
@@ -384,19 +379,19 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     for (auto& launch : plan->launches) {
       elements += launch.begins.back();
       const size_t stride = 2 + launch.roles.size();
-      for (size_t i = 0; i < launch.held.size(); i++)
-        if (i % stride != 1) launch.held[i]->bump_version();  // gradients are only read
+      for (size_t i = 0; i < launch.tensors.size(); i++)
+        if (i % stride != 1) launch.tensors[i]->bump_version();  // gradients are only read
     }
     if (elements < kReleaseLock) {
       launch_all(plan, table, columns, threads);
     } else {
       for (auto& launch : plan->launches)
-        for (auto* t : launch.held) c10::raw::intrusive_ptr::incref(t);
+        for (auto* t : launch.tensors) c10::raw::intrusive_ptr::incref(t);
       Py_BEGIN_ALLOW_THREADS;
       launch_all(plan, table, columns, threads);
       Py_END_ALLOW_THREADS;
       for (auto& launch : plan->launches)
-        for (auto* t : launch.held) c10::raw::intrusive_ptr::decref(t);
+        for (auto* t : launch.tensors) c10::raw::intrusive_ptr::decref(t);
     }
     for (auto* entry : fresh) entry->fresh = false;
     Py_RETURN_NONE;

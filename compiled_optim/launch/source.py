@@ -13,7 +13,7 @@ _C_TYPES = {torch.float32: "float", torch.float64: "double"}
 def translation_unit(signature: Signature, lowered: Lowered) -> str:
     """Adds ``launch(tensors, table, begins, rows, scalars, columns, threads)`` to the kernel's source.
 
-    ``table``: addresses by [input][tensor]. ``begins``: where each tensor begins if all are laid end to end, in
+    ``table``: addresses by [tensor][input]. ``begins``: where each tensor begins if all are laid end to end, in
     elements; the range is cut into one equal span for each thread, so a span may begin and end inside a tensor.
     ``rows``: which row of ``scalars`` each tensor takes.
     """
@@ -23,7 +23,7 @@ def translation_unit(signature: Signature, lowered: Lowered) -> str:
     def argument(i: int | None) -> str:
         if i is None:
             return "n"
-        return f"Address{{table[{i} * tensors + t], o * {widths[i]}}}" if i < flat else f"&k[{i - flat}]"
+        return f"Address{{table[t * {flat} + {i}], o * {widths[i]}}}" if i < flat else f"&k[{i - flat}]"
 
     arguments = ", ".join(argument(i) for i in lowered.arguments)
     return f"""\

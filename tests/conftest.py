@@ -1,0 +1,29 @@
+"""The suite runs strict, so that a fallback cannot pass for a compiled run, and with a cache of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# before anything reads them, and for the subprocesses of tests too
+os.environ["COMPILED_OPTIM_STRICT"] = "1"
+_cache = tempfile.TemporaryDirectory(prefix="compiled_optim-tests-")
+os.environ["COMPILED_OPTIM_CACHE_DIR"] = str(Path(_cache.name) / "cache")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fallbacks warn, as they do for users."""
+    monkeypatch.setenv("COMPILED_OPTIM_STRICT", "0")
