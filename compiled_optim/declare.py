@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-
-__all__ = ["Buffer", "Counter", "Declaration", "Flag", "Number", "buffer", "counter", "flag", "number"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,9 @@ class Counter:
 FIELDS = (Number, Flag, Buffer, Counter)
 
 
-# Typed as Any so that a field can be annotated with the type of its value, as in a dataclass.
-def number(default: Any, *, low: float | None = None, below: float | None = None, switch: bool = False) -> Any:
+# Typed as Any so that a field can be annotated with the type of its value, as in a dataclass; type checkers see a default
+# only where it is given by keyword.
+def number(*, default: Any, low: float | None = None, below: float | None = None, switch: bool = False) -> Any:
     """Declares a hyperparameter, a float or a tuple of floats, or 0-d tensors in their place.
 
     Args:
@@ -73,7 +71,7 @@ def number(default: Any, *, low: float | None = None, below: float | None = None
     return Number(default, low, below, switch)
 
 
-def flag(default: Any = False, *, switch: bool = False, kw_only: bool = True, init: bool = True) -> Any:
+def flag(*, default: Any, switch: bool = False, kw_only: bool = False, init: bool = True) -> Any:
     """Declares an option. ``switch``: its truth selects a kernel; ``init=False``: fixed, not an argument."""
     return Flag(default, switch, kw_only, init)
 
@@ -106,13 +104,15 @@ class Declaration:
         self.buffers: dict[str, Buffer] = {k: v for k, v in fields.items() if isinstance(v, Buffer)}
         self.counted = any(isinstance(v, Counter) for v in fields.values())
         self.slots = ("step", *self.buffers) if self.counted else tuple(self.buffers)
-        self.hyper_type = namedtuple("Hyper", [n for k in self.options for n in self._rule_names(k)])  # type: ignore[misc]  # noqa: PYI024
-        self.switch_type = namedtuple("Switches", [k for k, v in self.options.items() if v.switch])  # type: ignore[misc]  # noqa: PYI024
+        self.hyper_type: Any = namedtuple("Hyper", [n for k in self.options for n in self._rule_names(k)])  # type: ignore[misc]
+        self.switch_type: Any = namedtuple("Switches", [k for k, v in self.options.items() if v.switch])  # type: ignore[misc]
         self.read = itemgetter(*self.options)
 
     def _rule_names(self, option: str) -> list[str]:
         default = self.options[option].default
-        return [f"{option.removesuffix('s')}{i + 1}" for i in range(len(default))] if isinstance(default, tuple) else [option]
+        if not isinstance(default, tuple):
+            return [option]
+        return [f"{option.removesuffix('s')}{i + 1}" for i in range(len(default))]
 
     def signature(self) -> inspect.Signature:
         """The constructor's: ``params``, the positional hyperparameters in their order, then the flags."""
@@ -144,10 +144,14 @@ class Declaration:
             if any(isinstance(p, Tensor) for p in parts) and not all(isinstance(p, Tensor) for p in parts):
                 raise ValueError(f"{self.name}: {name} must be all floats or all tensors, got {value!r}")
             for label, part in zip(self._rule_names(name), parts, strict=True):
-                if isinstance(part, Tensor) and part.numel() != 1:
-                    raise ValueError(f"{self.name}: {label} must be a number or a tensor of 1 element, got shape {tuple(part.shape)}")
                 if not isinstance(part, Tensor | numbers.Real):
-                    raise TypeError(f"{self.name}: {label} must be {field.range}, got {part!r} of type {type(part).__name__}")
+                    kind = type(part).__name__
+                    raise TypeError(f"{self.name}: {label} must be {field.range}, got {part!r} of type {kind}")
+                if isinstance(part, Tensor) and part.numel() != 1:
+                    shape = tuple(part.shape)
+                    raise ValueError(
+                        f"{self.name}: {label} must be a number or a tensor of 1 element, got shape {shape}"
+                    )
                 if not field.admits(part):
                     raise ValueError(f"{self.name}: {label} must be {field.range}, got {part!r}")
         return checked

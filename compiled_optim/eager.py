@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from compiled_optim import lower
 from compiled_optim.rule import apply
 from compiled_optim.tensor_list import TensorList
 from compiled_optim.updates import Update, collect
@@ -115,10 +116,10 @@ def run_bucket(algorithm: type[Optimizer], members: list[Update], on: Any, value
         for piece in pieces(tensors):
             run_value(algorithm, on, piece, first.buffers, values)
     else:
-        flat = [torch._utils._flatten_dense_tensors(column) for column in columns]
+        flat = [lower.flatten(column) for column in columns]
         run_value(algorithm, on, flat, first.buffers, values)
         for column, source in zip([columns[0], *columns[2:]], [flat[0], *flat[2:]], strict=True):
-            torch._foreach_copy_(column, torch._utils._unflatten_dense_tensors(source, column))
+            torch._foreach_copy_(column, lower.unflatten(source, column))
 
 
 def run_value(algorithm: type[Optimizer], on: Any, value: list[Any], buffers: tuple[str, ...], scalars: Any) -> None:
@@ -131,10 +132,10 @@ def run_value(algorithm: type[Optimizer], on: Any, value: list[Any], buffers: tu
 
 
 def pieces(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
-    """A large update cut into parts whose temporaries stay in cache, if its tensors lie in memory one after the other."""
+    """A large update cut into parts whose temporaries stay in cache, where its tensors are contiguous."""
     if tensors[0].numel() <= BUCKET_ELEMENTS or not all(t.is_contiguous() for t in tensors):
         return [tensors]
-    return map(list, zip(*(t.view(-1).split(BUCKET_ELEMENTS) for t in tensors), strict=True))
+    return map(list, zip(*(torch.split(t.view(-1), BUCKET_ELEMENTS) for t in tensors), strict=True))
 
 
 def run_rows(algorithm: type[Optimizer], u: Update, on: Any, values: dict[str, Any]) -> None:

@@ -51,9 +51,7 @@ def forget() -> None:
     _graphs.clear()
 
 
-def run(
-    algorithm: type[Optimizer], updates: list[Update], switches: list[Any], scalars: Scalars
-) -> list[Graph]:
+def run(algorithm: type[Optimizer], updates: list[Update], switches: list[Any], scalars: Scalars) -> list[Graph]:
     """Updates parameters and state in place, one compiled graph for each list; returns the graphs that ran.
 
     Raises:
@@ -111,4 +109,4 @@ def _compile(
     fresh = FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
     # At the default of 30 operations Inductor stores intermediate results of the size of a parameter.
     options: dict[str, Any] = {"realize_opcount_threshold": 1000, "compile_threads": 1}
-    return torch.compile(fresh, fullgraph=True, dynamic=False, options=options)  # type: ignore[no-any-return]
+    return torch.compile(fresh, fullgraph=True, dynamic=False, options=options)

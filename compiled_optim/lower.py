@@ -59,9 +59,10 @@ def trace_flat(
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    with _lock, FakeTensorMode(shape_env=ShapeEnv()) as mode, torch.no_grad():
-        symbol = mode.shape_env.create_symbol(_HINT, ConstantSource("numel"))
-        numel = mode.shape_env.create_symintnode(symbol, hint=_HINT)
+    shapes = ShapeEnv()
+    with _lock, FakeTensorMode(shape_env=shapes) as mode, torch.no_grad():
+        symbol = shapes.create_symbol(_HINT, ConstantSource("numel"))
+        numel = shapes.create_symintnode(symbol, hint=_HINT)
         inputs = [torch.empty(numel, device=device, dtype=d) for d in flat]
         inputs += [torch.empty((), device=device, dtype=d) for d in scalars]
         graph = make_fx(body, decomposition_table=select_decomp_table())(*inputs)
@@ -182,7 +183,7 @@ def without_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` kept out of a surrounding ``torch.compile``; costs nothing where there is none."""
     if "torch._dynamo.eval_frame" not in sys.modules or torch._C._dynamo.eval_frame.get_eval_frame_callback() is None:
         return function
-    return torch.compiler.disable(function)  # type: ignore[no-any-return]
+    return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
@@ -192,8 +193,18 @@ def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
         or optimizer._optimizer_step_post_hooks
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
-        or torch.autograd._profiler_enabled()
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     )
+
+
+def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """One 1-D tensor with the elements of all."""
+    return torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def unflatten(flat: torch.Tensor, like: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The parts of `flatten`'s result, with the shapes of ``like``."""
+    return torch._utils._unflatten_dense_tensors(flat, like)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def kernels_generated() -> int:

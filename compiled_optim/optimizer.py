@@ -1,13 +1,14 @@
-"""The base class of all optimizers: param groups, state, ``step`` and ``state_dict`` of torch.optim from a declaration."""
+"""The base class of all optimizers: the param groups, state and ``step`` of torch.optim, from a declaration."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 from typing_extensions import dataclass_transform
 
 from compiled_optim import execution, lower
@@ -15,7 +16,18 @@ from compiled_optim.declare import FIELDS, Choice, Declaration, Flag, buffer, co
 
 
 @dataclass_transform(field_specifiers=(number, flag, buffer, counter))
-class Optimizer(torch.optim.Optimizer):
+class _Attributes:
+    """Attributes that are no fields. Type checkers take those of a subclass for arguments of its constructor."""
+
+    # torch.amp.GradScaler sets these around a step if `_step_supports_amp_scaling`
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    _compiled: bool | str = False
+    _execution: Any = None  # made by the first step, and again after a copy
+
+
+class Optimizer(_Attributes, torch.optim.Optimizer):
     """An algorithm, declared once and run eagerly or compiled.
 
     A subclass declares hyperparameters (`number`), options (`flag`) and state (`buffer`, `counter`), and two static
@@ -35,31 +47,28 @@ class Optimizer(torch.optim.Optimizer):
         ValueError: for a hyperparameter out of its range; the message names argument, value and range.
     """
 
-    maximize: bool = flag(switch=True)
-    foreach: bool | None = flag(None)
-    differentiable: bool = flag()
-    fused: bool | None = flag(None)
+    if TYPE_CHECKING:  # arguments of every constructor that are no options of a param group
+        params: ParamsT
+        compiled: bool | str = flag(default=False, kw_only=True)
+
+    maximize: bool = flag(default=False, switch=True, kw_only=True)
+    foreach: bool | None = flag(default=None, kw_only=True)
+    differentiable: bool = flag(default=False, kw_only=True)
+    fused: bool | None = flag(default=None, kw_only=True)
 
     declaration: ClassVar[Declaration]
     rule_class: ClassVar[type[Optimizer]]
     accepts_sparse: ClassVar[bool] = False
 
-    # torch.amp.GradScaler sets these around a step if `_step_supports_amp_scaling`
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-
-    _compiled: bool | str = False
-    _execution: Any = None  # made by the first step, and again after a copy
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = vars(cls)
-        # what declares nothing new (a user's subclass, a framework's wrapper) shares its parent's constructor and kernels
+        # what declares nothing new (a user's subclass, a framework's wrapper) keeps its parent's kernels
         if "update" in own or "scalars" in own or any(isinstance(v, FIELDS) for v in own.values()):
             cls.declaration = Declaration(cls)
             cls.rule_class = cls
             if "__init__" not in own:
-                cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
+                cls.__init__ = _constructor(cls)
 
     def _construct(self, params: Any, options: dict[str, Any], compiled: bool | str) -> None:
         defaults = self.declaration.check(options)
@@ -71,7 +80,7 @@ class Optimizer(torch.optim.Optimizer):
         if defaults["fused"] and defaults["foreach"]:
             raise RuntimeError("fused=True and foreach=True cannot be combined")
         self.validate(self.declaration.choose(defaults).hyper)
-        super().__init__(params, defaults)
+        torch.optim.Optimizer.__init__(self, params, defaults)
         self._compiled = compiled or bool(defaults["fused"])
         if defaults["fused"]:
             self._step_supports_amp_scaling = True
@@ -114,9 +123,7 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.grad_scale is None and self.found_inf is None:
-            execution.step(self)
-        elif self._unscale():
+        if (self.grad_scale is None and self.found_inf is None) or self._unscale():
             execution.step(self)
         return loss
 
@@ -136,7 +143,7 @@ class Optimizer(torch.optim.Optimizer):
 
         ``self.state`` is not changed.
         """
-        present = self.state[p] if p in self.state else {}
+        present = self.state.get(p, {})
         made: dict[str, Any] = {}
         if self.declaration.counted and "step" not in present:
             made["step"] = self._step_tensor(p, group, 0.0) if allocate else None
@@ -212,7 +219,8 @@ _observed_step = torch.optim.Optimizer.profile_hook_step(Optimizer._step)
 
 def _undecorated(name: str) -> Callable[..., Any]:
     """A method of torch.optim.Optimizer without the decorator that imports torch._dynamo (1 s in a fresh process)."""
-    return inspect.unwrap(getattr(torch.optim.Optimizer, name))
+    method: Callable[..., Any] = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+    return method
 
 
 def _constructor(cls: type[Optimizer]) -> Callable[..., None]:
@@ -228,5 +236,3 @@ def _constructor(cls: type[Optimizer]) -> Callable[..., None]:
     __init__.__signature__ = signature  # type: ignore[attr-defined]
     __init__.__qualname__ = f"{cls.__qualname__}.__init__"
     return __init__
-
-

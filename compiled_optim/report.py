@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
+import torch
+
 from compiled_optim.optimizer import Optimizer
 
 
@@ -57,7 +59,7 @@ class Explanation:
         return "\n".join([*lines, *(f"plan {i + 1}: {why}" for i, why in enumerate(self.rebuilt))])
 
 
-def explain(optimizer: Optimizer) -> Explanation:
+def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     """How the last step of ``optimizer`` ran: one row for each kernel, graph, or reason to run eagerly.
 
     Raises:
@@ -74,7 +76,13 @@ def explain(optimizer: Optimizer) -> Explanation:
     if execution.reason:
         return Explanation(_eager_rows(everything, execution.reason), execution.rebuilt)
     rows = [
-        Row("foreach", str(g.device), _dtype(g.dtype), g.tensors, g.elements, g.launches, None, g.name, g.origin, g.seconds, "")
+        Row(
+            "foreach",
+            str(g.device),
+            _dtype(g.dtype),
+            *(g.tensors, g.elements, g.launches, None),
+            *(g.name, g.origin, g.seconds, ""),
+        )
         for g in execution.graphs
     ]
     if execution.plan is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ class TensorList:
 
     __slots__ = ("tensors",)
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> None:
         self.tensors = tensors
 
     @property
@@ -58,10 +58,10 @@ class TensorList:
     __rmul__ = __mul__
 
     def __rsub__(self, other: Any) -> TensorList:
-        return -self + other
+        return (-self)._with(torch._foreach_add, other)
 
     def __rtruediv__(self, other: Any) -> TensorList:
-        return TensorList(torch._foreach_reciprocal(self.tensors)) * other
+        return TensorList(torch._foreach_reciprocal(self.tensors))._with(torch._foreach_mul, other)
 
     def maximum(self, other: Any) -> TensorList:
         return self._with(torch._foreach_maximum, other)

@@ -41,10 +41,13 @@ class Update:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What tensors must share to be in one list."""
-        return (self.group, self.param.device, self.param.dtype, self.grad.dtype, *(self.state[b].dtype for b in self.buffers))
+        dtypes = (self.state[name].dtype for name in self.buffers)
+        return (self.group, self.param.device, self.param.dtype, self.grad.dtype, *dtypes)
 
 
-def collect(optimizer: Optimizer, choices: list[Choice], only: Iterable[tuple[int, Tensor]] | None = None) -> list[Update]:
+def collect(
+    optimizer: Optimizer, choices: list[Choice], only: Iterable[tuple[int, Tensor]] | None = None
+) -> list[Update]:
     """All parameters with a gradient, or those of ``only`` (group, parameter); makes the state they lack.
 
     Raises:
@@ -57,14 +60,15 @@ def collect(optimizer: Optimizer, choices: list[Choice], only: Iterable[tuple[in
     with_gradient = [(i, p, p.grad) for i, p in pairs if p.grad is not None]
     for i, p, grad in with_gradient:
         if grad.is_sparse and not optimizer.accepts_sparse:
-            raise RuntimeError(f"{declaration.name} does not support sparse gradients, please consider SparseAdam instead")
+            name = declaration.name
+            raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
         if groups[i].get("capturable") and p.device.type == "cpu":
-            raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got a parameter on {p.device}")
+            raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
     kept = [declaration.kept(choice.switches) for choice in choices]
     slots = [("step", *names) if declaration.counted else names for names in kept]
     updates = []
     for i, p, grad in with_gradient:
-        state = optimizer.state[p] if p in optimizer.state else {}
+        state = optimizer.state.get(p, {})
         fresh = False
         if not all(state.get(name) is not None for name in slots[i]):
             made = optimizer.make_state(p, groups[i], choices[i].switches)

@@ -95,7 +95,9 @@ class Hanging:
         self._alive = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
         os.set_blocking(self._alive, True)
         self._writer = os.open(alive, os.O_WRONLY)
-        here.use(program(here.path / "hangs", f"exec 9> '{alive}'; echo >&9; cat '{never}'; echo"))
+        here.use(
+            program(here.path / "hangs", f"exec 9> '{alive}'; echo >&9; timeout --foreground 60 cat '{never}'; echo")
+        )
 
     def wait(self) -> None:
         """Wait until it runs."""

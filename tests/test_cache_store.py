@@ -363,10 +363,12 @@ def test_stopped_lock_holder(here: Here, monkeypatch: Patch) -> None:
 
     child = in_child(hold)
     os.waitpid(child, os.WUNTRACED)
-    result = obtain()
-    assert (result.value, result.origin, store.counters.errors) == (42, "compiled", 1)
-    assert find() is None
-    os.kill(child, signal.SIGCONT)
+    try:
+        result = obtain()
+        assert (result.value, result.origin, store.counters.errors) == (42, "compiled", 1)
+        assert find() is None
+    finally:
+        os.kill(child, signal.SIGCONT)
     assert status_of(child) == 0
     obtain()
     assert find() is not None

@@ -15,19 +15,19 @@ class Adam(Optimizer):
 
     .. math::
         m &\leftarrow m + (1 - \beta_1)(g - m), \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
-        \theta &\leftarrow \theta - \frac{\gamma}{1 - \beta_1^t} \, m \Big/ \Big(\sqrt{v / (1 - \beta_2^t)} + \epsilon\Big)
+        \theta &\leftarrow \theta - \frac{\gamma}{1 - \beta_1^t} \, \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     ``weight_decay`` adds :math:`\lambda \theta` to the gradient, or with ``decoupled_weight_decay`` multiplies
     :math:`\theta` by :math:`1 - \gamma \lambda`; ``amsgrad`` replaces :math:`v` by its maximum so far.
     """
 
-    lr: float | Tensor = number(1e-3, low=0)
-    betas: tuple[float | Tensor, float | Tensor] = number((0.9, 0.999), low=0, below=1)
-    eps: float = number(1e-8, low=0)
-    weight_decay: float = number(0, low=0, switch=True)
-    amsgrad: bool = flag(switch=True, kw_only=False)
-    capturable: bool = flag()
-    decoupled_weight_decay: bool = flag(switch=True)
+    lr: float | Tensor = number(default=1e-3, low=0)
+    betas: tuple[float | Tensor, float | Tensor] = number(default=(0.9, 0.999), low=0, below=1)
+    eps: float = number(default=1e-8, low=0)
+    weight_decay: float = number(default=0, low=0, switch=True)
+    amsgrad: bool = flag(default=False, switch=True)
+    capturable: bool = flag(default=False, kw_only=True)
+    decoupled_weight_decay: bool = flag(default=False, switch=True, kw_only=True)
 
     step_count = counter()
     exp_avg = buffer()
@@ -64,5 +64,5 @@ class AdamW(Adam):
     :math:`\theta \leftarrow (1 - \gamma \lambda)\,\theta` before each update."""
 
     # no switch: a group without decay multiplies by one, which is exact, and shares its kernel and its launch
-    weight_decay: float = number(1e-2, low=0)
-    decoupled_weight_decay: bool = flag(True, switch=True, init=False)
+    weight_decay: float = number(default=1e-2, low=0)
+    decoupled_weight_decay: bool = flag(default=True, switch=True, init=False)

@@ -21,11 +21,11 @@ class SGD(Optimizer):
     momentum and weight decay only the rows they touch are read and written.
     """
 
-    lr: float | Tensor = number(1e-3, low=0)
-    momentum: float = number(0, low=0, switch=True)
-    dampening: float = number(0)
-    weight_decay: float | Tensor = number(0, low=0, switch=True)
-    nesterov: bool = flag(switch=True, kw_only=False)
+    lr: float | Tensor = number(default=1e-3, low=0)
+    momentum: float = number(default=0, low=0, switch=True)
+    dampening: float = number(default=0)
+    weight_decay: float | Tensor = number(default=0, low=0, switch=True)
+    nesterov: bool = flag(default=False, switch=True)
 
     momentum_buffer = buffer(when="momentum")
 
@@ -35,7 +35,8 @@ class SGD(Optimizer):
     def validate(cls, h: Any) -> None:
         if h.nesterov and (h.momentum <= 0 or h.dampening != 0):
             raise ValueError(
-                f"SGD: nesterov=True needs momentum above 0 and dampening 0, got momentum={h.momentum!r}, dampening={h.dampening!r}"
+                "SGD: nesterov=True needs momentum above 0 and dampening 0, "
+                f"got momentum={h.momentum!r}, dampening={h.dampening!r}"
             )
 
     @classmethod

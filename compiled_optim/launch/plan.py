@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer
 
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
+_STEP_DTYPES = (torch.float32, torch.float64)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp
 
@@ -126,7 +127,7 @@ def _examine(
     if refusal:
         return _Member(group, p, {}, {}, refusal, None)
     made = optimizer.make_state(p, optimizer.param_groups[group], choice.switches, allocate=grad is not None)
-    state = {**(optimizer.state[p] if p in optimizer.state else {}), **made}
+    state = {**optimizer.state.get(p, {}), **made}
     buffers = optimizer.declaration.kept(choice.switches)
     dtypes = tuple(d.to_real() for d in (p.dtype, *(p.dtype if state[b] is None else state[b].dtype for b in buffers)))
     return _Member(
@@ -144,7 +145,7 @@ def _refusal(host: Any, m: _Member) -> str | None:
         if buffer is not None and not host.matches(buffer, m.param):
             return f"its state {name!r} has another shape, layout or device"
     step = m.state.get("step")
-    if isinstance(step, Tensor) and (step.numel() != 1 or step.dtype not in (torch.float32, torch.float64) or host.refusal(step)):
+    if isinstance(step, Tensor) and (step.numel() != 1 or step.dtype not in _STEP_DTYPES or host.refusal(step)):
         return f"its step count is a {step.dtype} tensor of shape {tuple(step.shape)} on {step.device}"
     return None
 
