@@ -57,8 +57,8 @@ class Counter:
 FIELDS = (Number, Flag, Buffer, Counter)
 
 
-# Typed as Any so that a field can be annotated with the type of its value, as in a dataclass; type checkers see a default
-# only where it is given by keyword.
+# Typed as Any so that a field can be annotated with the type of its value, as in a dataclass. By keyword only, for type
+# checkers see no other default.
 def number(*, default: Any, low: float | None = None, below: float | None = None, switch: bool = False) -> Any:
     """Declares a hyperparameter, a float or a tuple of floats, or 0-d tensors in their place.
 

@@ -52,7 +52,7 @@ class Kernel:
 
 
 _PACKAGE = Path(__file__).parent
-_HOST_SOURCE = _PACKAGE / "launch" / "host.cpp"
+_LAUNCH = _PACKAGE / "launch"
 _kernels: dict[Signature, Kernel] = {}
 _counts = {"hits": 0, "disk_hits": 0, "misses": 0}
 _host: ModuleType | None = None
@@ -130,8 +130,9 @@ def bytes_per_element(signature: Signature, lowered: lower.Lowered) -> int:
 
 
 def _begin_host() -> libraries.Pending[ModuleType]:
-    source = _HOST_SOURCE.read_text()
-    flags = [*lower.BASE_FLAGS, "-O2", f"-I{sysconfig.get_path('include')}"]
+    source = (_LAUNCH / "host.cpp").read_text()
+    header = (_LAUNCH / "tensors.h").read_text()
+    flags = [*lower.BASE_FLAGS, "-O2", f"-I{_LAUNCH}", f"-I{sysconfig.get_path('include')}"]
 
     def load(path: Path) -> ModuleType:
         loader = importlib.machinery.ExtensionFileLoader("host", str(path))
@@ -143,7 +144,7 @@ def _begin_host() -> libraries.Pending[ModuleType]:
         module.start(torch.Tensor, torch.nn.Parameter, sample, sample.data_ptr())
         return module
 
-    return libraries.begin(libraries.machine_key("host", source, *flags), lambda: (source, flags), load)
+    return libraries.begin(libraries.machine_key("host", source, header, *flags), lambda: (source, flags), load)
 
 
 def _identity(signature: Signature) -> list[str]:

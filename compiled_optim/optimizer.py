@@ -68,7 +68,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             cls.declaration = Declaration(cls)
             cls.rule_class = cls
             if "__init__" not in own:
-                cls.__init__ = _constructor(cls)
+                cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
 
     def _construct(self, params: Any, options: dict[str, Any], compiled: bool | str) -> None:
         defaults = self.declaration.check(options)
@@ -102,7 +102,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
         raise NotImplementedError
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
 
         Args:
