@@ -138,6 +138,8 @@ class Declaration:
             if not isinstance(field, Number):
                 continue
             expected = len(field.default) if isinstance(field.default, tuple) else 1
+            if isinstance(field.default, tuple) and not isinstance(value, list | tuple):
+                raise TypeError(f"{self.name}: {name} must have {expected} values, got {value!r}")
             parts = tuple(value) if isinstance(field.default, tuple) else (value,)
             if len(parts) != expected:
                 raise ValueError(f"{self.name}: {name} must have {expected} values, got {value!r}")
@@ -188,4 +190,4 @@ def coerce(value: Any) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
-    return bool(value) if type(value).__name__ == "bool_" else value
+    return bool(value) if type(value).__name__ in ("bool", "bool_") else value  # NumPy 2 and 1

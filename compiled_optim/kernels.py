@@ -80,7 +80,8 @@ def obtain(signatures: Sequence[Signature]) -> tuple[ModuleType, dict[Signature,
     global _host
     with _lock:
         host = _begin_host() if _host is None else None
-        wanted = dict.fromkeys(signatures)
+        # in one order everywhere: two processes that begin the same kernels wait for each other's locks
+        wanted = sorted(dict.fromkeys(signatures), key=repr)
         pending = {s: _begin(s) for s in wanted if s not in _kernels}
         if host is not None:
             _host = host.result().value
@@ -106,11 +107,12 @@ def _begin(signature: Signature) -> libraries.Pending[ctypes.CDLL]:
 
     def load(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
-        if library.signature() != len(signature.flat) * 100 + len(signature.scalars):
+        arguments = getattr(library, "signature", lambda: None)()
+        if arguments != len(signature.flat) * 100 + len(signature.scalars):
             raise ImportError(f"{path.name} takes other arguments than {signature.name}")
         return library
 
-    key = libraries.machine_key("kernel", _engine(), *_identity(signature))
+    key = libraries.machine_key("kernel", _engine(), torch.backends.cpu.get_cpu_capability(), *_identity(signature))
     return libraries.begin(key, produce, load, facts, persistent=_in_a_file(signature.algorithm))
 
 

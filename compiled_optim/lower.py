@@ -96,6 +96,7 @@ def lower_cpp(traced: Traced) -> Lowered:
     # instruction set. compile_threads=1: no worker pool, which would steal a core from the training it speeds up.
     settings = {
         "cpp.threads": 1,
+        "cpp.simdlen": None,
         "cpp.vec_isa_ok": True,
         "compile_threads": 1,
         "cpp.force_inline_kernel": True,

@@ -78,12 +78,6 @@ def test_arguments_are_bound_as_python_binds_them(cls: type[Optimizer]) -> None:
         cls([p], *values, True)
 
 
-def with_value(name: str, value: Any, position: int = 0) -> Any:
-    """A value for a number, or the default with one entry replaced for a tuple."""
-    default = name
-    return value if not isinstance(default, tuple) else (*default[:position], value, *default[position + 1 :])
-
-
 def refused(error: type[Exception], cls: type[Optimizer], option: str, value: Any, *words: str) -> None:
     with pytest.raises(error) as caught:
         cls([parameter()], **{option: value})
@@ -232,10 +226,10 @@ def test_the_tensor_learning_rate_given_is_the_one_kept() -> None:
 class Lion(Optimizer):
     """Chen et al. 2023, arXiv:2302.06675."""
 
-    lr: float = number(1e-4, low=0)
-    betas: tuple[float, float] = number((0.9, 0.99), low=0, below=1)
-    weight_decay: float = number(0.0, low=0)
-    cautious: bool = flag(switch=True)
+    lr: float = number(default=1e-4, low=0)
+    betas: tuple[float, float] = number(default=(0.9, 0.99), low=0, below=1)
+    weight_decay: float = number(default=0.0, low=0)
+    cautious: bool = flag(default=False, switch=True, kw_only=True)
 
     exp_avg = buffer()
 

@@ -1,312 +1,48 @@
-"""The disk cache against faults made on purpose: what is loaded is mine and whole, and a failure is but a miss."""
+"""Writers: concurrent, interrupted, out of space, without a compiler. A failure is but a miss."""
 
-import ctypes
 import errno
 import fcntl
 import itertools
 import os
 import pwd
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import fault_tools
 import pytest
 import torch
 from fault_tools import (
     BAD_COMPILERS,
-    DAMAGE,
-    DIRECTORY_DAMAGE,
+    FLAGS,
     KEY,
     OTHER_KEY,
     SOURCE,
-    Damage,
+    Entry,
     Gate,
     Here,
+    Patch,
+    begin,
+    contents,
+    find,
+    found_compiler,
     in_child,
+    load,
+    obtain,
+    opened,
     program,
     status_of,
 )
 
 from compiled_optim import settings
 from compiled_optim.cache import build, libraries, store
-
-FLAGS = ("-O1",)
-Patch = pytest.MonkeyPatch
-
-
-class Entry(NamedTuple):
-    manifest: Path
-    library: Path
-
-
-def load(path: Path) -> int:
-    return int(ctypes.CDLL(str(path)).answer())
-
-
-def obtain(key: str = KEY, load: Callable[[Path], Any] = load, **options: Any) -> libraries.Library[Any]:
-    return libraries.obtain(key, lambda: (SOURCE, FLAGS), load, **options)
-
-
-def opened() -> store.Store:
-    found = store.open_store()
-    assert found is not None
-    return found
-
-
-def found_compiler() -> build.Compiler:
-    compiler = build.find_compiler()
-    assert compiler is not None
-    return compiler
-
-
-def find(fingerprint: str | None = None) -> store.Entry | None:
-    return opened().find(KEY, fingerprint)
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library compiled once by the compiler of this machine."""
-    output = tmp_path_factory.mktemp("real") / "real.so"
-    build.build(found_compiler(), SOURCE, FLAGS, output)
-    return output
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: Patch, real: Path) -> Iterator[Here]:
-    """An empty cache and a fast compiler. Afterwards nothing temporary may be left, and no test may hang."""
-    here = Here(tmp_path, real, monkeypatch)
-    for name, value in vars(store.Counters()).items():
-        monkeypatch.setattr(store.counters, name, value)
-
-    def too_late(*_: object) -> NoReturn:
-        raise TimeoutError("the test hangs")
-
-    previous = signal.signal(signal.SIGALRM, too_late)
-    signal.alarm(20)
-    yield here
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
-    assert os.listdir(here.temporary) == []
-    assert not list(here.cache.glob("*.tmp"))
-
-
-@pytest.fixture
-def entry(here: Here) -> Entry:
-    """A published entry, and the paths of its files; not loaded, since damage to a mapped file kills a process."""
-    obtain(load=lambda _: None)
-    (library,) = here.cache.glob("*.so")
-    return Entry(here.cache / f"{KEY}.json", library)
-
-
-def contents(directory: Path) -> dict[str, tuple[int, int]]:
-    return {path.name: (path.lstat().st_mtime_ns, path.lstat().st_ino) for path in directory.iterdir()}
-
-
-def test_compiled_once_then_read_without_writing(here: Here) -> None:
-    first = obtain(facts={"order": ["p", "g"], "count": 2, "limit": 0.1})
-    before = contents(here.cache)
-    second = obtain(facts={"order": []})
-    assert (first.value, first.origin, second.value, second.origin) == (42, "compiled", 42, "disk")
-    assert first.facts == second.facts == {"order": ["p", "g"], "count": 2, "limit": 0.1}
-    assert first.seconds > 0
-    assert second.seconds > 0
-    assert contents(here.cache) == before
-    assert here.builds() == 1
-    assert store.counters == store.Counters()
-
-
-def test_facts_may_be_found_while_producing() -> None:
-    facts = {}
-
-    def produce() -> tuple[str, Sequence[str]]:
-        facts["kernels"] = 1
-        return SOURCE, FLAGS
-
-    assert libraries.obtain(KEY, produce, load, facts).facts == {"kernels": 1}
-    found = find()
-    assert found is not None
-    assert found.facts == {"kernels": 1}
-
-
-def test_another_compiler_is_a_miss_and_none_is_a_hit(here: Here, entry: Entry) -> None:
-    here.use(fault_tools.copying_compiler(here.path / "newer", here.real, here.log))
-    assert obtain().origin == "compiled"
-    assert here.builds() == 2
-    here.use(here.path / "absent")
-    assert obtain().origin == "disk"
-    with pytest.raises(libraries.NoCompilerError, match=r"install g\+\+"):
-        obtain(OTHER_KEY)
-    assert store.counters.bad == 0
-
-
-def test_switched_off(here: Here, monkeypatch: Patch) -> None:
-    monkeypatch.setenv("COMPILED_OPTIM_DISK_CACHE", "0")
-    assert [obtain().origin for _ in range(2)] == ["compiled", "compiled"]
-    assert not here.cache.exists()
-
-
-def test_clear_removes_only_our_files(here: Here, entry: Entry, monkeypatch: Patch) -> None:
-    (here.cache / "notes.json").touch()
-    (here.cache / f"{KEY}.json.bad").touch()
-    (here.cache / f"{KEY}.json.{'0' * 16}.tmp").touch()
-    names = [*os.listdir(here.cache), f"{OTHER_KEY}.json"]  # the last one has just been deleted by somebody else
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "listdir", lambda _: names)
-        opened().clear()
-    assert [path.name for path in here.cache.iterdir()] == ["notes.json"]
-
-
-@pytest.mark.parametrize(("part", "damage"), [pytest.param(*case, id=name) for name, *case in DAMAGE])
-def test_bad_entry_is_set_aside_once_and_rebuilt(here: Here, entry: Entry, part: str, damage: Damage) -> None:
-    if "foreign" in os.environ["PYTEST_CURRENT_TEST"] and os.geteuid() != 0:
-        pytest.skip("only root can give a file away")
-    (here.path / "other.so").write_bytes(here.real.read_bytes()[::-1])
-    (here.path / "secret.so").touch()
-    damage(getattr(entry, part))
-    assert find() is None
-    assert store.counters.bad == len(store.counters.reasons) == 1
-    assert find() is None
-    healed = obtain()
-    assert (healed.value, healed.origin) == (42, "compiled")
-    assert obtain().origin == "disk"
-    assert store.counters.bad == 1
-    assert store.counters.errors == 0
-    assert not (here.path / "marker").exists()
-    assert (here.path / "secret.so").exists()
-
-
-def damaged_copies(path: Path, damages: Sequence[Callable[[], object]]) -> int:
-    """Apply each damage to a fresh entry; how many of them were found out."""
-    good = {file: file.read_bytes() for file in path.parent.iterdir()}
-    assert find() is not None
-    found_out = 0
-    for damage in damages:
-        damage()
-        found_out += find() is None
-        for file, data in good.items():
-            file.write_bytes(data)
-    assert find() is not None
-    return found_out
-
-
-@pytest.mark.parametrize("part", ["manifest", "library"])
-def test_every_truncation_and_flipped_bit_is_found(entry: Entry, part: str) -> None:
-    path = getattr(entry, part)
-    size = path.stat().st_size
-    sizes = [size * i // 25 for i in range(25)]
-    assert damaged_copies(path, [partial(os.truncate, path, s) for s in sizes]) == 25
-    flips = [(size * i // 50, i % 8) for i in range(50)]
-    assert damaged_copies(path, [partial(fault_tools.flip_bit, path, *flip) for flip in flips]) == 50
-    assert store.counters.bad == 75
-    assert len(store.counters.reasons) == 20
-
-
-def test_no_manifest_is_a_plain_miss(here: Here, entry: Entry) -> None:
-    entry.manifest.unlink()
-    assert find() is None
-    assert obtain().origin == "compiled"
-    assert store.counters == store.Counters()
-
-
-def test_deleted_between_manifest_and_load(here: Here, entry: Entry) -> None:
-    def load_late(path: Path) -> bytes:
-        if here.builds() == 1:
-            path.unlink()
-        return path.read_bytes()[:4]
-
-    assert obtain(load=load_late).value == b"\x7fELF"
-    assert here.builds() == 2
-    assert store.counters.bad == 1
-
-
-def test_library_that_does_not_load_is_rebuilt_once(here: Here, entry: Entry) -> None:
-    tried = []
-
-    def refuse(path: Path) -> NoReturn:
-        tried.append(path)
-        raise ImportError("made for another interface")
-
-    with pytest.raises(ImportError, match="another interface"):
-        obtain(load=refuse)
-    assert here.builds() == 2
-    assert len(tried) == 3  # from disk, as published, and from the private directory
-    assert find() is None
-    assert obtain().value == 42
-
-
-def test_nothing_may_be_executed_from_the_cache(here: Here) -> None:
-    def load_elsewhere(path: Path) -> int:
-        if path.is_relative_to(here.cache):
-            raise OSError("failed to map segment from shared object")
-        return load(path)
-
-    assert obtain(load=load_elsewhere).value == 42
-
-
-def test_planted_library_never_runs(here: Here, entry: Entry, monkeypatch: Patch) -> None:
-    planted, marker = here.path / "planted.so", here.path / "marker"
-    monkeypatch.setenv("MARKER", str(marker))
-    monkeypatch.delenv("CXX")
-    source = """#include <cstdlib>
-        #include <sys/stat.h>
-        __attribute__((constructor)) static void run() { mkdir(std::getenv("MARKER"), 0700); }"""
-    build.build(found_compiler(), source + SOURCE, (), planted)
-    shutil.copyfile(planted, entry.library)
-    assert obtain().value == 42
-    assert not marker.exists()
-    load(planted)
-    assert marker.exists()
-
-
-@pytest.mark.parametrize(("fault", "message"), DIRECTORY_DAMAGE.values(), ids=DIRECTORY_DAMAGE)
-def test_directory_that_others_could_change(here: Here, entry: Entry, fault: Damage, message: str) -> None:
-    if "belongs" in message and os.geteuid() != 0:
-        pytest.skip("only root can give a directory away")
-    fault(here.cache)
-    with pytest.warns(store.CacheWarning, match=message) as caught:
-        assert obtain().value == 42
-    assert len(caught) == 1
-    assert obtain().origin == "compiled"  # silently: warnings are errors here
-    assert here.builds() == 3
-
-
-@pytest.mark.parametrize("umask", [0o000, 0o777])
-def test_modes_do_not_depend_on_umask(here: Here, monkeypatch: Patch, umask: int) -> None:
-    monkeypatch.setenv("COMPILED_OPTIM_CACHE_DIR", str(here.cache / "new" / "deep"))
-    previous = os.umask(umask)
-    try:
-        store.open_store()
-        with opened().writer(KEY, 0) as held, build.private_directory() as private:
-            assert held
-            assert private.stat().st_mode & 0o777 == 0o700
-            opened().publish(KEY, here.real, {}, "")
-    finally:
-        os.umask(previous)
-    deep = here.cache / "new" / "deep"
-    assert {path.stat().st_mode & 0o777 for path in (here.cache, deep.parent, deep)} == {0o700}
-    assert {path.stat().st_mode & 0o777 for path in deep.iterdir()} == {0o600}
-    assert len(list(deep.iterdir())) == 3
-
-
-@pytest.fixture
-def gate(here: Here) -> Iterator[Gate]:
-    gate = Gate(here)
-    yield gate
-    gate.close()
-
-
-def begin(key: str = KEY) -> libraries.Pending[int]:
-    return libraries.begin(key, lambda: (SOURCE, FLAGS), load)
 
 
 def test_processes_on_one_cold_key_build_once(here: Here, gate: Gate) -> None:

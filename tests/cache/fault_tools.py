@@ -1,5 +1,6 @@
 """What the fault-injection tests need: compilers that misbehave, children that die, and ways to damage an entry."""
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -15,9 +16,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+
+from compiled_optim.cache import build, libraries, store
 
 SOURCE = 'extern "C" int answer() { return 42; }'
 Call = Callable[..., Any]
@@ -289,3 +292,44 @@ BAD_COMPILERS: dict[str, tuple[str, type[Exception], str]] = {
     "writes garbage": ('echo hello > "$output"', OSError, "library.so: file too short"),
     "cannot start": ("#!/absent", RuntimeError, "cannot be started"),
 }
+
+
+FLAGS = ("-O1",)
+Patch = pytest.MonkeyPatch
+
+
+class Entry(NamedTuple):
+    manifest: Path
+    library: Path
+
+
+def load(path: Path) -> int:
+    return int(ctypes.CDLL(str(path)).answer())
+
+
+def obtain(key: str = KEY, load: Callable[[Path], Any] = load, **options: Any) -> libraries.Library[Any]:
+    return libraries.obtain(key, lambda: (SOURCE, FLAGS), load, **options)
+
+
+def opened() -> store.Store:
+    found = store.open_store()
+    assert found is not None
+    return found
+
+
+def found_compiler() -> build.Compiler:
+    compiler = build.find_compiler()
+    assert compiler is not None
+    return compiler
+
+
+def find(fingerprint: str | None = None) -> store.Entry | None:
+    return opened().find(KEY, fingerprint)
+
+
+def begin(key: str = KEY) -> libraries.Pending[int]:
+    return libraries.begin(key, lambda: (SOURCE, FLAGS), load)
+
+
+def contents(directory: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.lstat().st_mtime_ns, path.lstat().st_ino) for path in directory.iterdir()}
