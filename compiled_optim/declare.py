@@ -91,7 +91,7 @@ class Choice(NamedTuple):
 
     hyper: Any
     switches: Any
-    has_tensors: bool
+    has_tensors: bool  # or other values that change in place
 
 
 class Declaration:
@@ -159,14 +159,21 @@ class Declaration:
         return checked
 
     def choose(self, group: dict[str, Any], *, keep_tensors: bool = False) -> Choice:
-        """Reads a param group; tensors become floats unless they must stay in the graph or on their device."""
+        """Reads a param group; tensors become floats unless they must stay in the graph or on their device.
+
+        Raises:
+            TypeError: for what is no number, before a step has changed anything.
+        """
         values: list[Any] = []
         has_tensors = False
-        for option, value in zip(self.options, self.read(group), strict=True):
-            for part in value if isinstance(self.options[option].default, tuple) else (value,):
+        for (option, field), value in zip(self.options.items(), self.read(group), strict=True):
+            has_tensors = has_tensors or type(value) is list
+            for part in value if isinstance(field.default, tuple) else (value,):
                 if isinstance(part, Tensor):
                     has_tensors = True
                     part = part.squeeze() if keep_tensors else part.item()
+                elif isinstance(field, Number) and not isinstance(part, numbers.Real):
+                    raise TypeError(f"{self.name}: {option} must be {field.range}, got {value!r}")
                 values.append(part)
         hyper = self.hyper_type(*values)
         on = self.switch_type(*(bool(getattr(hyper, s)) for s in self.switch_type._fields))

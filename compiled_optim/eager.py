@@ -40,6 +40,9 @@ def step(optimizer: Optimizer, only: Iterable[tuple[int, Tensor]] | None = None)
         return algorithm.scalars(choices[group].hyper, step)
 
     switches = [choice.switches for choice in choices]
+    for i, on_device_only in enumerate(capturable):
+        if not on_device_only:
+            scalars(i, 1)  # a hyperparameter that is out of its domain is an error before anything is changed
     updates = collect(optimizer, choices, only)
     with torch.set_grad_enabled(differentiable):
         if differentiable:
@@ -65,6 +68,7 @@ def run(
         scalars: of a group and a step count.
     """
     lists: dict[Any, list[Update]] = defaultdict(list)
+    again: list[tuple[Update, Any]] = []
     seen: set[int] = set()
     for u in updates:
         step = None if capturable[u.group] else u.next_step
@@ -72,7 +76,7 @@ def run(
         if u.grad.is_sparse:
             run_rows(algorithm, u, switches[u.group], scalars(u.group, step))
         elif id(u.param) in seen:  # a parameter listed twice is stepped twice, one after the other
-            run_bucket(algorithm, [u], switches[u.group], scalars(u.group, step))
+            again.append((u, step))
         else:
             seen.add(id(u.param))
             lists[(step, u.kind)].append(u)
@@ -81,6 +85,8 @@ def run(
         for bucket in buckets(members, 1 if one_by_one[group] else BUCKET_ELEMENTS):
             values = on_device(bucket, scalars) if step is None else scalars(group, step)
             run_bucket(algorithm, bucket, switches[group], values)
+    for u, step in again:
+        run_bucket(algorithm, [u], switches[u.group], scalars(u.group, step))
 
 
 def on_device(members: list[Update], scalars: Scalars) -> dict[str, Any]:
@@ -108,6 +114,7 @@ def run_bucket(algorithm: type[Optimizer], members: list[Update], on: Any, value
     columns = [[u.param for u in members], [u.grad for u in members]]
     columns += [[u.state[name] for u in members] for name in first.buffers]
     if first.param.is_complex():
+        columns[1] = [g.resolve_conj() for g in columns[1]]  # a lazily conjugated one has no real view
         columns = [[torch.view_as_real(t) for t in column] for column in columns]
     if first.param.device.type != "cpu":
         run_value(algorithm, on, [TensorList(column) for column in columns], first.buffers, values)

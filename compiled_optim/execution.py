@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from compiled_optim import eager, foreach, lower, settings
 from compiled_optim.cache.build import BuildError
 from compiled_optim.cache.libraries import NoCompilerError
 from compiled_optim.fallback import fall_back
 from compiled_optim.launch.plan import Plan, make_plan
-from compiled_optim.updates import collect
+from compiled_optim.updates import collect, refuse
 
 if TYPE_CHECKING:
     from compiled_optim.declare import Choice
@@ -24,10 +25,9 @@ _FAILURES = (NoCompilerError, BuildError, lower.LoweringError, OSError, ImportEr
 
 def step(optimizer: Optimizer) -> None:
     """One step of an optimizer, in the execution it was built for."""
-    lower.without_dynamo(_compiled if optimizer._compiled else eager.step)(optimizer)
-
-
-def _compiled(optimizer: Optimizer) -> None:
+    if not optimizer._compiled:
+        eager.step(optimizer)
+        return
     state = optimizer._execution
     if state is None:
         state = optimizer._execution = Execution()
@@ -47,6 +47,7 @@ class Execution:
         self.rebuilt: list[str] = []
         self._choices: list[Choice] = []
         self._options: list[Any] = []  # as read from the param groups
+        self._pairs: list[tuple[int, float]] = []  # param groups and the step counts they will have
         self._kernels: dict[Signature, Kernel] = {}
         self._warned: set[str] = set()
         self._given_up = ""
@@ -86,15 +87,20 @@ class Execution:
         changed = self._read_options(optimizer)
         why = "the first step" if self.plan is None else changed
         plan = self._make_plan(optimizer, why) if why else self.plan
-        for _ in range(2):
+        for _ in range(3):  # at worst: the plan is stale, the new one needs other scalars, and has them
             if plan is None:
                 return
-            why = plan.run(optimizer, self._scalars(optimizer))
-            if why is None:
+            outcome = plan.run(optimizer, self._rows(optimizer))
+            if outcome is None:
                 break
-            plan = self._make_plan(optimizer, why)
+            if isinstance(outcome, str):
+                plan = self._make_plan(optimizer, outcome)
+            else:
+                self._pairs = outcome
         else:
-            raise RuntimeError(f"a launch plan that was just made does not fit: {why}")
+            raise RuntimeError(f"a launch plan that was just made does not fit: {outcome}")
+        counted = optimizer.declaration.counted
+        self._pairs = [(group, step + 1 if counted else 2) for group, step in self._pairs]
         if plan.elsewhere:
             eager.step(optimizer, [(group, p) for group, p, _ in plan.elsewhere])
 
@@ -114,16 +120,22 @@ class Execution:
                     why = "a switch changed"
         return why
 
-    def _scalars(self, optimizer: Optimizer) -> Any:
+    def _rows(self, optimizer: Optimizer) -> list[tuple[int, float, tuple[float, ...]]]:
         scalars, choices = type(optimizer).scalars, self._choices
-        return lambda group, step: tuple(scalars(choices[group].hyper, step).values())
+        return [(group, step, tuple(scalars(choices[group].hyper, step).values())) for group, step in self._pairs]
 
     def _make_plan(self, optimizer: Optimizer, why: str) -> Plan | None:
         """None if the step was done otherwise."""
-        self.plan = None
+        self.plan, self._pairs = None, []
+        refuse(optimizer)
         names = [tuple(type(optimizer).scalars(choice.hyper, 1)) for choice in self._choices]
+
+        def refused(p: Tensor, why: str) -> None:
+            reason = f"a parameter of shape {tuple(p.shape)} is updated eagerly, because {why}"
+            fall_back(self._warned, reason, "the others are compiled; a plain dense tensor would be too")
+
         try:
-            self.plan = plan = make_plan(optimizer, self._choices, names)
+            self.plan = plan = make_plan(optimizer, self._choices, names, refused)
         except lower.LoweringError as error:
             fall_back(self._warned, str(error), 'it is compiled as with compiled="foreach"')
             self._lowering = "foreach"
@@ -136,28 +148,27 @@ class Execution:
         self.rebuilt.append(why)
         for launch in plan.launches:  # where a kernel came from is told of the first plan that used it
             launch.kernel = self._kernels.setdefault(launch.kernel.signature, launch.kernel)
-        for _, p, refusal in plan.elsewhere:
-            reason = f"a parameter of shape {tuple(p.shape)} is updated eagerly, because {refusal}"
-            fall_back(self._warned, reason, "the others are compiled; a plain dense tensor would be too")
         return plan
 
     def _step_foreach(self, optimizer: Optimizer) -> None:
         choices = optimizer.choices()
-        updates = collect(optimizer, choices)
-        sparse = [(u.group, u.param) for u in updates if u.grad.is_sparse]
+        refuse(optimizer)
+        groups = enumerate(optimizer.param_groups)
+        sparse = [(i, p) for i, group in groups for p in group["params"] if p.grad is not None and p.grad.is_sparse]
         if sparse:
             fall_back(self._warned, "sparse gradients are applied eagerly", "the other parameters are compiled")
-        try:
-            with torch.no_grad():
-                self.graphs = foreach.run(
-                    type(optimizer),
-                    [u for u in updates if not u.grad.is_sparse],
-                    [choice.switches for choice in choices],
-                    lambda group, step: type(optimizer).scalars(choices[group].hyper, step),
-                )
-        except Exception as error:
-            self.reason = self._give_up(f"torch.compile failed: {error}", "build it with compiled=False")
-            eager.step(optimizer)
-            return
+        updates = [u for u in collect(optimizer, choices) if not u.grad.is_sparse]
+        algorithm, switches = type(optimizer), [choice.switches for choice in choices]
+
+        def scalars(group: int, step: Any) -> dict[str, Any]:
+            return algorithm.scalars(choices[group].hyper, step)
+
+        with torch.no_grad():
+            try:
+                self.graphs = foreach.run(algorithm, updates, switches, scalars)
+            except foreach.Unfinished as left:
+                self.reason = self._give_up(f"torch.compile failed: {left.__cause__}", "build it with compiled=False")
+                off = [False] * len(choices)
+                eager.run(algorithm, left.updates, switches, scalars, one_by_one=off, capturable=off)
         if sparse:
             eager.step(optimizer, sparse)

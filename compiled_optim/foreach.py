@@ -46,6 +46,14 @@ class Graph:
     origin: str = "compiled"
 
 
+class Unfinished(Exception):
+    """A graph could not be compiled; ``updates`` are those that were not done."""
+
+    def __init__(self, updates: list[Update]) -> None:
+        super().__init__(f"{len(updates)} updates were not done")
+        self.updates = updates
+
+
 def forget() -> None:
     """Drops the compiled graphs."""
     _graphs.clear()
@@ -55,15 +63,19 @@ def run(algorithm: type[Optimizer], updates: list[Update], switches: list[Any], 
     """Updates parameters and state in place, one compiled graph for each list; returns the graphs that ran.
 
     Raises:
-        Whatever ``torch.compile`` raises; the lists before the one that failed are already stepped.
+        Unfinished: when ``torch.compile`` raises.
     """
     lists: dict[Any, list[Update]] = defaultdict(list)
     for u in updates:
         lists[(u.next_step, u.kind)].append(u)
-    return [
-        _run_list(algorithm, members, switches[members[0].group], scalars(members[0].group, step))
-        for (step, _), members in lists.items()
-    ]
+    graphs: list[Graph] = []
+    for (step, _), members in lists.items():
+        group = members[0].group
+        try:
+            graphs.append(_run_list(algorithm, members, switches[group], scalars(group, step)))
+        except Exception as error:
+            raise Unfinished([u for left in list(lists.values())[len(graphs) :] for u in left]) from error
+    return graphs
 
 
 def _run_list(algorithm: type[Optimizer], members: list[Update], on: Any, values: dict[str, Any]) -> Graph:
@@ -72,7 +84,7 @@ def _run_list(algorithm: type[Optimizer], members: list[Update], on: Any, values
     def column(tensors: list[Tensor]) -> list[Tensor]:
         return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
-    params, grads = column([u.param for u in members]), column([u.grad for u in members])
+    params, grads = column([u.param for u in members]), column([u.grad.resolve_conj() for u in members])
     state = [column([u.state[name] for u in members]) for name in first.buffers]
     layout = tuple((t.shape, t.stride(), t.dtype) for tensors in (params, grads, *state) for t in tensors)
     key = (algorithm.rule_class, on, first.buffers, tuple(values), first.param.device, layout)

@@ -133,7 +133,7 @@ def bytes_per_element(signature: Signature, lowered: lower.Lowered) -> int:
 
 def _begin_host() -> libraries.Pending[ModuleType]:
     source = (_LAUNCH / "host.cpp").read_text()
-    header = (_LAUNCH / "tensors.h").read_text()
+    headers = [file.read_text() for file in sorted(_LAUNCH.glob("*.h"))]
     flags = [*lower.BASE_FLAGS, "-O2", f"-I{_LAUNCH}", f"-I{sysconfig.get_path('include')}"]
 
     def load(path: Path) -> ModuleType:
@@ -146,7 +146,7 @@ def _begin_host() -> libraries.Pending[ModuleType]:
         module.start(torch.Tensor, torch.nn.Parameter, sample, sample.data_ptr())
         return module
 
-    return libraries.begin(libraries.machine_key("host", source, header, *flags), lambda: (source, flags), load)
+    return libraries.begin(libraries.machine_key("host", source, *headers, *flags), lambda: (source, flags), load)
 
 
 def _identity(signature: Signature) -> list[str]:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from compiled_optim.cache.build import BuildError, find_compiler
+
 if TYPE_CHECKING:
     from compiled_optim.trace import Traced
+
+T = TypeVar("T")
 
 SUPPORTED = ((2, 13), (2, 16))
 
@@ -80,13 +85,28 @@ class _Recorder:
         self.call = args
 
 
-def lower_cpp(traced: Traced) -> Lowered:
+@contextmanager
+def _inductor(settings: dict[str, Any]) -> Iterator[None]:
+    """Inductor, one thread at a time, with these settings and the compiler that is used: it probes what that can do."""
+    import torch._inductor.config as config
+
+    compiler = find_compiler()  # Inductor's is from CXX when it was imported, and must be one word
+    with _lock, config.patch(settings | ({} if compiler is None else {"cpp.cxx": (compiler.path,)})):
+        try:
+            yield
+        except Exception as error:  # of parts that are private, or a compiler that does not tell its version
+            raise BuildError(f"Inductor raised {type(error).__name__}: {error}") from error
+
+
+def lower_cpp(traced: Traced, vector_bits: int | None = None) -> Lowered:
     """Lowers to one serial, vectorised C++ loop. Nothing is compiled and no file is written.
+
+    Args:
+        vector_bits: the width of the vectors, if not the widest that this machine has.
 
     Raises:
         LoweringError: when Inductor makes more than one kernel or allocates a buffer.
     """
-    import torch._inductor.config as config
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
@@ -96,7 +116,7 @@ def lower_cpp(traced: Traced) -> Lowered:
     # instruction set. compile_threads=1: no worker pool, which would steal a core from the training it speeds up.
     settings = {
         "cpp.threads": 1,
-        "cpp.simdlen": None,
+        "cpp.simdlen": vector_bits,
         "cpp.vec_isa_ok": True,
         "compile_threads": 1,
         "cpp.force_inline_kernel": True,
@@ -109,7 +129,7 @@ def lower_cpp(traced: Traced) -> Lowered:
         recorders.append(_Recorder(source))
         return recorders[-1]
 
-    with _lock, config.patch(settings), V.set_fake_mode(traced.fake_mode), V.set_debug_handler(DebugContext()):
+    with _inductor(settings), V.set_fake_mode(traced.fake_mode), V.set_debug_handler(DebugContext()):
         lowering = GraphLowering(
             traced.graph, example_inputs=traced.inputs, shape_env=traced.fake_mode.shape_env, is_inference=True
         )
@@ -139,10 +159,9 @@ def lower_cpp(traced: Traced) -> Lowered:
 
 def cpp_flags() -> list[str]:
     """The compiler's flags for source that `lower_cpp` returned: headers, vector instructions, semantics."""
-    import torch._inductor.config as config
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    with _lock, config.patch({"cpp.vec_isa_ok": True}):
+    with _inductor({"cpp.vec_isa_ok": True}):
         isa = pick_vec_isa()
     macros = ["TORCH_INDUCTOR_CPP_WRAPPER", "STANDALONE_TORCH_HEADER", "C10_USING_CUSTOM_GENERATED_MACROS"]
     return [
@@ -180,11 +199,9 @@ def compiling_disabled() -> str | None:
     return f'torch.compiler.set_stance("{stance}")' if stance in ("force_eager", "eager_on_recompile") else None
 
 
-def without_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` kept out of a surrounding ``torch.compile``; costs nothing where there is none."""
-    if "torch._dynamo.eval_frame" not in sys.modules or torch._C._dynamo.eval_frame.get_eval_frame_callback() is None:
-        return function
-    return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]
+def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
+    """``function`` kept out of a surrounding ``torch.compile``; does not import Dynamo where there is none."""
+    return torch._disable_dynamo(function)  # type: ignore[attr-defined]
 
 
 def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:

@@ -20,8 +20,9 @@ class _Attributes:
     """Attributes that are no fields. Type checkers take those of a subclass for arguments of its constructor."""
 
     # torch.amp.GradScaler sets these around a step if `_step_supports_amp_scaling`
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    # (and multiplies its scale by a `grad_scale` that is there already: no default here)
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
 
     _compiled: bool | str = False
     _execution: Any = None  # made by the first step, and again after a copy
@@ -111,31 +112,37 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         Returns:
             The loss of ``closure``, or None.
         """
-        # A step overridden in a subclass was wrapped by torch, which has run the hooks.
-        if lower.step_is_observed(self) and type(self).step is Optimizer.step:
-            return _observed_step(self, closure=closure)
-        return self._step(closure)
+        if torch.compiler.is_compiling():
+            return _step_outside_graphs(self, closure)
+        return self._run_step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it: 10 us a step, hooks or none
+
+    def _run_step(self, closure: Callable[[], Any] | None) -> Any:
+        # A step overridden in a subclass was wrapped by torch, which has run the hooks.
+        if lower.step_is_observed(self) and type(self).step is Optimizer.step:
+            return _observed_step(self) if closure is None else _observed_step(self, closure=closure)
+        return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if (self.grad_scale is None and self.found_inf is None) or self._unscale():
+        if self._unscale():
             execution.step(self)
         return loss
 
     def _unscale(self) -> bool:
         """Divides the gradients by the scale, as torch's fused optimizers do; False if the step must be skipped."""
-        if self.found_inf is not None and self.found_inf.item():
+        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        if found_inf is not None and found_inf.item():
             return False
-        if self.grad_scale is not None:
+        if scale is not None:
             for group in self.param_groups:
                 for p in group["params"]:
                     if p.grad is not None:
-                        p.grad.div_(self.grad_scale.to(p.device))
+                        p.grad.div_(scale.to(p.device))
         return True
 
     def make_state(self, p: Tensor, group: dict[str, Any], on: Any, *, allocate: bool = True) -> dict[str, Any]:
@@ -215,6 +222,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
 # with the hooks, and an entry in the profiler
 _observed_step = torch.optim.Optimizer.profile_hook_step(Optimizer._step)
+_step_outside_graphs = lower.outside_graphs(Optimizer._run_step)
 
 
 def _undecorated(name: str) -> Callable[..., Any]:

@@ -45,25 +45,35 @@ class Update:
         return (self.group, self.param.device, self.param.dtype, self.grad.dtype, *dtypes)
 
 
+def refuse(optimizer: Optimizer) -> None:
+    """Raises RuntimeError for a sparse gradient that the algorithm does not take, or ``capturable`` without graphs."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            check_layout(optimizer, p.grad)
+            if p.grad is not None and group.get("capturable") and p.device.type == "cpu":
+                raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
+
+
+def check_layout(optimizer: Optimizer, grad: Tensor | None) -> None:
+    """Raises RuntimeError for a sparse gradient that the algorithm does not take."""
+    if grad is not None and grad.is_sparse and not optimizer.accepts_sparse:
+        name = optimizer.declaration.name
+        raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
+
+
 def collect(
     optimizer: Optimizer, choices: list[Choice], only: Iterable[tuple[int, Tensor]] | None = None
 ) -> list[Update]:
     """All parameters with a gradient, or those of ``only`` (group, parameter); makes the state they lack.
 
     Raises:
-        RuntimeError: for a sparse gradient that the algorithm does not take, or ``capturable`` on a device without
-            graphs. Nothing was changed then.
+        What `refuse` raises. Nothing was changed then.
     """
     declaration = optimizer.declaration
     groups = optimizer.param_groups
     pairs = only if only is not None else [(i, p) for i, group in enumerate(groups) for p in group["params"]]
     with_gradient = [(i, p, p.grad) for i, p in pairs if p.grad is not None]
-    for i, p, grad in with_gradient:
-        if grad.is_sparse and not optimizer.accepts_sparse:
-            name = declaration.name
-            raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
-        if groups[i].get("capturable") and p.device.type == "cpu":
-            raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
+    refuse(optimizer)
     kept = [declaration.kept(choice.switches) for choice in choices]
     slots = [("step", *names) if declaration.counted else names for names in kept]
     updates = []

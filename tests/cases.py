@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 
 import compiled_optim
 from compiled_optim import algorithms
@@ -35,7 +37,8 @@ def option_sets(cls: type[compiled_optim.Optimizer]) -> Iterator[dict[str, Any]]
     numbers = {k: sample(v) for k, v in fields.items() if isinstance(v, Number)}
     yield {}
     for chosen in itertools.product(*([False, True] for _ in switches)):
-        on = {k: (True if isinstance(switches[k], Flag) else numbers[k]) for k, c in zip(switches, chosen, strict=True) if c}
+        picked = itertools.compress(switches, chosen)
+        on = {k: True if isinstance(switches[k], Flag) else numbers[k] for k in picked}
         if any(chosen) and accepted(cls, on):
             yield on
     for name, value in numbers.items():
@@ -55,6 +58,33 @@ def accepted(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) -> bo
 
 def unique_option_sets(cls: type[compiled_optim.Optimizer]) -> list[dict[str, Any]]:
     return [dict(items) for items in dict.fromkeys(tuple(o.items()) for o in option_sets(cls))]
+
+
+def switch_sets(cls: type[compiled_optim.Optimizer]) -> list[dict[str, Any]]:
+    """Every combination of switches that torch accepts, each once: as many kernels for each dtype."""
+    switches = {k for k, v in cls.declaration.options.items() if v.switch}
+    return [options for options in unique_option_sets(cls) if options.keys() <= switches]
+
+
+def rich_options(cls: type[compiled_optim.Optimizer]) -> dict[str, Any]:
+    """As many switches at once as torch accepts."""
+    return max(switch_sets(cls), key=len)
+
+
+def values_for(cls: type[compiled_optim.Optimizer], switches: dict[str, Any]) -> SearchStrategy[dict[str, Any]]:
+    """Values for all numbers, with the same switches on as in ``switches``."""
+    numbers = {k: v for k, v in cls.declaration.options.items() if isinstance(v, Number)}
+    drawn = {k: _values(k, v) for k, v in numbers.items() if not v.switch or k in switches}
+    flags = {k: st.just(v) for k, v in switches.items() if k not in numbers}
+    return st.fixed_dictionaries({**drawn, **flags}).filter(lambda options: accepted(cls, options))
+
+
+def _values(name: str, field: Number) -> SearchStrategy[Any]:
+    low = 1e-3 if field.switch or field.low is None else field.low
+    one = st.floats(low, 0.999 if field.below is not None else 0.5)
+    if name == "dampening":  # nesterov, which torch refuses with another, must stay likely
+        one = st.just(0.0) | one
+    return st.tuples(*(one for _ in field.default)) if isinstance(field.default, tuple) else one
 
 
 def named(options: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 // any is dereferenced, and makes one call per kernel. 100 tensors cost about 4 us here; reading the same addresses from
 // Python costs 50 (issue 2). Nothing is remembered that could dangle: a plan holds names, shapes of dictionaries and
 // dtypes, and takes each address from the live object in the step that uses it.
+#include "steps.h"
 #include "tensors.h"
 
 #include <string>
@@ -195,20 +196,8 @@ bool same_params(const Plan* plan, PyObject* groups) {
   return true;
 }
 
-struct Steps {  // distinct (group, step) pairs, and the row of scalars each has
-  std::vector<std::pair<int, double>> pairs;
-  std::unordered_map<double, int32_t> seen;
-  int32_t row(int group, double step) {
-    if (!pairs.empty() && pairs.back() == std::make_pair(group, step)) return static_cast<int32_t>(pairs.size() - 1);
-    if (pairs.empty() || pairs.back().first != group) seen.clear();
-    auto [at, is_new] = seen.try_emplace(step, static_cast<int32_t>(pairs.size()));
-    if (is_new) pairs.emplace_back(group, step);
-    return at->second;
-  }
-};
-
 // Fills the tables of all launches. Returns nullptr, or what no longer holds.
-const char* fill(Plan* plan, PyObject* state, PyObject* copies, Steps& steps, std::vector<const c10::TensorImpl*>& counters,
+const char* fill(Plan* plan, PyObject* state, PyObject* copies, Steps& steps, std::vector<c10::TensorImpl*>& counters,
                  std::vector<Entry*>& fresh) {
   std::unordered_map<PyObject*, const c10::TensorImpl*> copy_of;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(copies); i++) {
@@ -262,21 +251,6 @@ const char* fill(Plan* plan, PyObject* state, PyObject* copies, Steps& steps, st
   return nullptr;
 }
 
-// The scalars of every (group, step) pair as one table; -1 on a Python error. Runs before the first write.
-int64_t evaluate(const Steps& steps, PyObject* scalars, std::vector<double>& table) {
-  int64_t columns = 0;
-  for (const auto& [group, step] : steps.pairs) {
-    PyObject* row = PyObject_CallFunction(scalars, "id", group, step);
-    if (!row) return -1;
-    if (!PyTuple_Check(row)) PyErr_SetString(PyExc_TypeError, "scalars must return a tuple of floats");
-    columns = PyTuple_Check(row) ? PyTuple_GET_SIZE(row) : 0;
-    for (Py_ssize_t i = 0; i < columns; i++) table.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(row, i)));
-    Py_DECREF(row);
-    if (PyErr_Occurred()) return -1;
-  }
-  return columns;
-}
-
 // Below this many elements a step is shorter than handing over the interpreter lock and the references is worth.
 constexpr int64_t kReleaseLock = 1 << 19;
 // Below this, starting a team of threads costs more than it saves.
@@ -291,8 +265,11 @@ void launch_all(Plan* plan, const std::vector<double>& table, int64_t columns, i
   }
 }
 
-// run(plan, lists of parameters, state, scalars, copies, threads): None, or why the plan no longer fits (nothing was
-// written then). `scalars(group, step)` returns a tuple of floats; `copies` lists (parameter, stand-in of its gradient).
+// run(plan, lists of parameters, state, rows, copies, threads): None after a step. Otherwise nothing was written: a
+// string says why the plan no longer fits, a list names the (group, step) whose scalars are needed.
+// `rows` lists (group, step, scalars) as foreseen; `copies` lists (parameter, stand-in of its gradient).
+// No Python runs between the first look at a tensor and the last write but in the launch without the interpreter lock,
+// where tensors are referenced; holding references in every step would cost 15 us of 100 tensors (issue 2).
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 6) return PyErr_Format(PyExc_TypeError, "run takes 6 arguments, got %zd", count);
   auto* plan = plan_of(args[0]);
@@ -302,18 +279,18 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
       bool& flag;
       ~Busy() { flag = false; }
     } busy{plan->busy};
-    plan->busy = true;
     if (!same_params(plan, args[1])) return PyUnicode_FromString("the param groups changed");
     Steps steps;
-    std::vector<const c10::TensorImpl*> counters;
+    std::vector<c10::TensorImpl*> counters;
     std::vector<Entry*> fresh;
     std::vector<double> table;
     if (const char* why = fill(plan, args[2], args[4], steps, counters, fresh)) return PyUnicode_FromString(why);
-    const int64_t columns = evaluate(steps, args[3], table);
-    if (columns < 0) return nullptr;
+    const int64_t columns = foreseen(steps, args[3], table);
+    if (columns < 0) return PyErr_Occurred() ? nullptr : needed(steps);
+    plan->busy = true;
     const int threads = static_cast<int>(PyLong_AsLong(args[5]));
     int64_t elements = 0;
-    for (auto* counter : counters) advance_step(counter), const_cast<c10::TensorImpl*>(counter)->bump_version();
+    for (auto* counter : counters) advance_step(counter), counter->bump_version();
     for (auto& launch : plan->launches) {
       elements += launch.begins.back();
       const size_t stride = 2 + launch.roles.size();

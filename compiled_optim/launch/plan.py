@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +49,20 @@ class Plan:
     copied: list[Tensor] = field(default_factory=list)
     places: dict[Any, int] = field(default_factory=dict)
 
-    def run(self, optimizer: Optimizer, scalars: Any) -> str | None:
-        """One step in one call. None, or what no longer holds; then nothing was written."""
-        lists = tuple([group["params"] for group in optimizer.param_groups])
-        copies = [(p, _like_parameter(p, p.grad)) for p in self.copied if p.grad is not None]
-        why: str | None = self.host.run(self.native, lists, optimizer.state, scalars, copies, torch.get_num_threads())
-        return why
+    def run(self, optimizer: Optimizer, rows: list[tuple[int, float, tuple[float, ...]]]) -> str | list[Any] | None:
+        """One step in one call, given the scalars that are foreseen, as (group, step count, scalars).
+
+        Returns:
+            None; or, when nothing was written, what no longer holds, or the (group, step count) pairs that are needed.
+        """
+        listed = [group["params"] for group in optimizer.param_groups]
+        lists = tuple([params if type(params) is list else list(params) for params in listed])
+        # a sparse one is not copied: the host module then says that it no longer fits
+        copied = [(p, p.grad) for p in self.copied if p.grad is not None and p.grad.layout is torch.strided]
+        copies = [(p, _like_parameter(p, grad)) for p, grad in copied]
+        threads = torch.get_num_threads()
+        outcome: str | list[Any] | None = self.host.run(self.native, lists, optimizer.state, rows, copies, threads)
+        return outcome
 
 
 @dataclass
@@ -70,14 +79,20 @@ class _Member:
         return self.param.grad is not None
 
 
-def make_plan(optimizer: Optimizer, choices: list[Choice], scalar_names: list[tuple[str, ...]]) -> Plan:
+def make_plan(
+    optimizer: Optimizer,
+    choices: list[Choice],
+    scalar_names: list[tuple[str, ...]],
+    refused: Callable[[Tensor, str], None],
+) -> Plan:
     """Sorts the parameters by kernel, obtains the kernels, and makes the missing state when nothing can fail any more.
 
     Args:
         choices: the hyperparameters and switches of each param group; scalar_names: of the scalars of each.
+        refused: told of each parameter that no kernel takes, and why, before any state is made.
 
     Raises:
-        What `kernels.obtain` raises.
+        What `kernels.obtain` and ``refused`` raise.
     """
     occurrences = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
     members = [
@@ -101,6 +116,8 @@ def make_plan(optimizer: Optimizer, choices: list[Choice], scalar_names: list[tu
                 plan.copied.append(m.param)
         fresh = place >= 0 and any(name in m.made for name in declaration.buffers)
         entries[m.group].append((m.param, place, fresh))
+    for _, p, refusal in plan.elsewhere:
+        refused(p, refusal)
     for m in members:
         if m.active and m.made and not m.refusal:
             optimizer.state[m.param].update(m.made)

@@ -1,0 +1,36 @@
+"""The records in graphs/ are what the code makes now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from compiled_optim import algorithms
+from compiled_optim.graphs import records
+
+DIRECTORY = Path(__file__).parent.parent / "graphs"
+
+
+@pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX"),
+    reason="the records hold AVX2 kernels, which this machine cannot lower",
+)
+def test_records_are_current() -> None:
+    current = records()
+    stored = {f.name: f.read_text() for f in DIRECTORY.iterdir() if f.name.endswith((".fx.txt", ".cpp"))}
+    assert stored.keys() == current.keys()
+    stale = [name for name, text in current.items() if stored[name] != text]
+    assert not stale, f"graphs/ is stale, run `make graphs` and read the difference: {stale}"
+
+
+@pytest.mark.parametrize("name", algorithms.__all__)
+def test_header_states_launches_and_traffic(name: str) -> None:
+    # parameter, each state tensor: read and written; gradient: read; 4 bytes each
+    buffers = {"SGD": 0, "Adam": 2, "AdamW": 2}
+    expected = 4 * (3 + 2 * buffers[name]) if name in buffers else None
+    header = (DIRECTORY / f"{name}.cpp").read_text().splitlines()[0]
+    assert header.startswith("// launches per step: 1, bytes per element: ")
+    if expected is not None:
+        assert header.endswith(f" {expected}")

@@ -1,0 +1,410 @@
+"""The interface of torch.optim.Optimizer: param groups, closures, hooks, ``zero_grad`` and what ``step`` is."""
+
+from __future__ import annotations
+
+import gc
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import CLASSES, oracle
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from compiled_optim import SGD, Adam, AdamW, Optimizer, explain
+
+both = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+SHAPES = [(3, 4), (4, 4), (2, 5), (7, 1)]
+
+
+def parameters(copies: int = 1) -> Any:
+    """Lists of equal float64 parameters."""
+    values = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
+    lists = [[torch.nn.Parameter(v.clone()) for v in values] for _ in range(copies)]
+    return lists[0] if copies == 1 else lists
+
+
+def set_gradients(*lists: list[Any]) -> None:
+    for row in zip(*lists, strict=True):
+        grad = torch.randn_like(row[0])
+        for p in row:
+            p.grad = grad.clone()
+
+
+def assert_equal(ours: list[Any], stock: list[Any]) -> None:
+    torch.testing.assert_close([p.detach() for p in ours], [p.detach() for p in stock], rtol=0, atol=1e-12)
+
+
+def execution(optimizer: Optimizer) -> set[str]:
+    return {row.execution for row in explain(optimizer)}
+
+
+# ---- param groups
+
+
+GROUP_OPTIONS = {
+    "lr": [0.1, 0.01, 0.001, 0.5],
+    "betas": [(0.9, 0.99), (0.5, 0.6), (0.0, 0.999), (0.1, 0.2)],
+    "weight_decay": [0.1, 0.0, 0.3, 0.01],
+    "momentum": [0.9, 0.0, 0.5, 0.9],
+    "eps": [1e-8, 1e-3, 0.1, 1.0],
+    "maximize": [False, True, False, True],
+}
+
+
+@every_class
+@both
+def test_groups_have_options_of_their_own(cls: type[Optimizer], compiled: bool) -> None:
+    ours, stock = parameters(2)
+    names = [k for k in GROUP_OPTIONS if k in cls.declaration.options]
+
+    def groups(params: list[Any]) -> list[dict[str, Any]]:
+        return [{"params": [p], **{k: GROUP_OPTIONS[k][i] for k in names}} for i, p in enumerate(params)]
+
+    mine = cls(groups(ours), compiled=compiled)
+    theirs = oracle(cls)(groups(stock))
+    for _ in range(10):
+        set_gradients(ours, stock)
+        mine.step()
+        theirs.step()
+        assert_equal(ours, stock)
+    assert execution(mine) == {"multi_tensor" if compiled else "eager"}
+
+
+@both
+def test_options_of_groups_may_change_between_steps(compiled: bool) -> None:
+    ours, stock = parameters(2)
+    pair = [AdamW(ours, compiled=compiled), torch.optim.AdamW(stock)]
+    for i in range(6):
+        set_gradients(ours, stock)
+        for optimizer in pair:
+            optimizer.param_groups[0].update(lr=0.1 / (i + 1), betas=(0.1 * i, 0.9), weight_decay=0.1 * i, eps=10.0**-i)
+            optimizer.step()
+        assert_equal(ours, stock)
+    assert len(explain(pair[0]).rebuilt) == int(compiled)
+
+
+@both
+def test_a_group_added_later(compiled: bool) -> None:
+    ours, stock = parameters(2)
+    pair = [AdamW(ours[:2], lr=0.1, compiled=compiled), torch.optim.AdamW(stock[:2], lr=0.1)]
+    for i in range(6):
+        if i == 3:
+            pair[0].add_param_group({"params": ours[2:], "lr": 0.5})
+            pair[1].add_param_group({"params": stock[2:], "lr": 0.5})
+        set_gradients(ours, stock)
+        for optimizer in pair:
+            optimizer.step()
+        assert_equal(ours, stock)
+    assert [group["lr"] for group in pair[0].param_groups] == [0.1, 0.5]
+
+
+@both
+def test_named_parameters(compiled: bool) -> None:
+    model = torch.nn.Linear(3, 2, dtype=torch.float64)
+    optimizer = AdamW(model.named_parameters(), compiled=compiled)
+    model(torch.ones(3, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["param_names"] == ["weight", "bias"]
+    other = AdamW(list(torch.nn.Linear(3, 2, dtype=torch.float64).named_parameters()))
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["param_names"] == ["weight", "bias"]
+    grouped = AdamW([{"params": [("w", model.weight)]}, {"params": [("b", model.bias)], "lr": 1.0}])
+    assert [group["param_names"] for group in grouped.param_groups] == [["w"], ["b"]]
+
+
+def test_arguments_that_torch_refuses() -> None:
+    p = parameters()[0]
+    for make in (AdamW, torch.optim.AdamW):
+        with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
+            make([])
+        with pytest.raises(TypeError, match="ordered collections"):
+            make([{"params": {p}}])
+        with pytest.raises(TypeError, match="should be an iterable of Tensors or dicts"):
+            make(p)
+        with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
+            make([p * 2])
+        with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+            make([{"params": [p]}, {"params": [p]}])
+        with pytest.raises(TypeError, match="optimizer can only optimize Tensors"):
+            make([3])
+        with pytest.raises(UserWarning, match="duplicate parameters"):
+            make([p, p])
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_listed_twice_is_stepped_twice() -> None:
+    ours, stock = parameters(2)
+    mine, theirs = AdamW([ours[0], ours[0], ours[1]]), torch.optim.AdamW([stock[0], stock[0], stock[1]], foreach=False)
+    for _ in range(3):
+        set_gradients(ours, stock)
+        mine.step()
+        theirs.step()
+        assert_equal(ours, stock)
+
+
+@both
+def test_an_empty_second_group(compiled: bool) -> None:
+    ours, stock = parameters(2)
+    pair = [
+        AdamW([{"params": ours}, {"params": [], "weight_decay": 0.0}], compiled=compiled),
+        torch.optim.AdamW([{"params": stock}, {"params": [], "weight_decay": 0.0}]),
+    ]
+    for _ in range(2):
+        set_gradients(ours, stock)
+        for optimizer in pair:
+            optimizer.step()
+    assert_equal(ours, stock)
+    pair[0].load_state_dict(pair[1].state_dict())
+    assert len(pair[0].state_dict()["param_groups"]) == 2
+
+
+@both
+def test_a_step_without_any_gradient_does_nothing(compiled: bool) -> None:
+    ours = parameters()
+    before = [p.detach().clone() for p in ours]
+    optimizer = AdamW(ours, compiled=compiled)
+    assert optimizer.step() is None
+    assert_equal(ours, before)
+    assert not optimizer.state
+
+
+# ---- closures
+
+
+@both
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_a_closure_makes_the_gradients(compiled: bool, by_keyword: bool) -> None:
+    ours, stock = parameters(2)
+    mine, theirs = SGD(ours, lr=0.1, compiled=compiled), torch.optim.SGD(stock, lr=0.1)
+    seen: list[tuple[bool, list[Any]]] = []
+
+    def closure_of(optimizer: torch.optim.Optimizer, params: list[Any]) -> Any:
+        def closure() -> torch.Tensor:
+            seen.append((torch.is_grad_enabled(), [p.grad for p in params]))
+            optimizer.zero_grad()
+            loss = sum((p**2).sum() for p in params)
+            loss.backward()
+            return loss
+
+        return closure
+
+    with torch.no_grad():
+        for optimizer, params in ((mine, ours), (theirs, stock)):
+            closure = closure_of(optimizer, params)
+            loss = optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
+            assert isinstance(loss, torch.Tensor)
+            assert loss.requires_grad
+    assert seen == [(True, [None] * len(SHAPES))] * 2
+    assert_equal(ours, stock)
+    assert execution(mine) == {"multi_tensor" if compiled else "eager"}
+
+
+# ---- hooks
+
+
+@both
+def test_step_hooks_see_optimizer_and_arguments(compiled: bool) -> None:
+    params = parameters()
+    set_gradients(params)
+    optimizer = SGD(params, lr=0.1, compiled=compiled)
+    before = params[0].detach().clone()
+    calls: list[tuple[str, Any, Any, Any, bool]] = []
+
+    def recorder(name: str) -> Any:
+        def hook(opt: Any, args: Any, kwargs: Any) -> None:
+            calls.append((name, opt, args[1:], kwargs, torch.equal(params[0], before)))
+
+        return hook
+
+    handles = [
+        register_optimizer_step_pre_hook(recorder("global pre")),
+        optimizer.register_step_pre_hook(recorder("pre")),
+        optimizer.register_step_post_hook(recorder("post")),
+        register_optimizer_step_post_hook(recorder("global post")),
+    ]
+
+    def closure() -> float:
+        return 5.0
+
+    assert optimizer.step(closure=closure) == 5.0
+    names = ["global pre", "pre", "post", "global post"]
+    assert [(c[0], c[4]) for c in calls] == list(zip(names, [True, True, False, False], strict=True))
+    assert all(c[1] is optimizer for c in calls)
+    assert all(dict(c[3]) == {"closure": closure} or c[2] == (closure,) for c in calls)
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert len(calls) == 4
+
+
+@both
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_pre_hook_may_replace_the_closure(compiled: bool, keyword: bool) -> None:
+    optimizer = SGD(parameters(), compiled=compiled)
+
+    def hook(opt: Any, args: Any, kwargs: Any) -> Any:
+        return ((opt,), {"closure": lambda: "replaced"}) if keyword else ((opt, lambda: "replaced"), {})
+
+    optimizer.register_step_pre_hook(hook)
+    assert optimizer.step(lambda: "given") == "replaced"
+    assert optimizer.step() == "replaced"
+
+
+def test_a_pre_hook_that_returns_nonsense_is_an_error() -> None:
+    optimizer = SGD(parameters())
+    optimizer.register_step_pre_hook(lambda *_: 3)
+    with pytest.raises(RuntimeError, match="must return None or a tuple"):
+        optimizer.step()
+
+
+@both
+def test_a_pre_hook_may_change_gradients_and_groups(compiled: bool) -> None:
+    ours, stock = parameters(2)
+    pair = [SGD(ours, lr=0.1, compiled=compiled), torch.optim.SGD(stock, lr=0.1)]
+
+    def hook(opt: torch.optim.Optimizer, *_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], 0.5)
+        opt.param_groups[0]["lr"] *= 0.5
+        opt.param_groups[0]["params"][1].grad = None
+
+    for optimizer in pair:
+        optimizer.register_step_pre_hook(hook)
+    for _ in range(3):
+        set_gradients(ours, stock)
+        for optimizer in pair:
+            optimizer.step()
+    assert_equal(ours, stock)
+
+
+def test_state_dict_hooks() -> None:
+    params = parameters()
+    optimizer = AdamW(params)
+    calls: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda opt: calls.append("save pre"))
+
+    def mark(opt: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        calls.append("save post")
+        return {**saved, "mark": 1}
+
+    def unmark(opt: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        calls.append("load pre")
+        assert saved.pop("mark") == 1
+        saved["param_groups"][0]["lr"] = 7.0
+        return saved
+
+    optimizer.register_state_dict_post_hook(mark)
+    optimizer.register_load_state_dict_pre_hook(unmark)
+    optimizer.register_load_state_dict_post_hook(lambda opt: calls.append(f"load post {opt.param_groups[0]['lr']}"))
+    saved = optimizer.state_dict()
+    assert saved["mark"] == 1
+    optimizer.load_state_dict(saved)
+    assert calls == ["save pre", "save post", "load pre", "load post 7.0"]
+    assert optimizer.param_groups[0]["lr"] == 7.0
+
+
+# ---- the rest of the interface
+
+
+@both
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_zero_grad(compiled: bool, options: dict[str, Any]) -> None:
+    params = parameters()
+    optimizer = AdamW(params, compiled=compiled, **options)
+    set_gradients(params)
+    kept = [p.grad for p in params]
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is g and not g.any() for p, g in zip(params, kept, strict=True))
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+@pytest.fixture
+def profiled() -> Iterator[Any]:
+    params = parameters()
+    set_gradients(params)
+    yield params
+
+
+@both
+def test_the_profiler_names_the_step(compiled: bool, profiled: list[Any]) -> None:
+    optimizer = AdamW(profiled, compiled=compiled)
+    with torch.autograd.profiler.profile() as record:
+        optimizer.step()
+    assert [e.name for e in record.function_events].count("Optimizer.step#AdamW.step") == 1
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        optimizer.step()
+        optimizer.zero_grad()
+    names = [e.key for e in trace.key_averages()]
+    assert "Optimizer.step#AdamW.step" in names
+    assert "Optimizer.zero_grad#AdamW.zero_grad" in names
+
+
+@both
+def test_step_is_an_ordinary_method(compiled: bool) -> None:
+    params = parameters()
+    optimizer = AdamW(params, compiled=compiled)
+    assert isinstance(optimizer.step, types.MethodType)
+    assert optimizer.step.__self__ is optimizer
+    assert optimizer.step.__func__ is type(optimizer).step
+    stock, calls = optimizer.step, []
+    optimizer.step = lambda closure=None: (calls.append(1), stock(closure))[1]
+    set_gradients(params)
+    optimizer.step()
+    assert calls == [1]
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+@both
+def test_an_optimizer_is_freed_with_its_last_reference(compiled: bool) -> None:
+    params = parameters()
+    set_gradients(params)
+    optimizer = AdamW(params, compiled=compiled)
+    optimizer.step()
+    state = weakref.ref(optimizer.state[params[0]]["exp_avg"])
+    reference = weakref.ref(optimizer)
+    assert reference() is optimizer
+    gc.disable()
+    try:
+        del optimizer
+        assert reference() is None  # by reference counts: nothing of ours refers back to it
+        assert state() is None
+    finally:
+        gc.enable()
+
+
+@both
+def test_foreach_false_and_gradients_are_never_written(compiled: bool) -> None:
+    ours, stock = parameters(2)
+    mine = Adam(ours, lr=0.1, weight_decay=0.1, maximize=True, foreach=False, compiled=compiled)
+    theirs = torch.optim.Adam(stock, lr=0.1, weight_decay=0.1, maximize=True, foreach=False)
+    for _ in range(3):
+        set_gradients(ours, stock)
+        versions = [p.grad._version for p in ours]
+        mine.step()
+        theirs.step()
+        assert [p.grad._version for p in ours] == versions
+        assert_equal([p.grad for p in ours], [p.grad for p in stock])
+    assert_equal(ours, stock)
+
+
+@both
+def test_a_step_moves_the_version_of_what_it_writes(compiled: bool) -> None:
+    """Or autograd would not notice that a saved tensor is stale."""
+    params = parameters()
+    set_gradients(params)
+    optimizer = AdamW(params, compiled=compiled)
+    optimizer.step()
+    x = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    loss = (params[0] @ x).sum()
+    versions = [p._version for p in params], optimizer.state[params[0]]["exp_avg"]._version
+    optimizer.step()
+    assert all(p._version > v for p, v in zip(params, versions[0], strict=True))
+    assert optimizer.state[params[0]]["exp_avg"]._version > versions[1]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

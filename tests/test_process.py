@@ -1,0 +1,226 @@
+"""Processes: what a warm start imports, forks, threads, two writers, damage on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import compiled_optim
+
+TRAIN = """
+import json, os, sys, torch
+import compiled_optim
+def train(compiled=True, steps=5):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(1000))
+    optimizer = compiled_optim.AdamW([p], lr=0.1, compiled=compiled)
+    for _ in range(steps):
+        p.grad = p.detach() * 2
+        optimizer.step()
+    return p.detach(), optimizer
+value, optimizer = train()
+row, = compiled_optim.explain(optimizer)
+facts = dict(sum=value.sum().item(), execution=row.execution, origin=row.origin, info=list(compiled_optim.cache_info()),
+             modules=[m for m in ("torch._inductor", "torch._dynamo", "sympy", "subprocess_ran") if m in sys.modules])
+"""
+REPORT = "\nprint(json.dumps(facts))\n"
+
+
+def run(code: str, **environment: str) -> dict[str, Any]:
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    facts: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return facts
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
+    """A cache directory that holds the kernel, and the result that every run must give."""
+    directory = str(tmp_path_factory.mktemp("warm") / "cache")
+    facts = run(TRAIN + REPORT, COMPILED_OPTIM_CACHE_DIR=directory)
+    assert (facts["execution"], facts["origin"]) == ("multi_tensor", "compiled")
+    return directory, facts["sum"]
+
+
+def test_warm_start_imports_no_compiler_and_runs_none(warm: tuple[str, float]) -> None:
+    spy = """
+import subprocess, sys
+def refuse(*a, **k): raise AssertionError("a warm start ran a program")
+subprocess.Popen.__init__ = refuse
+"""
+    facts = run(spy + TRAIN + REPORT, COMPILED_OPTIM_CACHE_DIR=warm[0])
+    assert facts["modules"] == []
+    assert facts["origin"] == "disk"
+    assert facts["info"] == [0, 1, 0, 1]
+    assert facts["sum"] == warm[1]
+
+
+def test_warm_start_without_a_compiler(warm: tuple[str, float], tmp_path: Path) -> None:
+    facts = run(TRAIN + REPORT, COMPILED_OPTIM_CACHE_DIR=warm[0], PATH=str(tmp_path), CXX="")
+    assert (facts["origin"], facts["sum"]) == ("disk", warm[1])
+
+
+def test_everything_but_step_works_without_dynamo(warm: tuple[str, float]) -> None:
+    code = (
+        TRAIN
+        + """
+import copy
+optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+optimizer.zero_grad()
+facts["modules"] = [m for m in ("torch._inductor", "torch._dynamo") if m in sys.modules]
+"""
+        + REPORT
+    )
+    assert run(code, COMPILED_OPTIM_CACHE_DIR=warm[0])["modules"] == []
+
+
+@pytest.mark.parametrize("fault", ["truncate", "flip", "empty", "garbage manifest"])
+def test_damaged_kernels_are_rebuilt_and_never_loaded(fault: str, tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    first = run(TRAIN + REPORT, COMPILED_OPTIM_CACHE_DIR=str(directory))
+    for file in [*directory.glob("*.so")] if fault != "garbage manifest" else [*directory.glob("*.json")]:
+        data = bytearray(file.read_bytes())
+        if fault == "flip":
+            data[len(data) // 2] ^= 1
+        file.write_bytes({"truncate": data[: len(data) // 3], "empty": b"", "flip": data}.get(fault, b"{"))
+    second = run(TRAIN + REPORT, COMPILED_OPTIM_CACHE_DIR=str(directory))
+    assert (second["origin"], second["sum"]) == ("compiled", first["sum"])
+    third = run(TRAIN + REPORT, COMPILED_OPTIM_CACHE_DIR=str(directory))
+    assert (third["origin"], third["sum"]) == ("disk", first["sum"])
+
+
+def test_two_processes_compile_at_once(tmp_path: Path) -> None:
+    environment = {**os.environ, "COMPILED_OPTIM_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-W", "error", "-c", TRAIN + REPORT]
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    facts = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in both]
+    assert facts[0]["sum"] == facts[1]["sum"]
+    assert all(f["execution"] == "multi_tensor" for f in facts)
+    assert len(list((tmp_path / "cache").glob("*.json"))) == 2  # the kernel and the host module
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_a_forked_child_steps_with_one_thread(warm: tuple[str, float]) -> None:
+    # after an OpenMP region in the parent; libgomp's threads do not survive the fork
+    code = (
+        TRAIN
+        + """
+train_big = compiled_optim.AdamW([torch.nn.Parameter(torch.ones(1 << 18))], compiled=True)
+train_big.param_groups[0]["params"][0].grad = torch.ones(1 << 18)
+train_big.step()
+read, write = os.pipe()
+child = os.fork()
+if child == 0:
+    train_big.step()
+    os.write(write, json.dumps([train()[0].sum().item(), train_big.param_groups[0]["params"][0].sum().item()]).encode())
+    os._exit(0)
+train_big.step()
+status = os.waitpid(child, 0)[1]
+facts = dict(status=status, child=json.loads(os.read(read, 4096)), sum=facts["sum"],
+             big=train_big.param_groups[0]["params"][0].sum().item())
+"""
+        + REPORT
+    )
+    facts = run(code, COMPILED_OPTIM_CACHE_DIR=warm[0])
+    assert facts["status"] == 0
+    assert facts["child"] == [facts["sum"], facts["big"]]
+
+
+def test_one_libgomp_and_thread_count_of_torch(warm: tuple[str, float]) -> None:
+    code = (
+        TRAIN
+        + """
+facts["gomp"] = sorted({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line})
+tasks = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(1)
+before = tasks()
+p = torch.nn.Parameter(torch.ones(1 << 20)); p.grad = torch.ones(1 << 20)
+compiled_optim.SGD([p], compiled=True).step() if False else compiled_optim.AdamW([p], compiled=True).step()
+facts["started"] = tasks() - before
+"""
+        + REPORT
+    )
+    facts = run(code, COMPILED_OPTIM_CACHE_DIR=warm[0])
+    assert len(facts["gomp"]) == 1
+    assert facts["started"] == 0
+
+
+def test_loading_changes_no_denormal_flag(warm: tuple[str, float]) -> None:
+    code = TRAIN + "facts['denormal'] = (torch.tensor([1e-39]) * 1.0).item()" + REPORT
+    assert run(code, COMPILED_OPTIM_CACHE_DIR=warm[0])["denormal"] > 0
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    errors: list[BaseException] = []
+
+    def guarded(i: int) -> None:
+        try:
+            work(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_sixteen_threads_with_an_optimizer_each_share_one_kernel() -> None:
+    compiled_optim.cache_clear()
+    start = torch.randn(70_000, dtype=torch.float64)
+    results: dict[int, torch.Tensor] = {}
+
+    def work(i: int) -> None:
+        p = torch.nn.Parameter(start.clone())
+        optimizer = compiled_optim.AdamW([p], lr=0.1, compiled=True)
+        for _ in range(20):
+            p.grad = p.detach() * 2
+            optimizer.step()
+        results[i] = p.detach()
+
+    in_threads(16, work)
+    assert compiled_optim.cache_info().kernels == 1
+    assert len(results) == 16
+    for value in results.values():
+        assert torch.equal(value, results[0])
+
+
+def test_one_optimizer_in_two_threads_is_an_error_or_in_turn_never_a_crash() -> None:
+    p = torch.nn.Parameter(torch.zeros(1 << 20))
+    p.grad = torch.ones(1 << 20)
+    optimizer = compiled_optim.SGD([p], lr=1.0, compiled=True)
+    optimizer.step()
+    done: list[int] = []
+    refused: list[str] = []
+
+    def work(i: int) -> None:
+        for _ in range(50):
+            try:
+                optimizer.step()
+                done.append(i)
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    in_threads(4, work)
+    assert torch.equal(p.detach(), torch.full_like(p, -1.0 - len(done)))
+    assert all("already running in another thread" in message for message in refused)
+    assert len(done) + len(refused) == 200
