@@ -109,22 +109,24 @@ def buckets(members: list[Update], limit: int) -> Iterator[list[Update]]:
 
 
 def run_bucket(algorithm: type[Optimizer], members: list[Update], on: Any, values: dict[str, Any]) -> None:
-    """Updates one bucket: on CPU as one flat tensor, where a list op is a loop over tensors; elsewhere as lists."""
+    """Updates one bucket: on CPU as one flat tensor, for a list op there is a loop over tensors; elsewhere as lists."""
     first = members[0]
     columns = [[u.param for u in members], [u.grad for u in members]]
     columns += [[u.state[name] for u in members] for name in first.buffers]
     if first.param.is_complex():
         columns[1] = [g.resolve_conj() for g in columns[1]]  # a lazily conjugated one has no real view
         columns = [[torch.view_as_real(t) for t in column] for column in columns]
-    if first.param.device.type != "cpu":
+    if not algorithm.elementwise:
+        for tensors in zip(*columns, strict=True):
+            run_value(algorithm, on, list(tensors), first.buffers, values)
+    elif first.param.device.type != "cpu":
         run_value(algorithm, on, [TensorList(column) for column in columns], first.buffers, values)
     elif len(members) == 1:
-        tensors = [column[0] for column in columns]
-        for piece in pieces(tensors):
-            run_value(algorithm, on, piece, first.buffers, values)
+        for piece in pieces([column[0] for column in columns]):
+            run_value(algorithm, on, [TensorList([t]) for t in piece], first.buffers, values)
     else:
         flat = [lower.flatten(column) for column in columns]
-        run_value(algorithm, on, flat, first.buffers, values)
+        run_value(algorithm, on, [TensorList([t]) for t in flat], first.buffers, values)
         for column, source in zip([columns[0], *columns[2:]], [flat[0], *flat[2:]], strict=True):
             torch._foreach_copy_(column, lower.unflatten(source, column))
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from compiled_optim import eager, foreach, lower, settings
 from compiled_optim.cache.build import BuildError
 from compiled_optim.cache.libraries import NoCompilerError
-from compiled_optim.fallback import fall_back
+from compiled_optim.fallback import CompileError, fall_back
 from compiled_optim.launch.plan import Plan, make_plan
-from compiled_optim.updates import collect, refuse
+from compiled_optim.updates import collect, discard, refuse
 
 if TYPE_CHECKING:
     from compiled_optim.declare import Choice
@@ -65,10 +65,10 @@ class Execution:
             self._step_multi_tensor(optimizer)
 
     def _unavailable(self) -> str:
-        if self.plan is not None:  # the environment is read when a plan is made
-            return ""
         if settings.disabled():
             return "COMPILED_OPTIM_DISABLE=1"
+        if self.plan is not None:
+            return ""
         unknown = lower.unsupported_version()
         return self._give_up(unknown, "install a version that is") if unknown else ""
 
@@ -135,6 +135,8 @@ class Execution:
             fall_back(self._warned, reason, "the others are compiled; a plain dense tensor would be too")
 
         try:
+            if not optimizer.elementwise:
+                raise lower.LoweringError(f"{optimizer.declaration.name} is not elementwise, so not one fusible loop")
             self.plan = plan = make_plan(optimizer, self._choices, names, refused)
         except lower.LoweringError as error:
             fall_back(self._warned, str(error), 'it is compiled as with compiled="foreach"')
@@ -167,7 +169,12 @@ class Execution:
             try:
                 self.graphs = foreach.run(algorithm, updates, switches, scalars)
             except foreach.Unfinished as left:
-                self.reason = self._give_up(f"torch.compile failed: {left.__cause__}", "build it with compiled=False")
+                try:
+                    reason = f"torch.compile failed: {left.__cause__}"
+                    self.reason = self._give_up(reason, "build it with compiled=False")
+                except CompileError:
+                    discard(optimizer, left.updates)
+                    raise
                 off = [False] * len(choices)
                 eager.run(algorithm, left.updates, switches, scalars, one_by_one=off, capturable=off)
         if sparse:

@@ -113,8 +113,13 @@ def _compile(
 ) -> Callable[..., None]:
     def step(params: list[Tensor], grads: list[Tensor], state: list[list[Tensor]], scalars: list[Tensor]) -> None:
         # as lists of 0-d tensors: Dynamo takes a list value times a tensor for an operation of the tensor
-        values = {name: TensorList([scalar] * len(params)) for name, scalar in zip(scalar_names, scalars)}  # noqa: B905
-        run_value(algorithm, on, [TensorList(t) for t in (params, grads, *state)], buffers, values)
+        values: dict[str, Any] = {n: TensorList([k] * len(params)) for n, k in zip(scalar_names, scalars)}  # noqa: B905
+        if algorithm.elementwise:
+            run_value(algorithm, on, [TensorList(t) for t in (params, grads, *state)], buffers, values)
+            return
+        values = dict(zip(scalar_names, scalars))  # noqa: B905
+        for i in range(len(params)):
+            run_value(algorithm, on, [tensors[i] for tensors in (params, grads, *state)], buffers, values)
 
     # Dynamo keeps its graphs, and their limit of 8, by code object: each list of shapes gets one of its own.
     code = step.__code__.replace(co_name=f"foreach_step_{next(_numbers)}")

@@ -60,6 +60,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     declaration: ClassVar[Declaration]
     rule_class: ClassVar[type[Optimizer]]
     accepts_sparse: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True  # False: ``update`` is given one whole tensor at a time, and may reduce it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

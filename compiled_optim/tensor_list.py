@@ -28,6 +28,12 @@ class TensorList:
     def to(self, dtype: torch.dtype) -> TensorList:
         return self if dtype == self.dtype else TensorList([t.to(dtype) for t in self.tensors])
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"an elementwise update cannot use .{name} of a value; "
+            "if it needs whole tensors, declare `elementwise = False` in its class"
+        )
+
     def _with(self, operation: Callable[..., Any], other: Any) -> TensorList:
         if isinstance(other, TensorList):
             other = other.tensors

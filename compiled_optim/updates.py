@@ -18,7 +18,8 @@ class Update:
     """One parameter that has a gradient.
 
     ``state``: the parameter's live state, of which the rule sees ``buffers``, or nothing at all for an algorithm
-    without; ``counted``: whether a step count is among it; ``fresh``: whether it was made in this step.
+    without; ``counted``: whether a step count is among it; ``fresh``: whether buffers were made in this step; ``made``:
+    the names of all state that was.
     """
 
     group: int
@@ -28,6 +29,7 @@ class Update:
     buffers: tuple[str, ...]
     counted: bool
     fresh: bool
+    made: tuple[str, ...] = ()
 
     @property
     def next_step(self) -> float:
@@ -49,16 +51,11 @@ def refuse(optimizer: Optimizer) -> None:
     """Raises RuntimeError for a sparse gradient that the algorithm does not take, or ``capturable`` without graphs."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            check_layout(optimizer, p.grad)
+            if p.grad is not None and p.grad.is_sparse and not optimizer.accepts_sparse:
+                name = optimizer.declaration.name
+                raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
             if p.grad is not None and group.get("capturable") and p.device.type == "cpu":
                 raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
-
-
-def check_layout(optimizer: Optimizer, grad: Tensor | None) -> None:
-    """Raises RuntimeError for a sparse gradient that the algorithm does not take."""
-    if grad is not None and grad.is_sparse and not optimizer.accepts_sparse:
-        name = optimizer.declaration.name
-        raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
 
 
 def collect(
@@ -79,11 +76,20 @@ def collect(
     updates = []
     for i, p, grad in with_gradient:
         state = optimizer.state.get(p, {})
-        fresh = False
+        fresh, made = False, {}
         if not all(state.get(name) is not None for name in slots[i]):
             made = optimizer.make_state(p, groups[i], choices[i].switches)
             fresh = any(name in made for name in kept[i])
             state = optimizer.state[p]
             state.update(made)
-        updates.append(Update(i, p, grad, state, kept[i], declaration.counted, fresh))
+        updates.append(Update(i, p, grad, state, kept[i], declaration.counted, fresh, tuple(made)))
     return updates
+
+
+def discard(optimizer: Optimizer, updates: Iterable[Update]) -> None:
+    """Removes the state that `collect` made."""
+    for u in updates:
+        for name in u.made:
+            del u.state[name]
+        if not u.state:
+            optimizer.state.pop(u.param, None)

@@ -13,33 +13,11 @@ import pytest
 import torch
 from cases import ALL, CLASSES, IDS, oracle
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from training import assert_equal, both, parameters, train
 
 from compiled_optim import SGD, Adam, AdamW, CompileError, Optimizer, cache_clear, cache_info, explain
 
-both = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
-SHAPES = [(3, 4), (5, 2), (1, 1)]
-
-
-def parameters(copies: int = 1) -> Any:
-    values = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
-    lists = [[torch.nn.Parameter(v.clone()) for v in values] for _ in range(copies)]
-    return lists[0] if copies == 1 else lists
-
-
-def train(steps: int, *runs: tuple[torch.optim.Optimizer, list[Any]]) -> None:
-    """Steps all runs on the same gradients."""
-    for _ in range(steps):
-        for row in zip(*(params for _, params in runs), strict=True):
-            grad = torch.randn_like(row[0])
-            for p in row:
-                p.grad = grad.clone()
-        for optimizer, _ in runs:
-            optimizer.step()
-
-
-def assert_equal(ours: list[Any], stock: list[Any], atol: float = 1e-12) -> None:
-    torch.testing.assert_close([p.detach() for p in ours], [p.detach() for p in stock], rtol=0, atol=atol)
 
 
 def through_a_file(state: Any) -> Any:
@@ -288,7 +266,9 @@ def test_nothing_of_the_running_process_travels() -> None:
     assert {"defaults", "state", "param_groups"} <= keys
     data = pickle.dumps(fresh)
     names = {op[1] for op in pickletools.genops(data) if isinstance(op[1], str)}
-    assert not any(word in name for name in names for word in ("plan", "Plan", "kernels", "ctypes", "execution.", "address"))
+    assert not any(
+        word in name for name in names for word in ("plan", "Plan", "kernels", "ctypes", "execution.", "address")
+    )
     assert fresh._execution is not None
     assert pickle.loads(data)._execution is None
 

@@ -17,7 +17,12 @@ from compiled_optim import AdamW, Optimizer, cache_info, explain
 from compiled_optim.algorithms import SGD, Adam
 from compiled_optim.declare import Number, buffer, flag, number
 
-NUMBERS = [(cls, name, field) for cls in CLASSES for name, field in cls.declaration.options.items() if isinstance(field, Number)]
+NUMBERS = [
+    (cls, name, field)
+    for cls in CLASSES
+    for name, field in cls.declaration.options.items()
+    if isinstance(field, Number)
+]
 TUPLES = [(cls, name, field) for cls, name, field in NUMBERS if isinstance(field.default, tuple)]
 BOUNDED = [(cls, name, field) for cls, name, field in NUMBERS if field.low is not None]
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
@@ -244,7 +249,9 @@ class Lion(Optimizer):
         return p * k.decay - direction * k.lr
 
 
-def lion_by_hand(p: torch.Tensor, grads: list[torch.Tensor], lr: float, b1: float, b2: float, decay: float) -> torch.Tensor:
+def lion_by_hand(
+    p: torch.Tensor, grads: list[torch.Tensor], lr: float, b1: float, b2: float, decay: float
+) -> torch.Tensor:
     p, m = p.detach().clone(), torch.zeros_like(p)
     for g in grads:
         p = p * (1 - lr * decay) - lr * (b1 * m + (1 - b1) * g).sign()

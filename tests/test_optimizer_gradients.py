@@ -97,7 +97,7 @@ def test_sgd_takes_sparse_gradients(options: dict[str, Any], compiled: bool) -> 
     caught: list[str] = []
     for rows in ([0, 2], [5, 0, 5, 5], [1], []):  # the second is not coalesced
         grads = [sparse_like(ours[0], rows), torch.randn_like(ours[1])]
-        for params, optimizer in ((ours, mine), (stock, theirs)):
+        for params in (ours, stock):
             for p, g in zip(params, grads, strict=True):
                 p.grad = g.clone()
         theirs.step()

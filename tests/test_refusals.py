@@ -130,6 +130,34 @@ def test_data_swapped_for_another_shape_over_old_state() -> None:
     assert all(run.ours.state[t]["step"] == 1 for t in run.params[1])
 
 
+def test_data_swapped_for_another_dtype_under_an_old_gradient() -> None:
+    """Nothing but the parameter itself tells of it."""
+    run = sgd(tensors(SHAPES))
+    run.step()
+    run.both(lambda _, params: [setattr(p, "data", p.data.float()) for p in params])
+    assert run.params[1][0].grad.dtype == torch.float64
+    run.step_as_is()
+    run.compare(1e-6)
+
+
+@lenient
+def test_data_swapped_for_one_with_gaps_like_the_gradient() -> None:
+    """Their strides agree, and a kernel that walked the memory would write into the gaps."""
+    run = sgd(tensors([(5, 6)]))
+    run.step()
+    run.both(lambda _, params: setattr(params[0], "data", non_dense(params[0].data)))
+    gradient = non_dense(torch.ones(5, 6, dtype=torch.float64))
+    gradient._base.masked_fill_(gradient._base == 0, torch.nan)
+    for (p,) in run.params:
+        p.grad = gradient
+    run.optimizers[0].step()
+    with pytest.warns(CompileFallbackWarning, match="overlap or leave gaps"):
+        run.ours.step()
+    run.compare()
+    whole = run.params[1][0].detach().as_strided((5, 12), (12, 1))
+    assert whole[:, 1::2].count_nonzero() == 0
+
+
 def test_a_sparse_gradient_that_is_not_taken_changes_nothing() -> None:
     run = adam(tensors([(4, 3), (4, 3)]))
     run.step(2)
