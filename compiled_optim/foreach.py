@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compiled_optim import lower
+from compiled_optim.cache.store import directory_problem
 from compiled_optim.eager import run_value
 from compiled_optim.rule import arithmetic_dtype
 from compiled_optim.tensor_list import TensorList
@@ -90,6 +91,7 @@ def _run_list(algorithm: type[Optimizer], members: list[Update], on: Any, values
     key = (algorithm.rule_class, on, first.buffers, tuple(values), first.param.device, layout)
     graph = _graphs.get(key)
     if graph is None:
+        _check_directory()
         function = _compile(algorithm, on, first.buffers, tuple(values))
         name = f"{algorithm.__name__}[{len(params)} tensors]"
         elements = sum(p.numel() for p in params)
@@ -106,6 +108,13 @@ def _run_list(algorithm: type[Optimizer], members: list[Update], on: Any, values
     for u in members:
         u.advance()
     return graph
+
+
+def _check_directory() -> None:
+    """What ``torch.compile`` builds is loaded from its own directory, which must be as private as ours."""
+    problem = directory_problem(lower.inductor_directory())
+    if problem:
+        raise RuntimeError(f"Inductor's directory cannot be trusted: {problem}; set TORCHINDUCTOR_CACHE_DIR to another")
 
 
 def _compile(

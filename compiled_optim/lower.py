@@ -89,13 +89,26 @@ class _Recorder:
 def _inductor(settings: dict[str, Any]) -> Iterator[None]:
     """Inductor, one thread at a time, with these settings and the compiler that is used: it probes what that can do."""
     import torch._inductor.config as config
+    from torch._inductor import cpu_vec_isa
 
     compiler = find_compiler()  # Inductor's is from CXX when it was imported, and must be one word
+    # torch knows its instruction set; Inductor compiles and loads a probe for each, in a directory that is not ours
+    widest_first = [
+        type("Known", (stock_isa,), {"__bool__": lambda self: True, "__hash__": stock_isa.__hash__})()
+        for stock_isa in (cpu_vec_isa.VecAVX512, cpu_vec_isa.VecAVX2)
+    ]
+    names = {"AVX512": widest_first, "AVX2": widest_first[1:]}
+    known = names.get(torch.backends.cpu.get_cpu_capability())
     with _lock, config.patch(settings | ({} if compiler is None else {"cpp.cxx": (compiler.path,)})):
+        stock = cpu_vec_isa.valid_vec_isa_list
+        if known is not None:
+            cpu_vec_isa.valid_vec_isa_list = lambda: known  # type: ignore[assignment]
         try:
             yield
         except Exception as error:  # of parts that are private, or a compiler that does not tell its version
             raise BuildError(f"Inductor raised {type(error).__name__}: {error}") from error
+        finally:
+            cpu_vec_isa.valid_vec_isa_list = stock
 
 
 def lower_cpp(traced: Traced, vector_bits: int | None = None) -> Lowered:
@@ -112,8 +125,8 @@ def lower_cpp(traced: Traced, vector_bits: int | None = None) -> Lowered:
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
-    # threads=1: the launcher shares out the work. vec_isa_ok: no 5 s of probes, for torch itself reports the
-    # instruction set. compile_threads=1: no worker pool, which would steal a core from the training it speeds up.
+    # threads=1: the launcher shares out the work. vec_isa_ok: no 5 s of probes where the instruction set is none that
+    # is named above. compile_threads=1: no worker pool, which would steal a core from the training it speeds up.
     settings = {
         "cpp.threads": 1,
         "cpp.simdlen": vector_bits,
@@ -183,7 +196,7 @@ def _torch_directory(name: str) -> str:
 
 # Linked by name: the loader then finds the copies that torch has loaded, libgomp among them (one pool of threads).
 BASE_FLAGS = [
-    *("-std=c++20", "-DNDEBUG", "-w", "-fPIC", "-shared"),
+    *("-std=c++20", "-DNDEBUG", "-w"),
     f"-I{_torch_directory('include')}",
     f"-L{_torch_directory('lib')}",
     "-lc10",
@@ -223,6 +236,13 @@ def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
 def unflatten(flat: torch.Tensor, like: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The parts of `flatten`'s result, with the shapes of ``like``."""
     return torch._utils._unflatten_dense_tensors(flat, like)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def inductor_directory() -> Path:
+    """Where ``torch.compile`` builds its libraries, and loads them from."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
 
 
 def kernels_generated() -> int:

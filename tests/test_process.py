@@ -52,8 +52,11 @@ def run(code: str, **environment: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
     """A cache directory that holds the kernel, and the result that every run must give."""
-    directory = str(tmp_path_factory.mktemp("warm") / "cache")
-    facts = run(TRAIN + REPORT, COMPILED_OPTIM_CACHE_DIR=directory)
+    place = tmp_path_factory.mktemp("warm")
+    directory = str(place / "cache")
+    facts = run(TRAIN + REPORT, COMPILED_OPTIM_CACHE_DIR=directory, TORCHINDUCTOR_CACHE_DIR=str(place / "inductor"))
+    # lowering builds and loads nothing in a directory that is Inductor's
+    assert not [path for path in (place / "inductor").rglob("*") if path.is_file()]
     assert (facts["execution"], facts["origin"]) == ("multi_tensor", "compiled")
     return directory, facts["sum"]
 

@@ -31,6 +31,10 @@ int64_t foreseen(const Steps& steps, PyObject* rows, std::vector<double>& table)
     PyObject* values;
     if (!PyArg_ParseTuple(PyList_GET_ITEM(rows, r), "idO!", &group, &step, &PyTuple_Type, &values)) return -1;
     if (steps.pairs[r] != std::make_pair(group, step)) return -1;
+    if (r && columns != PyTuple_GET_SIZE(values)) {
+      PyErr_SetString(PyExc_ValueError, "scalars must return as many values for every param group and step");
+      return -1;
+    }
     columns = PyTuple_GET_SIZE(values);
     for (Py_ssize_t i = 0; i < columns; i++) table.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(values, i)));
     if (PyErr_Occurred()) return -1;
