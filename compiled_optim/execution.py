@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer
     from compiled_optim.trace import Signature
 
+_KEPT_REASONS = 19  # and the newest
 _FAILURES = (NoCompilerError, BuildError, lower.LoweringError, OSError, ImportError)
 
 
@@ -37,7 +38,7 @@ def step(optimizer: Optimizer) -> None:
 class Execution:
     """The compiled execution of one optimizer. It holds no reference to it, and is made anew in a copy.
 
-    ``reason``: why the last step ran eagerly, if it did; ``rebuilt``: why each plan was made.
+    ``reason``: why the last step ran eagerly, if it did; ``rebuilt``: why the last plans were made.
     """
 
     def __init__(self) -> None:
@@ -147,7 +148,7 @@ class Execution:
             self.reason = self._give_up(str(error), "repair that, or build the optimizer with compiled=False")
             eager.step(optimizer)
             return None
-        self.rebuilt.append(why)
+        self.rebuilt = [*self.rebuilt[-_KEPT_REASONS:], why]
         for launch in plan.launches:  # where a kernel came from is told of the first plan that used it
             launch.kernel = self._kernels.setdefault(launch.kernel.signature, launch.kernel)
         return plan

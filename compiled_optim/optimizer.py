@@ -218,7 +218,10 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients, as in torch.optim."""
-        _undecorated("zero_grad")(self, set_to_none)
+        if torch.compiler.is_compiling():
+            super().zero_grad(set_to_none)
+        else:
+            _undecorated("zero_grad")(self, set_to_none)
 
 
 # with the hooks, and an entry in the profiler

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config  # takes CXX from the environment when it is imported; some tests change that
 
 # before anything reads them, and for the subprocesses of tests too
 os.environ["COMPILED_OPTIM_STRICT"] = "1"

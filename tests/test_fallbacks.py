@@ -194,6 +194,24 @@ print([(row.execution, row.origin) for row in compiled_optim.explain(optimizer)]
     assert done.stdout == "[('multi_tensor', 'compiled')]\n"
 
 
+# ---- what torch.compile builds must be as private as the cache
+
+
+@lenient
+def test_foreach_does_not_build_where_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = tmp_path / "inductor"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared))
+    params = parameters()
+    optimizer = AdamW(params, compiled="foreach")
+    (message,) = warned(2, (optimizer, params))
+    assert "cannot be trusted" in message
+    assert "TORCHINDUCTOR_CACHE_DIR" in message
+    assert not [path for path in shared.rglob("*") if path.is_file()]
+    assert "cannot be trusted" in str(executions(optimizer))
+
+
 # ---- a rule that is no single loop goes to the "foreach" lowering
 
 
