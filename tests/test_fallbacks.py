@@ -270,7 +270,7 @@ def test_a_rule_that_is_not_one_loop_is_compiled_as_foreach() -> None:
     optimizer = Normalised(params, compiled=True)
     with pytest.warns(CompileFallbackWarning, match="not one fusible loop.*foreach") as caught:
         optimizer.step()
-    assert len(caught) == 1
+    assert sum(warning.category is CompileFallbackWarning for warning in caught) == 1
     assert_equal(params, expected)
     assert executions(optimizer) == {"foreach": ""}
     assert warned(2, (optimizer, params)) == []
