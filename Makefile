@@ -32,9 +32,10 @@ lint: .venv/.stamp ## check style, formatting and types
 graphs: .venv/.stamp ## write the graph and source of every kernel to graphs/
 	$(BIN)/python -m compiled_optim.graphs graphs
 
-bench: .venv/.stamp ## time optimizer steps; raw numbers go to benchmark.json
+bench: .venv/.stamp ## time optimizer steps; raw numbers go to benchmark.json, tables to the README
 	$(BIN)/python -m pytest bench -m "" --benchmark-disable-gc --benchmark-columns=median,iqr,min,rounds \
 		--benchmark-sort=name --benchmark-json=benchmark.json
+	$(BIN)/python bench/table.py benchmark.json README.md
 
 clean: ## remove build artefacts, caches and demo output, but not .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmark.json demo.png

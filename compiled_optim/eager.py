@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Bounds the temporaries of a step, and keeps them in cache.
 BUCKET_ELEMENTS = 1 << 17
+ALONE_ELEMENTS = 1 << 12
 
 
 Scalars = Callable[[int, Any], dict[str, Any]]
@@ -100,12 +101,16 @@ def buckets(members: list[Update], limit: int) -> Iterator[list[Update]]:
     bucket: list[Update] = []
     total = 0
     for u in members:
+        if u.param.numel() >= ALONE_ELEMENTS:
+            yield [u]
+            continue
         if bucket and total + u.param.numel() > limit:
             yield bucket
             bucket, total = [], 0
         bucket.append(u)
         total += u.param.numel()
-    yield bucket
+    if bucket:
+        yield bucket
 
 
 def run_bucket(algorithm: type[Optimizer], members: list[Update], on: Any, values: dict[str, Any]) -> None:
