@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 # Bounds the temporaries of a step, and keeps them in cache.
 BUCKET_ELEMENTS = 1 << 17
-ALONE_ELEMENTS = 1 << 12
+# A tensor of this size is updated by itself: copying it to a bucket costs more than the calls that are saved.
+ALONE_ELEMENTS = 1 << 14
 
 
 Scalars = Callable[[int, Any], dict[str, Any]]
