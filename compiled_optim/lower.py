@@ -6,6 +6,8 @@ Inductor and Dynamo are imported by the functions that lower something, for a wa
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
 import threading
@@ -215,6 +217,13 @@ def compiling_disabled() -> str | None:
 def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
     """``function`` kept out of a surrounding ``torch.compile``; does not import Dynamo where there is none."""
     return torch._disable_dynamo(function)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def undecorated(name: str) -> Callable[..., Any]:
+    """A method of torch.optim.Optimizer without the decorator that imports Dynamo (1 s in a fresh process)."""
+    method: Callable[..., Any] = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+    return method
 
 
 def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:

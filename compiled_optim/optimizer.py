@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -194,13 +193,13 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch.optim; numpy scalars among its options become Python's."""
-        _undecorated("add_param_group")(self, param_group)
+        lower.undecorated("add_param_group")(self, param_group)
         group = self.param_groups[-1]
         group.update({name: coerce(group[name]) for name in self.declaration.options})
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim's ``state_dict`` lays it out; either side loads the other's."""
-        return _undecorated("state_dict")(self)  # type: ignore[no-any-return]
+        return lower.undecorated("state_dict")(self)  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict`` of this class or of torch.optim's returned.
@@ -208,7 +207,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         A tensor learning rate stays the tensor it is, and takes the value that was saved.
         """
         kept = [{k: v for k, v in group.items() if isinstance(v, Tensor)} for group in self.param_groups]
-        _undecorated("load_state_dict")(self, state_dict)
+        lower.undecorated("load_state_dict")(self, state_dict)
         for group, tensors in zip(self.param_groups, kept, strict=True):
             for name, tensor in tensors.items():
                 if name in self.declaration.options and name in group:
@@ -221,18 +220,12 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         if torch.compiler.is_compiling():
             super().zero_grad(set_to_none)
         else:
-            _undecorated("zero_grad")(self, set_to_none)
+            lower.undecorated("zero_grad")(self, set_to_none)
 
 
 # with the hooks, and an entry in the profiler
 _observed_step = torch.optim.Optimizer.profile_hook_step(Optimizer._step)
 _step_outside_graphs = lower.outside_graphs(Optimizer._run_step)
-
-
-def _undecorated(name: str) -> Callable[..., Any]:
-    """A method of torch.optim.Optimizer without the decorator that imports torch._dynamo (1 s in a fresh process)."""
-    method: Callable[..., Any] = inspect.unwrap(getattr(torch.optim.Optimizer, name))
-    return method
 
 
 def _constructor(cls: type[Optimizer]) -> Callable[..., None]:
