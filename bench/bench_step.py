@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rivals import Traffic, TrafficSGD, bandwidth, compare, parameters
+from rivals import Shared, Traffic, TrafficSGD, bandwidth, compare
 from shapes import SMALL, gpt2_small, resnet50
 
 import compiled_optim
@@ -28,14 +28,9 @@ def machine() -> float:
     return speed
 
 
-def stock(name: str, options: dict[str, Any], shapes: Any, **how: Any) -> Callable[[], Any]:
-    return getattr(torch.optim, name)(parameters(shapes), **options, **how).step
-
-
-def torch_compiled(name: str, options: dict[str, Any], shapes: Any) -> tuple[Callable[[], Any], float]:
-    """``torch.compile(optimizer.step)`` and the seconds its first calls take (SGD compiles again at its second)."""
+def torch_compiled(optimizer: torch.optim.Optimizer) -> tuple[Callable[[], Any], float]:
+    """``torch.compile(optimizer.step)``, and the seconds its first calls take."""
     torch._dynamo.reset()
-    optimizer = getattr(torch.optim, name)(parameters(shapes), **options)
     step = torch.compile(lambda: optimizer.step())
     begun = perf_counter()
     step()
@@ -49,16 +44,24 @@ def test_step(algorithm: str, model: str, benchmark: Any, machine: float) -> Non
     name, options, traffic = ALGORITHMS[algorithm]
     shapes, rounds = MODELS[model]
     elements = sum(torch.Size(s).numel() for s in shapes)
-    ours = getattr(compiled_optim, name)(parameters(shapes), **options, compiled=True)
-    compiled, compile_seconds = torch_compiled(name, options, shapes)
+    memory = Shared(shapes)
+
+    def stock(**how: Any) -> torch.optim.Optimizer:
+        return memory.adopt(getattr(torch.optim, name)(memory.params, **options, **how))
+
+    def own(**how: Any) -> Any:
+        return memory.adopt(getattr(compiled_optim, name)(memory.params, **options, **how))
+
+    ours = own(compiled=True)
+    compiled, compile_seconds = torch_compiled(stock())
     steps = {
-        "torch for-loop": stock(name, options, shapes, foreach=False),
-        "torch foreach": stock(name, options, shapes, foreach=True),
-        "torch fused": stock(name, options, shapes, fused=True),
+        "torch for-loop": stock(foreach=False).step,
+        "torch foreach": stock(foreach=True).step,
+        "torch fused": stock(fused=True).step,
         "torch.compile(step)": compiled,
-        "ours eager": getattr(compiled_optim, name)(parameters(shapes), **options).step,
+        "ours eager": own().step,
         "ours compiled": ours.step,
-        "traffic alone": traffic(parameters(shapes), compiled=True).step,
+        "traffic alone": memory.adopt(traffic(memory.params, compiled=True)).step,
     }
     seconds = compare(steps, rounds)
     (row,) = compiled_optim.explain(ours)
@@ -84,12 +87,12 @@ def test_step(algorithm: str, model: str, benchmark: Any, machine: float) -> Non
 @pytest.mark.parametrize("count", [161, 10_000])
 def test_host_cost(count: int, benchmark: Any) -> None:
     """Microseconds per tensor of a step of tensors with one element each: nearly all of it is the host's work."""
-    shapes: Any = [(1,)] * count
-    ours = compiled_optim.AdamW(parameters(shapes), compiled=True)
+    memory = Shared([(1,)] * count)
+    ours = memory.adopt(compiled_optim.AdamW(memory.params, compiled=True))
     steps = {
-        "torch for-loop": stock("AdamW", {}, shapes, foreach=False),
-        "torch foreach": stock("AdamW", {}, shapes, foreach=True),
-        "torch fused": stock("AdamW", {}, shapes, fused=True),
+        "torch for-loop": memory.adopt(torch.optim.AdamW(memory.params, foreach=False)).step,
+        "torch foreach": memory.adopt(torch.optim.AdamW(memory.params, foreach=True)).step,
+        "torch fused": memory.adopt(torch.optim.AdamW(memory.params, fused=True)).step,
         "ours compiled": ours.step,
     }
     seconds = compare(steps, rounds=200 if count < 1000 else 20)

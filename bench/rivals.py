@@ -37,6 +37,26 @@ def parameters(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
     return params
 
 
+class Shared:
+    """One set of parameters, gradients and state for all rivals.
+
+    With memory of its own for each, the luck of its placement moved the ratio of two rivals on 2 GB by 30 %.
+    """
+
+    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+        self.params = parameters(shapes)
+        self._state: dict[tuple[int, str], torch.Tensor] = {}
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Takes a first step, and puts the shared state in the place of the optimizer's."""
+        optimizer.step()
+        for i, p in enumerate(self.params):
+            for name, tensor in optimizer.state[p].items():
+                if name != "step":
+                    optimizer.state[p][name] = self._state.setdefault((i, name), tensor)
+        return optimizer
+
+
 def bandwidth() -> float:
     """GB/s of copying 400 MB from memory to memory (read and write counted)."""
     source = torch.ones(100_000_000)
@@ -58,9 +78,10 @@ class Traffic(compiled_optim.Optimizer):
 
     @staticmethod
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
-        s.exp_avg = s.exp_avg + g
-        s.exp_avg_sq = s.exp_avg_sq + g
-        return p + g
+        zero = g * k.lr  # leaves the rivals' values as they are
+        s.exp_avg = s.exp_avg + zero
+        s.exp_avg_sq = s.exp_avg_sq + zero
+        return p + zero
 
 
 class TrafficSGD(compiled_optim.Optimizer):
@@ -75,5 +96,6 @@ class TrafficSGD(compiled_optim.Optimizer):
 
     @staticmethod
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
-        s.momentum_buffer = s.momentum_buffer + g
-        return p + g
+        zero = g * k.lr
+        s.momentum_buffer = s.momentum_buffer + zero
+        return p + zero

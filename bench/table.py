@@ -16,7 +16,8 @@ def tables(report: dict[str, Any]) -> str:
     machine = report["machine_info"]["cpu"]
     copy = next(info["copy_gigabytes_per_second"] for info in results.values() if "copy_gigabytes_per_second" in info)
     lines = [
-        f"Median milliseconds of one step, float32, everything included; all columns of a row in one run, in rotation. "
+        f"Median milliseconds of one step, float32, everything included; all columns of a row in one run, in "
+        f"rotation, on the same tensors. "
         f"{machine.get('brand_raw', 'CPU')}, 2 cores, a copy moves {copy} GB/s. torch 2.13.0, CPU.",
         "",
         "| step | " + " | ".join(RIVALS) + " | fused / ours | best of torch / ours | traffic alone / ours |",
