@@ -1,4 +1,4 @@
-"""Benchmarks run strict, for a fallback must not be timed as a compiled step, and with an empty cache for torch.compile."""
+"""Benchmarks run strict: a fallback must not be timed as compiled. torch.compile gets an empty cache of its own."""
 
 import os
 import tempfile
