@@ -215,7 +215,9 @@ const char* fill(Plan* plan, PyObject* state, PyObject* copies, Steps& steps, st
   for (size_t e = 0; e < plan->entries.size(); e++) {
     auto& entry = plan->entries[e];
     if (entry.launch == kElsewhere) continue;
-    const auto* param = reinterpret_cast<PyTensor*>(entry.param)->tensor.unsafeGetTensorImpl();
+    const auto* object = unpack(entry.param);
+    if (!object) return "a parameter changed its type";
+    const auto* param = object->unsafeGetTensorImpl();
     const auto* grad = gradient(param);
     if (!grad) continue;
     if (entry.launch == kStateless) return "a parameter received its first gradient";
@@ -238,8 +240,8 @@ const char* fill(Plan* plan, PyObject* state, PyObject* copies, Steps& steps, st
     launch.tensors.insert(launch.tensors.end(),
                           {const_cast<c10::TensorImpl*>(param), const_cast<c10::TensorImpl*>(grad)});
     for (size_t b = 0; b < launch.roles.size(); b++) {
-      PyObject* object = slots[launch.roles[b]];
-      const auto* buffer = object ? unpack(object) : nullptr;
+      PyObject* slot = slots[launch.roles[b]];
+      const auto* buffer = slot ? unpack(slot) : nullptr;
       if (!buffer || !fits(buffer->unsafeGetTensorImpl(), launch.types[b], param)) return "a state tensor changed";
       launch.table.push_back(address(buffer->unsafeGetTensorImpl()));
       launch.tensors.push_back(buffer->unsafeGetTensorImpl());
