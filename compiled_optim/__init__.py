@@ -5,7 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from compiled_optim import foreach, kernels
-from compiled_optim.algorithms import SGD, Adam, AdamW
+from compiled_optim.algorithms import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SparseAdam,
+)
 from compiled_optim.cache.store import CacheWarning, open_store
 from compiled_optim.fallback import CompileError, CompileFallbackWarning
 from compiled_optim.kernels import CacheInfo, cache_info
@@ -30,14 +43,23 @@ def cache_clear(disk: bool = False) -> None:
 
 
 __all__ = [
+    "ASGD",
     "SGD",
+    "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "CacheInfo",
     "CacheWarning",
     "CompileError",
     "CompileFallbackWarning",
+    "NAdam",
     "Optimizer",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SparseAdam",
     "__version__",
     "cache_clear",
     "cache_dir",

@@ -20,6 +20,8 @@ from torch import Tensor
 class Number:
     default: Any
     low: float | None
+    above: float | None
+    high: float | None
     below: float | None
     switch: bool
     kw_only: bool = False
@@ -27,13 +29,17 @@ class Number:
 
     @property
     def range(self) -> str:
-        if self.low is None:
-            return f"a number below {self.below}" if self.below is not None else "a number"
-        return f"in [{self.low:g}, {self.below:g})" if self.below is not None else f"at least {self.low:g}"
+        bounds = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None) or "a number"
 
     def admits(self, value: Any) -> bool:
-        # written so that NaN fails
-        return (self.low is None or bool(value >= self.low)) and (self.below is None or bool(value < self.below))
+        # written so that NaN fails where there is a bound
+        return (
+            (self.low is None or bool(value >= self.low))
+            and (self.above is None or bool(value > self.above))
+            and (self.high is None or bool(value <= self.high))
+            and (self.below is None or bool(value < self.below))
+        )
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,17 @@ class Flag:
 @dataclass(frozen=True)
 class Buffer:
     when: str | None
+    initial: float | str
+
+    def first(self, group: dict[str, Any]) -> float:
+        """Its initial value in a param group."""
+        value = group[self.initial] if isinstance(self.initial, str) else self.initial
+        return float(value)
+
+
+@dataclass(frozen=True)
+class Carried(Buffer):
+    pass
 
 
 @dataclass(frozen=True)
@@ -59,16 +76,24 @@ FIELDS = (Number, Flag, Buffer, Counter)
 
 # Typed as Any so that a field can be annotated with the type of its value, as in a dataclass. By keyword only, for type
 # checkers see no other default.
-def number(*, default: Any, low: float | None = None, below: float | None = None, switch: bool = False) -> Any:
+def number(
+    *,
+    default: Any,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    switch: bool = False,
+) -> Any:
     """Declares a hyperparameter, a float or a tuple of floats, or 0-d tensors in their place.
 
     Args:
         default: its default value; for a tuple ``names``, the update rule sees ``name1``, ``name2``, ...
-        low: the least value allowed.
-        below: every value must be less than this.
+        low, high: the least and the greatest value allowed.
+        above, below: every value must be greater, or less, than this.
         switch: whether zero and non-zero values take different kernels (different values never do).
     """
-    return Number(default, low, below, switch)
+    return Number(default, low, above, high, below, switch)
 
 
 def flag(*, default: Any, switch: bool = False, kw_only: bool = False, init: bool = True) -> Any:
@@ -76,9 +101,19 @@ def flag(*, default: Any, switch: bool = False, kw_only: bool = False, init: boo
     return Flag(default, switch, kw_only, init)
 
 
-def buffer(*, when: str | None = None) -> Any:
-    """Declares a state tensor shaped like its parameter; ``when``: kept only while that switch is on."""
-    return Buffer(when)
+def buffer(*, when: str | None = None, initial: float | str = 0.0) -> Any:
+    """Declares a state tensor shaped like its parameter.
+
+    Args:
+        when: kept only while that switch is on.
+        initial: the value it begins with, or the name of the hyperparameter that holds it.
+    """
+    return Buffer(when, initial)
+
+
+def carried(*, initial: float | str) -> Any:
+    """Declares a 0-d state tensor, which ``scalars`` reads from and assigns to ``s``; ``initial`` as in `buffer`."""
+    return Carried(None, initial)
 
 
 def counter() -> Any:
@@ -98,12 +133,23 @@ class Declaration:
     """Everything that follows from the fields of one optimizer class, worked out once per class."""
 
     def __init__(self, cls: type) -> None:
-        fields = {k: v for base in reversed(cls.__mro__) for k, v in vars(base).items()}
+        fields: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            for name, value in vars(base).items():
+                # an option that was keyword-only takes its place among the positional ones where it is declared so
+                if isinstance(value, Flag) and isinstance(fields.get(name), Flag) and not value.kw_only:
+                    del fields[name]
+                fields[name] = value
         self.name = cls.__name__
         self.options: dict[str, Number | Flag] = {k: v for k, v in fields.items() if isinstance(v, Number | Flag)}
-        self.buffers: dict[str, Buffer] = {k: v for k, v in fields.items() if isinstance(v, Buffer)}
-        self.counted = any(isinstance(v, Counter) for v in fields.values())
-        self.slots = ("step", *self.buffers) if self.counted else tuple(self.buffers)
+        state: dict[str, Buffer] = {k: v for k, v in fields.items() if isinstance(v, Buffer)}
+        self.carried = {k: v for k, v in state.items() if isinstance(v, Carried)}
+        self.buffers = {k: v for k, v in state.items() if k not in self.carried}
+        counted = any(isinstance(v, Counter) for v in fields.values())
+        if self.carried and not counted:
+            raise TypeError(f"{self.name}: what `scalars` carries, {list(self.carried)}, needs a counter() beside it")
+        self.counts = ("step", *self.carried) if counted else ()  # 0-d state, which the host reads
+        self.slots = (*self.counts, *self.buffers)
         self.hyper_type: Any = namedtuple("Hyper", [n for k in self.options for n in self._rule_names(k)])  # type: ignore[misc]
         self.switch_type: Any = namedtuple("Switches", [k for k, v in self.options.items() if v.switch])  # type: ignore[misc]
         self.read = itemgetter(*self.options)

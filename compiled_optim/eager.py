@@ -6,7 +6,7 @@ It is the default, and what every other execution falls back to.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compiled_optim import lower
-from compiled_optim.rule import apply
+from compiled_optim.rule import apply, arithmetic_dtype, evaluate, first_counts
 from compiled_optim.tensor_list import TensorList
 from compiled_optim.updates import Update, collect
 
@@ -27,30 +27,32 @@ BUCKET_ELEMENTS = 1 << 17
 ALONE_ELEMENTS = 1 << 14
 
 
-Scalars = Callable[[int, Any], dict[str, Any]]
+# of a param group and counts, as `evaluate` returns them
+Scalars = Callable[[int, Sequence[Any]], tuple[dict[str, Any], tuple[Any, ...]]]
 
 
 def step(optimizer: Optimizer, only: Iterable[tuple[int, Tensor]] | None = None) -> None:
     """One eager step of all parameters, or of those in ``only`` (group, parameter)."""
-    differentiable = bool(optimizer.defaults["differentiable"])
+    differentiable = bool(optimizer.defaults.get("differentiable"))
     groups = optimizer.param_groups
     capturable = [bool(group.get("capturable")) for group in groups]
     choices = optimizer.choices(keep_tensors=differentiable or any(capturable))
     algorithm = type(optimizer)
 
-    def scalars(group: int, step: Any) -> dict[str, Any]:
-        return algorithm.scalars(choices[group].hyper, step)
+    def scalars(group: int, counts: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        return evaluate(algorithm, choices[group].hyper, counts)
 
     switches = [choice.switches for choice in choices]
     for i, on_device_only in enumerate(capturable):
         if not on_device_only:
-            scalars(i, 1)  # a hyperparameter that is out of its domain is an error before anything is changed
+            # a hyperparameter that is out of its domain is an error before anything is changed
+            scalars(i, first_counts(algorithm, choices[i].hyper))
     updates = collect(optimizer, choices, only)
     with torch.set_grad_enabled(differentiable):
         if differentiable:
             run_differentiable(algorithm, updates, switches, scalars)
         else:
-            one_by_one = [group["foreach"] is False for group in groups]
+            one_by_one = [group.get("foreach") is False for group in groups]
             run(algorithm, updates, switches, scalars, one_by_one, capturable)
 
 
@@ -67,34 +69,38 @@ def run(
     Args:
         switches, one_by_one (``foreach=False``), capturable: by param group; where capturable, step counts are read on
             their device only, never by the host.
-        scalars: of a group and a step count.
     """
     lists: dict[Any, list[Update]] = defaultdict(list)
-    again: list[tuple[Update, Any]] = []
+    again: list[Update] = []
     seen: set[int] = set()
     for u in updates:
-        step = None if capturable[u.group] else u.next_step
-        u.advance()
-        if u.grad.is_sparse:
-            run_rows(algorithm, u, switches[u.group], scalars(u.group, step))
-        elif id(u.param) in seen:  # a parameter listed twice is stepped twice, one after the other
-            again.append((u, step))
+        counts = None if capturable[u.group] else u.next_counts
+        if id(u.param) in seen:  # a parameter listed twice is stepped twice, one after the other
+            again.append(u)
         else:
             seen.add(id(u.param))
-            lists[(step, u.kind)].append(u)
-    for (step, _), members in lists.items():
+            lists[(counts, u.grad.is_sparse, u.kind)].append(u)
+    for (counts, is_sparse, _), members in lists.items():
         group = members[0].group
-        for bucket in buckets(members, 1 if one_by_one[group] else BUCKET_ELEMENTS):
-            values = on_device(bucket, scalars) if step is None else scalars(group, step)
+        if counts is not None:
+            values, after = scalars(group, counts)
+            for u in members:
+                u.advance(after)
+        for bucket in buckets(members, 1 if one_by_one[group] or is_sparse else BUCKET_ELEMENTS):
+            values = on_device(bucket, scalars) if counts is None else values
             run_bucket(algorithm, bucket, switches[group], values)
-    for u, step in again:
-        run_bucket(algorithm, [u], switches[u.group], scalars(u.group, step))
+    for u in again:
+        values, after = scalars(u.group, u.next_counts)
+        u.advance(after)
+        run_bucket(algorithm, [u], switches[u.group], values)
 
 
 def on_device(members: list[Update], scalars: Scalars) -> dict[str, Any]:
-    """The scalars of step counts that only their device may read: what depends on them is a list of 0-d tensors."""
-    steps = torch.stack([u.state["step"] for u in members])
-    values = scalars(members[0].group, steps)
+    """The scalars of counts that only their device may read: what depends on them is a list of 0-d tensors."""
+    step, *carried = (torch.stack([u.state[name] for u in members]) for name in members[0].counts)
+    values, after = scalars(members[0].group, (step + 1, *carried))
+    for u, *each in zip(members, *(v.expand_as(step).unbind() for v in after), strict=True):
+        u.advance(each)
     return {k: TensorList(v.unbind()) if isinstance(v, Tensor) and v.dim() else v for k, v in values.items()}
 
 
@@ -117,6 +123,10 @@ def buckets(members: list[Update], limit: int) -> Iterator[list[Update]]:
 def run_bucket(algorithm: type[Optimizer], members: list[Update], on: Any, values: dict[str, Any]) -> None:
     """Updates one bucket: on CPU as one flat tensor, for a list op there is a loop over tensors; elsewhere as lists."""
     first = members[0]
+    if first.grad.is_sparse:
+        for u in members:
+            run_rows(algorithm, u, on, values)
+        return
     columns = [[u.param for u in members], [u.grad for u in members]]
     columns += [[u.state[name] for u in members] for name in first.buffers]
     if first.param.is_complex():
@@ -156,12 +166,17 @@ def pieces(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
 def run_rows(algorithm: type[Optimizer], u: Update, on: Any, values: dict[str, Any]) -> None:
     """A sparse gradient. Where the rule leaves a row without gradient as it is, only the touched rows are visited."""
     grad = u.grad.coalesce()
-    if not algorithm.keeps_untouched_rows(on) or grad.sparse_dim() != 1:
+    if not algorithm.keeps_untouched_rows(on):
         run_bucket(algorithm, [replace(u, grad=grad.to_dense())], on, values)
         return
-    rows = grad.indices()[0]
-    new, _ = apply(algorithm, on, u.param.index_select(0, rows), grad.values(), {}, values)
-    u.param.index_copy_(0, rows, new)
+    tensors = [u.param, *(u.state[name] for name in u.buffers)]
+    rows = tuple(grad.indices())
+    touched = [t[rows] for t in tensors]
+    column = dict(zip(u.buffers, touched[1:], strict=True))
+    made = replace(u, param=touched[0], grad=grad.values(), state=column)
+    run_bucket(algorithm, [made], on, values)
+    for tensor, new in zip(tensors, touched, strict=True):
+        tensor[rows] = new
 
 
 def run_differentiable(
@@ -169,14 +184,15 @@ def run_differentiable(
 ) -> None:
     """The rule with autograd recording: parameters are written in place, state tensors are replaced."""
     for u in updates:
-        step = u.next_step
-        u.advance()
+        values, after = scalars(u.group, u.next_counts)
+        u.advance(after)
         complex_valued = u.param.is_complex()
 
         def view(t: Tensor, complex_valued: bool = complex_valued) -> Tensor:
             return torch.view_as_real(t) if complex_valued else t
 
-        values = scalars(u.group, step)
+        width = arithmetic_dtype(u.param.dtype).to_real()
+        values = {k: v if isinstance(v, Tensor) else torch.tensor(v, dtype=width) for k, v in values.items()}
         state = {name: view(u.state[name]) for name in u.buffers}
         # a copy, for what the graph saves must not be what is written below
         new, new_state = apply(algorithm, switches[u.group], view(u.param.clone()), view(u.grad), state, values)

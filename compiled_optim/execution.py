@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,8 @@ from compiled_optim import eager, foreach, lower, settings
 from compiled_optim.cache.build import BuildError
 from compiled_optim.cache.libraries import NoCompilerError
 from compiled_optim.fallback import CompileError, fall_back
-from compiled_optim.launch.plan import Plan, make_plan
+from compiled_optim.launch.plan import Counts, Plan, Row, make_plan
+from compiled_optim.rule import evaluate, first_counts
 from compiled_optim.updates import collect, discard, refuse
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class Execution:
         self.rebuilt: list[str] = []
         self._choices: list[Choice] = []
         self._options: list[Any] = []  # as read from the param groups
-        self._pairs: list[tuple[int, float]] = []  # param groups and the step counts they will have
+        self._pairs: list[Counts] = []  # what the next step is expected to ask for
         self._kernels: dict[Signature, Kernel] = {}
         self._warned: set[str] = set()
         self._given_up = ""
@@ -100,8 +102,12 @@ class Execution:
                 self._pairs = outcome
         else:
             raise RuntimeError(f"a launch plan that was just made does not fit: {outcome}")
-        counted = optimizer.declaration.counted
-        self._pairs = [(group, step + 1 if counted else 2) for group, step in self._pairs]
+        declaration = optimizer.declaration
+        if declaration.carried:  # rounded by the tensors that carry it: what the next step needs, it will say
+            self._pairs = []
+        else:
+            counted = bool(declaration.counts)
+            self._pairs = [(group, (step + 1.0 if counted else 2.0,)) for group, (step,) in self._pairs]
         if plan.elsewhere:
             eager.step(optimizer, [(group, p) for group, p, _ in plan.elsewhere])
 
@@ -121,15 +127,19 @@ class Execution:
                     why = "a switch changed"
         return why
 
-    def _rows(self, optimizer: Optimizer) -> list[tuple[int, float, tuple[float, ...]]]:
-        scalars, choices = type(optimizer).scalars, self._choices
-        return [(group, step, tuple(scalars(choices[group].hyper, step).values())) for group, step in self._pairs]
+    def _rows(self, optimizer: Optimizer) -> list[Row]:
+        rows = []
+        for group, counts in self._pairs:
+            values, after = evaluate(type(optimizer), self._choices[group].hyper, counts)
+            rows.append((group, counts, (*values.values(), *after)))
+        return rows
 
     def _make_plan(self, optimizer: Optimizer, why: str) -> Plan | None:
         """None if the step was done otherwise."""
         self.plan, self._pairs = None, []
-        refuse(optimizer)
-        names = [tuple(type(optimizer).scalars(choice.hyper, 1)) for choice in self._choices]
+        refuse(optimizer, self._choices)
+        algorithm = type(optimizer)
+        names = [tuple(evaluate(algorithm, c.hyper, first_counts(algorithm, c.hyper))[0]) for c in self._choices]
 
         def refused(p: Tensor, why: str) -> None:
             reason = f"a parameter of shape {tuple(p.shape)} is updated eagerly, because {why}"
@@ -155,7 +165,7 @@ class Execution:
 
     def _step_foreach(self, optimizer: Optimizer) -> None:
         choices = optimizer.choices()
-        refuse(optimizer)
+        refuse(optimizer, choices)
         groups = enumerate(optimizer.param_groups)
         sparse = [(i, p) for i, group in groups for p in group["params"] if p.grad is not None and p.grad.is_sparse]
         if sparse:
@@ -163,8 +173,8 @@ class Execution:
         updates = [u for u in collect(optimizer, choices) if not u.grad.is_sparse]
         algorithm, switches = type(optimizer), [choice.switches for choice in choices]
 
-        def scalars(group: int, step: Any) -> dict[str, Any]:
-            return algorithm.scalars(choices[group].hyper, step)
+        def scalars(group: int, counts: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+            return evaluate(algorithm, choices[group].hyper, counts)
 
         with torch.no_grad():
             try:

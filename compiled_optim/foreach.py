@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compiled_optim import lower
 from compiled_optim.cache.store import directory_problem
-from compiled_optim.eager import run_value
+from compiled_optim.eager import Scalars, run_value
 from compiled_optim.rule import arithmetic_dtype
 from compiled_optim.tensor_list import TensorList
 from compiled_optim.updates import Update
@@ -27,7 +27,6 @@ from compiled_optim.updates import Update
 if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer
 
-Scalars = Callable[[int, Any], dict[str, Any]]
 _numbers = itertools.count()
 _graphs: dict[Any, Graph] = {}
 
@@ -68,18 +67,20 @@ def run(algorithm: type[Optimizer], updates: list[Update], switches: list[Any], 
     """
     lists: dict[Any, list[Update]] = defaultdict(list)
     for u in updates:
-        lists[(u.next_step, u.kind)].append(u)
+        lists[(u.next_counts, u.kind)].append(u)
     graphs: list[Graph] = []
-    for (step, _), members in lists.items():
+    for (counts, _), members in lists.items():
         group = members[0].group
         try:
-            graphs.append(_run_list(algorithm, members, switches[group], scalars(group, step)))
+            graphs.append(_run_list(algorithm, members, switches[group], *scalars(group, counts)))
         except Exception as error:
             raise Unfinished([u for left in list(lists.values())[len(graphs) :] for u in left]) from error
     return graphs
 
 
-def _run_list(algorithm: type[Optimizer], members: list[Update], on: Any, values: dict[str, Any]) -> Graph:
+def _run_list(
+    algorithm: type[Optimizer], members: list[Update], on: Any, values: dict[str, Any], after: tuple[Any, ...]
+) -> Graph:
     first = members[0]
 
     def column(tensors: list[Tensor]) -> list[Tensor]:
@@ -106,7 +107,7 @@ def _run_list(algorithm: type[Optimizer], members: list[Update], on: Any, values
     else:
         graph.origin = "memory"
     for u in members:
-        u.advance()
+        u.advance(after)
     return graph
 
 

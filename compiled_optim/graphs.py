@@ -19,6 +19,7 @@ from compiled_optim.declare import Flag
 from compiled_optim.kernels import bytes_per_element
 from compiled_optim.launch.source import translation_unit
 from compiled_optim.optimizer import Optimizer
+from compiled_optim.rule import evaluate, first_counts
 from compiled_optim.trace import Signature, Traced, trace
 
 # AVX2 is what every x86-64 machine that runs the tests has; the kernel in use is as wide as its machine allows.
@@ -36,7 +37,7 @@ def signatures() -> Iterator[tuple[str, Signature]]:
         for suffix, options in (("", defaults), ("-all-switches", everything)):
             choice = declaration.choose(options)
             buffers = declaration.kept(choice.switches)
-            scalars = tuple(cls.scalars(choice.hyper, 1))
+            scalars = tuple(evaluate(cls, choice.hyper, first_counts(cls, choice.hyper))[0])
             dtypes = (torch.float32,) * (1 + len(buffers))
             yield name + suffix, Signature(cls, choice.switches, dtypes, buffers, scalars)
 

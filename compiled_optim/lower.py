@@ -237,6 +237,11 @@ def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values ``[nnz, ...]`` and indices ``[sparse dimensions, nnz]`` of a COO tensor, coalesced or not."""
+    return tensor._values(), tensor._indices()
+
+
 def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
     """One 1-D tensor with the elements of all."""
     return torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call, no-any-return]

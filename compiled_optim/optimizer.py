@@ -11,10 +11,10 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import dataclass_transform
 
 from compiled_optim import execution, lower
-from compiled_optim.declare import FIELDS, Choice, Declaration, Flag, buffer, coerce, counter, flag, number
+from compiled_optim.declare import FIELDS, Choice, Declaration, Flag, buffer, carried, coerce, counter, flag, number
 
 
-@dataclass_transform(field_specifiers=(number, flag, buffer, counter))
+@dataclass_transform(field_specifiers=(number, flag, buffer, carried, counter))
 class _Attributes:
     """Attributes that are no fields. Type checkers take those of a subclass for arguments of its constructor."""
 
@@ -30,17 +30,18 @@ class _Attributes:
 class Optimizer(_Attributes, torch.optim.Optimizer):
     """An algorithm, declared once and run eagerly or compiled.
 
-    A subclass declares hyperparameters (`number`), options (`flag`) and state (`buffer`, `counter`), and two static
-    methods: ``scalars(h, step)``, what one update needs of the hyperparameters ``h`` and the step count, by name; and
-    ``update(p, g, s, k, on)``, which returns the new parameter and assigns the new state to attributes of ``s``, given
-    the gradient ``g``, those scalars as ``k`` and the switches as ``on``.
+    A subclass declares hyperparameters (`number`), options (`flag`) and state (`buffer`, `counter`, `carried`), and two
+    static methods: ``scalars(h, step)``, what one update needs of the hyperparameters ``h`` and the step count, by
+    name; and ``update(p, g, s, k, on)``, which returns the new parameter and assigns the new state to attributes of
+    ``s``, given the gradient ``g``, those scalars as ``k`` and the switches as ``on``. With `carried` state it is
+    ``scalars(h, step, s)``, called once per step count and carried values, on the host or, for all parameters at
+    once, on the device.
 
     Args:
         params: parameters, named parameters, or dicts that define param groups, as in torch.optim.
         maximize: ascend instead of descend.
         foreach: ``False`` updates one tensor at a time in eager steps; otherwise lists of tensors.
         differentiable: record the step with autograd. Excludes ``compiled``.
-        fused: ``True`` means ``compiled=True``, and lets ``torch.amp.GradScaler`` leave unscaling to the step.
         compiled: ``True`` for the best lowering of the device, or ``"multi_tensor"`` or ``"foreach"`` by name.
 
     Raises:
@@ -54,11 +55,12 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     maximize: bool = flag(default=False, switch=True, kw_only=True)
     foreach: bool | None = flag(default=None, kw_only=True)
     differentiable: bool = flag(default=False, kw_only=True)
-    fused: bool | None = flag(default=None, kw_only=True)
 
     declaration: ClassVar[Declaration]
     rule_class: ClassVar[type[Optimizer]]
     accepts_sparse: ClassVar[bool] = False
+    accepts_dense: ClassVar[bool] = True
+    state_at_construction: ClassVar[bool] = False  # or when the first gradient arrives
     elementwise: ClassVar[bool] = True  # False: ``update`` is given one whole tensor at a time, and may reduce it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -73,18 +75,23 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     def _construct(self, params: Any, options: dict[str, Any], compiled: bool | str) -> None:
         defaults = self.declaration.check(options)
+        fused = bool(defaults.get("fused"))
         if compiled not in (False, True, "multi_tensor", "foreach"):
             raise ValueError(f"compiled must be False, True, 'multi_tensor' or 'foreach', got {compiled!r}")
-        if defaults["differentiable"] and (compiled or defaults["fused"]):
+        if defaults.get("differentiable") and (compiled or fused):
             chosen = f"compiled={compiled!r}" if compiled else "fused=True"
             raise RuntimeError(f"{chosen} does not support differentiable=True: a kernel records no graph")
-        if defaults["fused"] and defaults["foreach"]:
+        if fused and defaults.get("foreach"):
             raise RuntimeError("fused=True and foreach=True cannot be combined")
         self.validate(self.declaration.choose(defaults).hyper)
         torch.optim.Optimizer.__init__(self, params, defaults)
-        self._compiled = compiled or bool(defaults["fused"])
-        if defaults["fused"]:
+        self._compiled = compiled or fused
+        if fused:
             self._step_supports_amp_scaling = True
+        if self.state_at_construction:
+            for group, choice in zip(self.param_groups, self.choices(), strict=True):
+                for p in group["params"]:
+                    self.state[p].update(self.make_state(p, group, choice.switches))
 
     @classmethod
     def validate(cls, h: Any) -> None:
@@ -92,12 +99,14 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     @classmethod
     def keeps_untouched_rows(cls, on: Any) -> bool:
-        """Whether a row whose gradient is zero stays as it is, so that a sparse update may skip it."""
+        """Whether a sparse gradient may update the rows it touches only; else it is applied as a dense one.
+
+        Raises:
+            RuntimeError: for options that do not go with sparse gradients.
+        """
         return False
 
-    @staticmethod
-    def scalars(h: Any, step: Any) -> dict[str, Any]:
-        raise NotImplementedError
+    scalars: ClassVar[Callable[..., dict[str, Any]]]
 
     @staticmethod
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
@@ -152,17 +161,23 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         """
         present = self.state.get(p, {})
         made: dict[str, Any] = {}
-        if self.declaration.counted and "step" not in present:
-            made["step"] = self._step_tensor(p, group, 0.0) if allocate else None
+        for name in self.declaration.counts:
+            if present.get(name) is None:
+                value = 0.0 if name == "step" else self.declaration.carried[name].first(group)
+                made[name] = self._count_tensor(p, group, value) if allocate else None
         for name in self.declaration.kept(on):
             if present.get(name) is None:
-                made[name] = torch.zeros_like(p, memory_format=torch.preserve_format) if allocate else None
+                made[name] = None
+                if allocate:
+                    value = self.declaration.buffers[name].first(group)
+                    both = complex(value, value) if p.is_complex() else value  # real and imaginary part are two numbers
+                    made[name] = torch.full_like(p, both, memory_format=torch.preserve_format)
         return made
 
     @staticmethod
-    def _step_tensor(p: Tensor, group: dict[str, Any], value: float) -> Tensor:
-        """A step count with torch.optim's dtype and device."""
-        fused = group["fused"]
+    def _count_tensor(p: Tensor, group: dict[str, Any], value: float) -> Tensor:
+        """A 0-d state tensor with torch.optim's dtype and device."""
+        fused = group.get("fused")
         double = torch.get_default_dtype() == torch.float64 and not fused
         device = p.device if group.get("capturable") or fused else "cpu"
         return torch.tensor(value, dtype=torch.float64 if double else torch.float32, device=device)
@@ -182,14 +197,15 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                     group.setdefault(name, field.default)
                     if not field.init:
                         group[name] = field.default
-            if self.declaration.counted:
-                self._restore_steps(group)
+            self._restore_counts(group)
 
-    def _restore_steps(self, group: dict[str, Any]) -> None:
+    def _restore_counts(self, group: dict[str, Any]) -> None:
+        """Numbers become tensors, and what torch's ``load_state_dict`` rounded to a 16-bit parameter's dtype, wider."""
         for p in group["params"]:
-            step = self.state.get(p, {}).get("step")
-            if step is not None and not isinstance(step, Tensor):
-                self.state[p]["step"] = self._step_tensor(p, group, float(step))
+            for name in self.declaration.counts:
+                count = self.state.get(p, {}).get(name)
+                if isinstance(count, int | float) or (isinstance(count, Tensor) and count.dtype.itemsize < 4):
+                    self.state[p][name] = self._count_tensor(p, group, float(count))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch.optim; numpy scalars among its options become Python's."""

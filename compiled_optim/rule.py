@@ -6,7 +6,7 @@ sees plain arithmetic on values; what all algorithms share, the width of the ari
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,26 @@ class Namespace:
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that an update of parameters of ``dtype`` is computed in."""
     return _WIDER.get(dtype, dtype)
+
+
+def evaluate(algorithm: type[Optimizer], h: Any, counts: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """The scalars of one step, and what the algorithm carries on to the next.
+
+    Args:
+        h: the hyperparameters of the param group.
+        counts: the step count after this step, and the values that were carried here; numbers or tensors.
+    """
+    step, *carried = counts
+    names = algorithm.declaration.carried
+    if not names:
+        return algorithm.scalars(h, step), ()
+    s = Namespace(dict(zip(names, carried, strict=True)))
+    return algorithm.scalars(h, step, s), tuple(getattr(s, name) for name in names)
+
+
+def first_counts(algorithm: type[Optimizer], h: Any) -> tuple[float, ...]:
+    """The counts of a first step."""
+    return (1.0, *(c.first(h._asdict()) for c in algorithm.declaration.carried.values()))
 
 
 def apply(

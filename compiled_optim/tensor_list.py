@@ -84,5 +84,21 @@ class TensorList:
     def sign(self) -> TensorList:
         return TensorList(torch._foreach_sign(self.tensors))
 
+    # what has no foreach operation, one tensor at a time
+
+    def __gt__(self, other: float) -> TensorList:
+        return TensorList([t > other for t in self.tensors])
+
+    def __lt__(self, other: float) -> TensorList:
+        return TensorList([t < other for t in self.tensors])
+
+    def where(self, condition: TensorList, other: TensorList) -> TensorList:
+        parts = zip(self.tensors, condition.tensors, other.tensors, strict=True)
+        return TensorList([a.where(c, b) for a, c, b in parts])
+
+    def masked_fill(self, condition: TensorList, value: float) -> TensorList:
+        parts = zip(self.tensors, condition.tensors, strict=True)
+        return TensorList([t.masked_fill(c, value) for t, c in parts])
+
     def copy_(self, source: TensorList) -> None:
         torch._foreach_copy_(self.tensors, source.tensors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ class Update:
     """One parameter that has a gradient.
 
     ``state``: the parameter's live state, of which the rule sees ``buffers``, or nothing at all for an algorithm
-    without; ``counted``: whether a step count is among it; ``fresh``: whether buffers were made in this step; ``made``:
-    the names of all state that was.
+    without; ``counts``: the names of its 0-d state, the step count first, if it keeps one; ``fresh``: whether buffers
+    were made in this step; ``made``: the names of all state that was.
     """
 
     group: int
@@ -27,18 +27,26 @@ class Update:
     grad: Tensor
     state: dict[str, Any]
     buffers: tuple[str, ...]
-    counted: bool
+    counts: tuple[str, ...]
     fresh: bool
     made: tuple[str, ...] = ()
 
     @property
-    def next_step(self) -> float:
-        """The step count after this step; where none is kept, 1 for new state and 2 after."""
-        return self.state["step"].item() + 1 if self.counted else 1 if self.fresh else 2
+    def next_counts(self) -> tuple[float, ...]:
+        """The step count after this step, and what `scalars` carried here; without a step count, 1 for new state and
+        2 after."""
+        if not self.counts:
+            return (1.0,) if self.fresh else (2.0,)
+        step, *carried = (self.state[name].item() for name in self.counts)
+        return (step + 1, *carried)
 
-    def advance(self) -> None:
-        if self.counted:
-            self.state["step"].add_(1)
+    def advance(self, after: Sequence[Any]) -> None:
+        """Counts the step; ``after``: what `scalars` carries on, numbers or 0-d tensors."""
+        for name, value in zip(self.counts, (None, *after), strict=False):
+            if value is None:
+                self.state[name].add_(1)
+            else:
+                self.state[name].copy_(value.detach()) if isinstance(value, Tensor) else self.state[name].fill_(value)
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -47,14 +55,20 @@ class Update:
         return (self.group, self.param.device, self.param.dtype, self.grad.dtype, *dtypes)
 
 
-def refuse(optimizer: Optimizer) -> None:
-    """Raises RuntimeError for a sparse gradient that the algorithm does not take, or ``capturable`` without graphs."""
-    for group in optimizer.param_groups:
+def refuse(optimizer: Optimizer, choices: list[Choice]) -> None:
+    """Raises RuntimeError for a gradient that the algorithm does not take, or ``capturable`` without graphs."""
+    name = optimizer.declaration.name
+    for group, choice in zip(optimizer.param_groups, choices, strict=True):
         for p in group["params"]:
-            if p.grad is not None and p.grad.is_sparse and not optimizer.accepts_sparse:
-                name = optimizer.declaration.name
-                raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
-            if p.grad is not None and group.get("capturable") and p.device.type == "cpu":
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                if not optimizer.accepts_sparse:
+                    raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
+                optimizer.keeps_untouched_rows(choice.switches)
+            elif not optimizer.accepts_dense:
+                raise RuntimeError(f"{name} does not support dense gradients, please consider Adam instead")
+            if group.get("capturable") and p.device.type == "cpu":
                 raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
 
 
@@ -70,9 +84,9 @@ def collect(
     groups = optimizer.param_groups
     pairs = only if only is not None else [(i, p) for i, group in enumerate(groups) for p in group["params"]]
     with_gradient = [(i, p, p.grad) for i, p in pairs if p.grad is not None]
-    refuse(optimizer)
+    refuse(optimizer, choices)
     kept = [declaration.kept(choice.switches) for choice in choices]
-    slots = [("step", *names) if declaration.counted else names for names in kept]
+    slots = [(*declaration.counts, *names) for names in kept]
     updates = []
     for i, p, grad in with_gradient:
         state = optimizer.state.get(p, {})
@@ -82,7 +96,7 @@ def collect(
             fresh = any(name in made for name in kept[i])
             state = optimizer.state[p]
             state.update(made)
-        updates.append(Update(i, p, grad, state, kept[i], declaration.counted, fresh, tuple(made)))
+        updates.append(Update(i, p, grad, state, kept[i], declaration.counts, fresh, tuple(made)))
     return updates
 
 

@@ -27,6 +27,7 @@ class Adam(Optimizer):
     weight_decay: float = number(default=0, low=0, switch=True)
     amsgrad: bool = flag(default=False, switch=True)
     capturable: bool = flag(default=False, kw_only=True)
+    fused: bool | None = flag(default=None, kw_only=True)
     decoupled_weight_decay: bool = flag(default=False, switch=True, kw_only=True)
 
     step_count = counter()

@@ -26,6 +26,7 @@ class SGD(Optimizer):
     dampening: float = number(default=0)
     weight_decay: float | Tensor = number(default=0, low=0, switch=True)
     nesterov: bool = flag(default=False, switch=True)
+    fused: bool | None = flag(default=None, kw_only=True)
 
     momentum_buffer = buffer(when="momentum")
 

@@ -2,12 +2,9 @@
 // any is dereferenced, and makes one call per kernel. 100 tensors cost about 4 us here; reading the same addresses from
 // Python costs 50 (issue 2). Nothing is remembered that could dangle: a plan holds names, shapes of dictionaries and
 // dtypes, and takes each address from the live object in the step that uses it.
+#include "rows.h"
 #include "steps.h"
 #include "tensors.h"
-
-#include <string>
-#include <unordered_map>
-#include <vector>
 
 namespace {
 
@@ -47,14 +44,16 @@ struct Tracked {
 };
 
 struct Plan {
-  bool counted = false, busy = false;
-  std::vector<std::string> slot_names;  // slot 0 is the step count where the algorithm has one
+  bool busy = false;
+  size_t counts = 0;  // the first slots are the step count and what is carried beside it, or there are none
+  std::vector<std::string> slot_names;
   std::vector<Launch> launches;
   std::vector<Entry> entries;           // parameters in the order of the param groups
   std::vector<int64_t> group_sizes;
   std::vector<Layout> layouts;
   std::vector<Tracked> tracked;         // the optimizer's state, in its order
   std::vector<PyObject*> slots;         // [entry][slot], filled in each step
+  Rows rows;                            // of sparse gradients, gathered in each step
   ~Plan() {
     for (auto& layout : layouts)
       for (auto* key : layout.keys) Py_DECREF(key);
@@ -77,13 +76,13 @@ PyObject* guarded(Body body) {
   }
 }
 
-// make(slot_names, counted): an empty plan.
+// make(slot_names, how many of the first are counts): an empty plan.
 PyObject* make(PyObject*, PyObject* args) {
   PyObject* names;
-  int counted;
-  if (!PyArg_ParseTuple(args, "O!p", &PyTuple_Type, &names, &counted)) return nullptr;
+  Py_ssize_t counts;
+  if (!PyArg_ParseTuple(args, "O!n", &PyTuple_Type, &names, &counts)) return nullptr;
   auto* plan = new Plan;
-  plan->counted = counted;
+  plan->counts = static_cast<size_t>(counts);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); i++)
     plan->slot_names.emplace_back(PyUnicode_AsUTF8(PyTuple_GET_ITEM(names, i)));
   return PyCapsule_New(plan, "compiled_optim.plan", drop_plan);
@@ -196,16 +195,26 @@ bool same_params(const Plan* plan, PyObject* groups) {
   return true;
 }
 
+// A 0-d state tensor, and the row that has its new value.
+struct Count {
+  c10::TensorImpl* tensor;
+  int32_t row;
+  size_t slot;
+};
+
 // Fills the tables of all launches. Returns nullptr, or what no longer holds.
-const char* fill(Plan* plan, PyObject* state, PyObject* copies, Steps& steps, std::vector<c10::TensorImpl*>& counters,
+const char* fill(Plan* plan, PyObject* state, PyObject* stand_ins, Steps& steps, std::vector<Count>& counters,
                  std::vector<Entry*>& fresh) {
-  std::unordered_map<PyObject*, const c10::TensorImpl*> copy_of;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(copies); i++) {
-    PyObject* pair = PyList_GET_ITEM(copies, i);
-    copy_of[PyTuple_GET_ITEM(pair, 0)] = unpack(PyTuple_GET_ITEM(pair, 1))->unsafeGetTensorImpl();
+  std::unordered_map<PyObject*, PyObject*> stand_in_of;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(stand_ins); i++) {
+    PyObject* tuple = PyList_GET_ITEM(stand_ins, i);
+    stand_in_of[PyTuple_GET_ITEM(tuple, 0)] = tuple;
   }
   if (!collect_state(plan, state)) return "the optimizer's state changed";
   const size_t width = plan->slot_names.size();
+  std::vector<double> values(steps.width);
+  std::vector<char*> columns;
+  plan->rows.begin();
   for (auto& launch : plan->launches) {
     launch.table.clear();
     launch.tensors.clear();
@@ -225,29 +234,53 @@ const char* fill(Plan* plan, PyObject* state, PyObject* copies, Steps& steps, st
     if (!plain(param) || !param->is_non_overlapping_and_dense() ||
         c10::typeMetaToScalarType(param->dtype()) != launch.param_type)
       return "a parameter changed";
-    if (!copy_of.empty())
-      if (auto copy = copy_of.find(entry.param); copy != copy_of.end()) grad = copy->second;
-    if (!fits(grad, launch.param_type, param)) return "a gradient changed its layout or dtype";
-    double step = entry.fresh ? 1 : 2;
+    const c10::TensorImpl* indices = nullptr;
+    if (!stand_in_of.empty())
+      if (auto found = stand_in_of.find(entry.param); found != stand_in_of.end()) {
+        grad = unpack(PyTuple_GET_ITEM(found->second, 1))->unsafeGetTensorImpl();
+        if (PyTuple_GET_SIZE(found->second) == 3)
+          indices = unpack(PyTuple_GET_ITEM(found->second, 2))->unsafeGetTensorImpl();
+      }
+    if (!(indices ? rows_fit(indices, grad, launch.param_type, param) : fits(grad, launch.param_type, param)))
+      return "a gradient changed its layout or dtype";
+    values[0] = entry.fresh ? 1 : 2;
     PyObject** slots = plan->slots.data() + e * width;
-    if (plan->counted) {
-      const auto* count = slots[0] ? unpack(slots[0]) : nullptr;
-      if (!is_step(count)) return "a step count changed";
-      counters.push_back(count->unsafeGetTensorImpl());
-      step = read_step(counters.back()) + 1;
+    for (size_t c = 0; c < plan->counts; c++) {
+      const auto* count = slots[c] ? unpack(slots[c]) : nullptr;
+      if (!is_count(count)) return "a step count changed";
+      counters.push_back({count->unsafeGetTensorImpl(), 0, c});
+      values[c] = read_count(counters.back().tensor) + (c == 0);
     }
-    launch.table.insert(launch.table.end(), {address(param), const_cast<void*>(grad->data())});
+    const int32_t row = steps.row(entry.group, values.data());
+    for (size_t c = 0; c < plan->counts; c++) counters[counters.size() - 1 - c].row = row;
+    columns.assign({address(param), static_cast<char*>(const_cast<void*>(grad->data()))});
     launch.tensors.insert(launch.tensors.end(),
                           {const_cast<c10::TensorImpl*>(param), const_cast<c10::TensorImpl*>(grad)});
     for (size_t b = 0; b < launch.roles.size(); b++) {
       PyObject* slot = slots[launch.roles[b]];
       const auto* buffer = slot ? unpack(slot) : nullptr;
       if (!buffer || !fits(buffer->unsafeGetTensorImpl(), launch.types[b], param)) return "a state tensor changed";
-      launch.table.push_back(address(buffer->unsafeGetTensorImpl()));
+      columns.push_back(address(buffer->unsafeGetTensorImpl()));
       launch.tensors.push_back(buffer->unsafeGetTensorImpl());
     }
-    launch.begins.push_back(launch.begins.back() + param->numel() * launch.width);
-    launch.rows.push_back(steps.row(entry.group, step));
+    auto add = [&](int64_t elements) {
+      launch.table.insert(launch.table.end(), columns.begin(), columns.end());
+      launch.begins.push_back(launch.begins.back() + elements * launch.width);
+      launch.rows.push_back(row);
+    };
+    if (indices) {
+      const auto base = columns;
+      for (const auto& span : plan->rows.gather(indices, grad, param)) {
+        for (size_t c = 0; c < columns.size(); c++) {
+          const size_t itemsize = c < 2 ? grad->itemsize() : c10::elementSize(launch.types[c - 2]);
+          columns[c] = base[c] + span.first * static_cast<int64_t>(itemsize);
+        }
+        columns[1] = span.values;
+        add(span.elements);
+      }
+    } else {
+      add(param->numel());
+    }
     if (entry.fresh) fresh.push_back(&entry);
   }
   return nullptr;
@@ -267,9 +300,10 @@ void launch_all(Plan* plan, const std::vector<double>& table, int64_t columns, i
   }
 }
 
-// run(plan, lists of parameters, state, rows, copies, threads): None after a step. Otherwise nothing was written: a
-// string says why the plan no longer fits, a list names the (group, step) whose scalars are needed.
-// `rows` lists (group, step, scalars) as foreseen; `copies` lists (parameter, stand-in of its gradient).
+// run(plan, lists of parameters, state, rows, stand-ins, threads): None after a step. Otherwise nothing was written: a
+// string says why the plan no longer fits, a list names the (group, counts) whose scalars are needed.
+// `rows` lists (group, counts, scalars and what is carried on) as foreseen; `stand-ins` lists (parameter, copy of its
+// gradient), or (parameter, values, indices) of a sparse one.
 // No Python runs between the first look at a tensor and the last write but in the launch without the interpreter lock,
 // where tensors are referenced; holding references in every step would cost 15 us of 100 tensors (issue 2).
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -282,8 +316,8 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
       ~Busy() { flag = false; }
     } busy{plan->busy};
     if (!same_params(plan, args[1])) return PyUnicode_FromString("the param groups changed");
-    Steps steps;
-    std::vector<c10::TensorImpl*> counters;
+    Steps steps{std::max<size_t>(1, plan->counts)};
+    std::vector<Count> counters;
     std::vector<Entry*> fresh;
     std::vector<double> table;
     if (const char* why = fill(plan, args[2], args[4], steps, counters, fresh)) return PyUnicode_FromString(why);
@@ -292,7 +326,11 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     plan->busy = true;
     const int threads = static_cast<int>(PyLong_AsLong(args[5]));
     int64_t elements = 0;
-    for (auto* counter : counters) advance_step(counter), counter->bump_version();
+    const double* carried = table.data() + columns - (plan->counts ? plan->counts - 1 : 0);
+    for (const auto& c : counters) {
+      write_count(c.tensor, c.slot ? carried[c.row * columns + c.slot - 1] : steps.of(c.row)[0]);
+      c.tensor->bump_version();
+    }
     for (auto& launch : plan->launches) {
       elements += launch.begins.back();
       const size_t stride = 2 + launch.roles.size();

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compiled_optim import kernels
+from compiled_optim import kernels, lower
 from compiled_optim.trace import Signature
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.com
 _STEP_DTYPES = (torch.float32, torch.float64)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp
+
+# a param group and the counts of a step; with its scalars, and what is carried on
+Counts = tuple[int, tuple[float, ...]]
+Row = tuple[int, tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Plan:
     """The tables of one optimizer.
 
     ``elsewhere``: parameters that no kernel takes, with their param group and the reason. ``copied``: those whose
-    gradient is laid out otherwise than they are.
+    gradient is laid out otherwise than they are, and ``sparse``: those of which it touches some rows only.
     """
 
     host: Any
@@ -47,21 +51,28 @@ class Plan:
     launches: list[Launch] = field(default_factory=list)
     elsewhere: list[tuple[int, Tensor, str]] = field(default_factory=list)
     copied: list[Tensor] = field(default_factory=list)
+    sparse: list[Tensor] = field(default_factory=list)
     places: dict[Any, int] = field(default_factory=dict)
 
-    def run(self, optimizer: Optimizer, rows: list[tuple[int, float, tuple[float, ...]]]) -> str | list[Any] | None:
-        """One step in one call, given the scalars that are foreseen, as (group, step count, scalars).
+    def run(self, optimizer: Optimizer, rows: list[Row]) -> str | list[Counts] | None:
+        """One step in one call, given the scalars that are foreseen.
 
         Returns:
-            None; or, when nothing was written, what no longer holds, or the (group, step count) pairs that are needed.
+            None; or, when nothing was written, what no longer holds, or the counts whose scalars are needed.
         """
         listed = [group["params"] for group in optimizer.param_groups]
         lists = tuple([params if type(params) is list else list(params) for params in listed])
-        # a sparse one is not copied: the host module then says that it no longer fits
+        # one that changed its layout is not prepared: the host module then says that it no longer fits
         copied = [(p, p.grad) for p in self.copied if p.grad is not None and p.grad.layout is torch.strided]
-        copies = [(p, _like_parameter(p, grad)) for p, grad in copied]
+        stand_ins: list[tuple[Tensor, ...]] = [(p, _like_parameter(p, grad)) for p, grad in copied]
+        for p in self.sparse:
+            if p.grad is not None and p.grad.is_sparse:
+                values, indices = lower.sparse_parts(p.grad)
+                stand_ins.append((p, values.contiguous(), indices))
+            elif p.grad is not None and not optimizer.accepts_dense:
+                return "a gradient is dense"
         threads = torch.get_num_threads()
-        outcome: str | list[Any] | None = self.host.run(self.native, lists, optimizer.state, rows, copies, threads)
+        outcome: Any = self.host.run(self.native, lists, optimizer.state, rows, stand_ins, threads)
         return outcome
 
 
@@ -73,6 +84,7 @@ class _Member:
     made: dict[str, Any]
     refusal: str | None
     signature: Signature | None
+    counts: tuple[str, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -102,7 +114,7 @@ def make_plan(
     ]
     host, found = kernels.obtain([m.signature for m in members if m.active and m.signature])
     declaration = optimizer.declaration
-    plan = Plan(host, host.make(declaration.slots, declaration.counted), [c.switches for c in choices])
+    plan = Plan(host, host.make(declaration.slots, len(declaration.counts)), [c.switches for c in choices])
     entries: list[list[tuple[Tensor, int, bool]]] = [[] for _ in choices]
     for m in members:
         m.refusal = m.refusal or _refusal(host, m)
@@ -112,7 +124,9 @@ def make_plan(
             plan.elsewhere.append((m.group, m.param, m.refusal))
         elif m.signature in found and (m.active or not m.made):
             place = _place(plan, declaration.slots, m, found[m.signature])
-            if m.active and not _same(host, m.param.grad, m.param):
+            if m.active and m.param.grad.is_sparse:
+                plan.sparse.append(m.param)
+            elif m.active and not _same(host, m.param.grad, m.param):
                 plan.copied.append(m.param)
         fresh = place >= 0 and any(name in m.made for name in declaration.buffers)
         entries[m.group].append((m.param, place, fresh))
@@ -139,17 +153,26 @@ def _examine(
         refusal = f"its type is {type(p).__name__}"
     elif p.device.type != "cpu" or p.dtype not in DTYPES:
         refusal = f"it is {p.dtype} on {p.device.type}"
-    elif grad is not None and (grad.layout is not torch.strided or type(grad) not in _PLAIN):
-        refusal = f"its gradient is a {type(grad).__name__} with layout {grad.layout}"
+    elif grad is not None and not (type(grad) in _PLAIN and grad.layout is torch.strided):
+        refusal = _sparse_refusal(optimizer, p, grad, choice)
     if refusal:
         return _Member(group, p, {}, {}, refusal, None)
     made = optimizer.make_state(p, optimizer.param_groups[group], choice.switches, allocate=grad is not None)
     state = {**optimizer.state.get(p, {}), **made}
     buffers = optimizer.declaration.kept(choice.switches)
     dtypes = tuple(d.to_real() for d in (p.dtype, *(p.dtype if state[b] is None else state[b].dtype for b in buffers)))
-    return _Member(
-        group, p, state, made, None, Signature(optimizer.rule_class, choice.switches, dtypes, buffers, scalar_names)
-    )
+    signature = Signature(optimizer.rule_class, choice.switches, dtypes, buffers, scalar_names)
+    return _Member(group, p, state, made, None, signature, optimizer.declaration.counts)
+
+
+def _sparse_refusal(optimizer: Optimizer, p: Tensor, grad: Tensor, choice: Choice) -> str | None:
+    if type(grad) not in _PLAIN or grad.layout is not torch.sparse_coo:
+        return f"its gradient is a {type(grad).__name__} with layout {grad.layout}"
+    if not optimizer.keeps_untouched_rows(choice.switches):
+        return "its gradient is sparse and these options update every row"
+    if p.is_complex() or not p.is_contiguous() or grad.dtype != p.dtype:
+        return f"its gradient is sparse, {grad.dtype} for a {p.dtype} parameter, and rows are taken of contiguous reals"
+    return None
 
 
 def _refusal(host: Any, m: _Member) -> str | None:
@@ -161,9 +184,10 @@ def _refusal(host: Any, m: _Member) -> str | None:
         buffer = m.state[name]
         if buffer is not None and not host.matches(buffer, m.param):
             return f"its state {name!r} has another shape, layout or device"
-    step = m.state.get("step")
-    if isinstance(step, Tensor) and (step.numel() != 1 or step.dtype not in _STEP_DTYPES or host.refusal(step)):
-        return f"its step count is a {step.dtype} tensor of shape {tuple(step.shape)} on {step.device}"
+    for name in m.counts:
+        count = m.state.get(name)
+        if isinstance(count, Tensor) and (count.numel() != 1 or count.dtype not in _STEP_DTYPES or host.refusal(count)):
+            return f"its state {name!r} is a {count.dtype} tensor of shape {tuple(count.shape)} on {count.device}"
     return None
 
 

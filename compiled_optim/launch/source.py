@@ -15,7 +15,7 @@ def translation_unit(signature: Signature, lowered: Lowered) -> str:
 
     ``table``: addresses by [tensor][input]. ``begins``: where each tensor begins if all are laid end to end, in
     elements; the range is cut into one equal span for each thread, so a span may begin and end inside a tensor.
-    ``rows``: which row of ``scalars`` each tensor takes.
+    ``rows``: which row of ``scalars`` each tensor takes; a row is ``columns`` wide, and may hold more than is read.
     """
     flat = len(signature.flat)
     widths = [dtype.itemsize for dtype in signature.flat_dtypes]
@@ -53,7 +53,7 @@ extern "C" void launch(int64_t tensors, void* const* table, const int64_t* begin
       const int64_t o = at - begins[t], n = std::min(begins[t + 1], end) - at;
       if (n == 0) continue;
       {_C_TYPES[signature.scalar_dtype]} k[{max(1, len(signature.scalars))}];
-      for (int64_t i = 0; i < columns; i++) k[i] = scalars[rows[t] * columns + i];
+      for (int64_t i = 0; i < {len(signature.scalars)}; i++) k[i] = scalars[rows[t] * columns + i];
       kernel({arguments});
       at += n;
     }}

@@ -50,17 +50,17 @@ char* address(const c10::TensorImpl* t) {
   return static_cast<char*>(const_cast<c10::TensorImpl*>(t)->mutable_data());
 }
 
-double read_step(const c10::TensorImpl* t) {
+double read_count(const c10::TensorImpl* t) {
   return t->dtype() == caffe2::TypeMeta::Make<float>() ? *reinterpret_cast<float*>(address(t))
                                                        : *reinterpret_cast<double*>(address(t));
 }
 
-void advance_step(const c10::TensorImpl* t) {
-  if (t->dtype() == caffe2::TypeMeta::Make<float>()) *reinterpret_cast<float*>(address(t)) += 1;
-  else *reinterpret_cast<double*>(address(t)) += 1;
+void write_count(const c10::TensorImpl* t, double value) {
+  if (t->dtype() == caffe2::TypeMeta::Make<float>()) *reinterpret_cast<float*>(address(t)) = static_cast<float>(value);
+  else *reinterpret_cast<double*>(address(t)) = value;
 }
 
-bool is_step(const at::TensorBase* t) {
+bool is_count(const at::TensorBase* t) {
   return t && plain(t->unsafeGetTensorImpl()) && t->numel() == 1 &&
          (t->scalar_type() == at::kFloat || t->scalar_type() == at::kDouble);
 }

@@ -1,0 +1,50 @@
+"""Adamax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from compiled_optim.declare import buffer, counter, flag, number
+from compiled_optim.optimizer import Optimizer
+
+
+class Adamax(Optimizer):
+    r"""Adam with the second moment replaced by a decayed maximum (Kingma and Ba 2015, arXiv:1412.6980, section 7).
+
+    .. math::
+        m \leftarrow m + (1 - \beta_1)(g - m), \qquad u \leftarrow \max(\beta_2 u, |g| + \epsilon), \qquad
+        \theta \leftarrow \theta - \frac{\gamma}{1 - \beta_1^t} \, \frac{m}{u}
+
+    ``weight_decay`` adds :math:`\lambda \theta` to the gradient.
+    """
+
+    lr: float | Tensor = number(default=2e-3, low=0)
+    betas: tuple[float, float] = number(default=(0.9, 0.999), low=0, below=1)
+    eps: float = number(default=1e-8, low=0)
+    weight_decay: float = number(default=0, low=0, switch=True)
+    foreach: bool | None = flag(default=None)
+    capturable: bool = flag(default=False, kw_only=True)
+
+    step_count = counter()
+    exp_avg = buffer()
+    exp_inf = buffer()
+
+    @staticmethod
+    def scalars(h: Any, step: Any) -> dict[str, Any]:
+        return {
+            "one_minus_beta1": 1 - h.beta1,
+            "beta2": h.beta2,
+            "step_size": h.lr / (1 - h.beta1**step),
+            "eps": h.eps,
+            "weight_decay": h.weight_decay,
+        }
+
+    @staticmethod
+    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+        if on.weight_decay:
+            g = g + p * k.weight_decay
+        s.exp_avg = s.exp_avg + (g - s.exp_avg) * k.one_minus_beta1
+        s.exp_inf = (s.exp_inf * k.beta2).maximum(g.abs() + k.eps)
+        return p - s.exp_avg / s.exp_inf * k.step_size

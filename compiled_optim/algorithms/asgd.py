@@ -1,0 +1,59 @@
+"""Averaged stochastic gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from compiled_optim.declare import buffer, carried, counter, flag, number
+from compiled_optim.optimizer import Optimizer
+from compiled_optim.scalar import maximum
+
+
+class ASGD(Optimizer):
+    r"""Averaged stochastic gradient descent (Polyak and Juditsky 1992, doi:10.1137/0330046).
+
+    .. math::
+        \theta &\leftarrow (1 - \lambda \eta)\,\theta - \eta g, \qquad a \leftarrow a + \mu (\theta - a) \\
+        \eta &\leftarrow \gamma \, (1 + \lambda \gamma t)^{-\alpha}, \qquad \mu \leftarrow 1 / \max(1, t - t_0)
+
+    :math:`\lambda` is ``lambd``; the average :math:`a` is the state ``ax``. ``weight_decay`` adds a multiple of
+    :math:`\theta` to the gradient.
+    """
+
+    lr: float | Tensor = number(default=1e-2, low=0)
+    lambd: float = number(default=1e-4)
+    alpha: float = number(default=0.75)
+    t0: float = number(default=1e6)
+    weight_decay: float = number(default=0, low=0, switch=True)
+    foreach: bool | None = flag(default=None)
+    maximize: bool = flag(default=False, switch=True)
+    differentiable: bool = flag(default=False)
+    capturable: bool = flag(default=False)
+
+    step_count = counter()
+    eta = carried(initial="lr")
+    mu = carried(initial=1.0)
+    ax = buffer()
+
+    @staticmethod
+    def scalars(h: Any, step: Any, s: Any) -> dict[str, Any]:
+        values = {
+            "shrink": 1 - h.lambd * s.eta,
+            "eta": s.eta,
+            "mu": s.mu,
+            "one_minus_mu": 1 - s.mu,
+            "weight_decay": h.weight_decay,
+        }
+        s.eta = h.lr / (1 + h.lambd * h.lr * step) ** h.alpha
+        s.mu = 1 / maximum(step - h.t0, 1)
+        return values
+
+    @staticmethod
+    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+        if on.weight_decay:
+            g = g + p * k.weight_decay
+        p = p * k.shrink - g * k.eta
+        s.ax = s.ax * k.one_minus_mu + p * k.mu
+        return p

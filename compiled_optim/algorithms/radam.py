@@ -1,0 +1,69 @@
+"""RAdam."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+from torch import Tensor
+
+from compiled_optim.declare import buffer, counter, flag, number
+from compiled_optim.optimizer import Optimizer
+from compiled_optim.scalar import maximum, where
+
+
+class RAdam(Optimizer):
+    r"""Adam with the variance of its adaptive step rectified (Liu et al. 2020, arXiv:1908.03265).
+
+    .. math::
+        m &\leftarrow m + (1 - \beta_1)(g - m), \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        \rho_\infty &= \tfrac{2}{1 - \beta_2} - 1, \qquad \rho = \rho_\infty - \frac{2 t \beta_2^t}{1 - \beta_2^t} \\
+        \theta &\leftarrow \theta - \frac{\gamma \, m}{1 - \beta_1^t} \cdot \begin{cases}
+        \sqrt{\frac{(\rho - 4)(\rho - 2) \rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2) \rho}} \,
+        \frac{\sqrt{1 - \beta_2^t}}{\sqrt{v} + \epsilon} & \text{if } \rho > 5 \\ 1 & \text{otherwise} \end{cases}
+
+    ``weight_decay`` adds :math:`\lambda \theta` to the gradient, or with ``decoupled_weight_decay`` multiplies
+    :math:`\theta` by :math:`1 - \gamma \lambda`.
+    """
+
+    lr: float | Tensor = number(default=1e-3, low=0)
+    betas: tuple[float, float] = number(default=(0.9, 0.999), low=0, below=1)
+    eps: float = number(default=1e-8, low=0)
+    weight_decay: float = number(default=0, low=0, switch=True)
+    decoupled_weight_decay: bool = flag(default=False, switch=True)
+    capturable: bool = flag(default=False, kw_only=True)
+
+    step_count = counter()
+    exp_avg = buffer()
+    exp_avg_sq = buffer()
+
+    @staticmethod
+    def scalars(h: Any, step: Any) -> dict[str, Any]:
+        correction2 = 1 - h.beta2**step
+        limit = 2 / (1 - h.beta2) - 1
+        rho = limit - 2 * step * h.beta2**step / correction2
+        rectified = rho > 5
+        # kept from the poles, where neither is used
+        r, top = maximum(rho, 5), maximum(limit, 5)
+        rectification = ((r - 4) * (r - 2) * top / ((top - 4) * (top - 2) * r) * correction2) ** 0.5
+        return {
+            "decay": 1 - h.lr * h.weight_decay if h.decoupled_weight_decay else h.weight_decay,
+            "one_minus_beta1": 1 - h.beta1,
+            "beta2": h.beta2,
+            "one_minus_beta2": 1 - h.beta2,
+            "step_size": h.lr / (1 - h.beta1**step) * where(rectified, rectification, 1.0),
+            # the denominator's bounds: none, or both one
+            "least": where(rectified, 0.0, 1.0),
+            "most": where(rectified, inf, 1.0),
+            "eps": h.eps,
+        }
+
+    @staticmethod
+    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+        if on.decoupled_weight_decay:
+            p = p * k.decay
+        elif on.weight_decay:
+            g = g + p * k.decay
+        s.exp_avg = s.exp_avg + (g - s.exp_avg) * k.one_minus_beta1
+        s.exp_avg_sq = s.exp_avg_sq * k.beta2 + g * g * k.one_minus_beta2
+        return p - s.exp_avg / (s.exp_avg_sq.sqrt() + k.eps).maximum(k.least).minimum(k.most) * k.step_size

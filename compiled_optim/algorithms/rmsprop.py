@@ -1,0 +1,62 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from compiled_optim.declare import buffer, counter, flag, number
+from compiled_optim.optimizer import Optimizer
+
+
+class RMSprop(Optimizer):
+    r"""RMSprop (Tieleman and Hinton 2012, lecture 6.5); ``centered`` after Graves (2013, arXiv:1308.0850).
+
+    .. math::
+        v \leftarrow \alpha v + (1 - \alpha) g^2, \qquad a \leftarrow a + (1 - \alpha)(g - a), \qquad
+        b \leftarrow \mu b + \frac{g}{\sqrt{v - a^2} + \epsilon}, \qquad \theta \leftarrow \theta - \gamma b
+
+    :math:`a` is zero unless ``centered``, and :math:`\mu` is ``momentum``. ``weight_decay`` adds
+    :math:`\lambda \theta` to the gradient.
+    """
+
+    lr: float | Tensor = number(default=1e-2, low=0)
+    alpha: float = number(default=0.99, low=0)
+    eps: float = number(default=1e-8, low=0)
+    weight_decay: float = number(default=0, low=0, switch=True)
+    momentum: float = number(default=0, low=0, switch=True)
+    centered: bool = flag(default=False, switch=True)
+    capturable: bool = flag(default=False)
+    foreach: bool | None = flag(default=None)
+    maximize: bool = flag(default=False, switch=True)
+    differentiable: bool = flag(default=False)
+
+    step_count = counter()
+    square_avg = buffer()
+    momentum_buffer = buffer(when="momentum")
+    grad_avg = buffer(when="centered")
+
+    @staticmethod
+    def scalars(h: Any, step: Any) -> dict[str, Any]:
+        return {
+            "lr": h.lr,
+            "alpha": h.alpha,
+            "one_minus_alpha": 1 - h.alpha,
+            "eps": h.eps,
+            "momentum": h.momentum,
+            "weight_decay": h.weight_decay,
+        }
+
+    @staticmethod
+    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+        if on.weight_decay:
+            g = g + p * k.weight_decay
+        s.square_avg = variance = s.square_avg * k.alpha + g * g * k.one_minus_alpha
+        if on.centered:
+            s.grad_avg = s.grad_avg + (g - s.grad_avg) * k.one_minus_alpha
+            variance = variance - s.grad_avg * s.grad_avg
+        g = g / (variance.sqrt() + k.eps)
+        if on.momentum:
+            s.momentum_buffer = g = s.momentum_buffer * k.momentum + g
+        return p - g * k.lr
