@@ -1,4 +1,4 @@
-"""Arithmetic of ``scalars`` that Python numbers and tensors spell differently: numbers on the host, tensors elsewhere."""
+"""What ``scalars`` needs that Python numbers, its operands on the host, and tensors, on a device, spell differently."""
 
 from __future__ import annotations
 

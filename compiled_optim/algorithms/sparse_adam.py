@@ -25,9 +25,8 @@ class SparseAdam(Optimizer):
     betas: tuple[float, float] = number(default=(0.9, 0.999), low=0, below=1)
     eps: float = number(default=1e-8, above=0)
     maximize: bool = flag(default=False, switch=True)
-    # torch.optim.SparseAdam has neither
-    foreach = None
-    differentiable = None
+    foreach = None  # torch.optim.SparseAdam has neither this
+    differentiable = None  # type: ignore[assignment]  # nor this
 
     step_count = counter()
     exp_avg = buffer()

@@ -72,7 +72,8 @@ class Plan:
             elif p.grad is not None and not optimizer.accepts_dense:
                 return "a gradient is dense"
         threads = torch.get_num_threads()
-        outcome: Any = self.host.run(self.native, lists, optimizer.state, rows, stand_ins, threads)
+        outcome: str | list[Counts] | None
+        outcome = self.host.run(self.native, lists, optimizer.state, rows, stand_ins, threads)
         return outcome
 
 
@@ -124,9 +125,10 @@ def make_plan(
             plan.elsewhere.append((m.group, m.param, m.refusal))
         elif m.signature in found and (m.active or not m.made):
             place = _place(plan, declaration.slots, m, found[m.signature])
-            if m.active and m.param.grad.is_sparse:
+            grad = m.param.grad
+            if grad is not None and grad.is_sparse:
                 plan.sparse.append(m.param)
-            elif m.active and not _same(host, m.param.grad, m.param):
+            elif grad is not None and not _same(host, grad, m.param):
                 plan.copied.append(m.param)
         fresh = place >= 0 and any(name in m.made for name in declaration.buffers)
         entries[m.group].append((m.param, place, fresh))
@@ -205,8 +207,8 @@ def _place(plan: Plan, slots: tuple[str, ...], m: _Member, kernel: kernels.Kerne
     return place
 
 
-def _same(host: Any, tensor: Tensor | None, like: Tensor) -> bool:
-    return tensor is not None and tensor.dtype == like.dtype and bool(host.matches(tensor, like))
+def _same(host: Any, tensor: Tensor, like: Tensor) -> bool:
+    return tensor.dtype == like.dtype and bool(host.matches(tensor, like))
 
 
 def _like_parameter(p: Tensor, grad: Tensor) -> Tensor:
