@@ -52,7 +52,7 @@ class Shared:
         optimizer.step()
         for i, p in enumerate(self.params):
             for name, tensor in optimizer.state[p].items():
-                if name != "step":
+                if tensor.shape == p.shape:
                     optimizer.state[p][name] = self._state.setdefault((i, name), tensor)
         return optimizer
 
@@ -65,37 +65,23 @@ def bandwidth() -> float:
     return 2 * source.nbytes / seconds / 1e9
 
 
-class Traffic(compiled_optim.Optimizer):
-    """What a step could cost at best: the reads and writes of Adam, and next to no arithmetic."""
+def traffic(algorithm: type[compiled_optim.Optimizer], buffers: tuple[str, ...]) -> type[compiled_optim.Optimizer]:
+    """What a step of an algorithm could cost at best: its reads and writes, and next to no arithmetic."""
 
-    lr: float = number(default=0.0)
-    exp_avg = buffer()
-    exp_avg_sq = buffer()
+    class Traffic(compiled_optim.Optimizer):
+        lr: float = number(default=0.0)
+        locals().update({name: buffer() for name in buffers})
 
-    @staticmethod
-    def scalars(h: Any, step: Any) -> dict[str, Any]:
-        return {"lr": h.lr}
+        @staticmethod
+        def scalars(h: Any, step: Any) -> dict[str, Any]:
+            return {"lr": h.lr}
 
-    @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
-        zero = g * k.lr  # leaves the rivals' values as they are
-        s.exp_avg = s.exp_avg + zero
-        s.exp_avg_sq = s.exp_avg_sq + zero
-        return p + zero
+        @staticmethod
+        def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+            zero = g * k.lr  # leaves the rivals' values as they are
+            for name in buffers:
+                setattr(s, name, getattr(s, name) + zero)
+            return p + zero
 
-
-class TrafficSGD(compiled_optim.Optimizer):
-    """The same for SGD with momentum."""
-
-    lr: float = number(default=0.0)
-    momentum_buffer = buffer()
-
-    @staticmethod
-    def scalars(h: Any, step: Any) -> dict[str, Any]:
-        return {"lr": h.lr}
-
-    @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
-        zero = g * k.lr
-        s.momentum_buffer = s.momentum_buffer + zero
-        return p + zero
+    Traffic.__qualname__ += f"[{algorithm.__name__}]"  # a kernel of its own
+    return Traffic

@@ -50,6 +50,7 @@ class Execution:
         self.rebuilt: list[str] = []
         self._choices: list[Choice] = []
         self._options: list[Any] = []  # as read from the param groups
+        self._scalar_names: list[tuple[str, ...]] = []  # of each param group
         self._pairs: list[Counts] = []  # what the next step is expected to ask for
         self._kernels: dict[Signature, Kernel] = {}
         self._warned: set[str] = set()
@@ -131,6 +132,9 @@ class Execution:
         rows = []
         for group, counts in self._pairs:
             values, after = evaluate(type(optimizer), self._choices[group].hyper, counts)
+            if tuple(values) != self._scalar_names[group]:
+                expected, got = list(self._scalar_names[group]), list(values)
+                raise ValueError(f"scalars must return the same scalars in every step, {expected}, got {got}")
             rows.append((group, counts, (*values.values(), *after)))
         return rows
 
@@ -139,7 +143,8 @@ class Execution:
         self.plan, self._pairs = None, []
         refuse(optimizer, self._choices)
         algorithm = type(optimizer)
-        names = [tuple(evaluate(algorithm, c.hyper, first_counts(algorithm, c.hyper))[0]) for c in self._choices]
+        firsts = [evaluate(algorithm, c.hyper, first_counts(algorithm, c.hyper)) for c in self._choices]
+        self._scalar_names = [tuple(values) for values, _ in firsts]
 
         def refused(p: Tensor, why: str) -> None:
             reason = f"a parameter of shape {tuple(p.shape)} is updated eagerly, because {why}"
@@ -148,7 +153,7 @@ class Execution:
         try:
             if not optimizer.elementwise:
                 raise lower.LoweringError(f"{optimizer.declaration.name} is not elementwise, so not one fusible loop")
-            self.plan = plan = make_plan(optimizer, self._choices, names, refused)
+            self.plan = plan = make_plan(optimizer, self._choices, self._scalar_names, refused)
         except lower.LoweringError as error:
             fall_back(self._warned, str(error), 'it is compiled as with compiled="foreach"')
             self._lowering = "foreach"
@@ -167,10 +172,11 @@ class Execution:
         choices = optimizer.choices()
         refuse(optimizer, choices)
         groups = enumerate(optimizer.param_groups)
-        sparse = [(i, p) for i, group in groups for p in group["params"] if p.grad is not None and p.grad.is_sparse]
+        pairs = [(i, p) for i, group in groups for p in group["params"] if p.grad is not None]
+        sparse = [(i, p) for i, p in pairs if p.grad.is_sparse]
         if sparse:
             fall_back(self._warned, "sparse gradients are applied eagerly", "the other parameters are compiled")
-        updates = [u for u in collect(optimizer, choices) if not u.grad.is_sparse]
+        updates = collect(optimizer, choices, [(i, p) for i, p in pairs if not p.grad.is_sparse])
         algorithm, switches = type(optimizer), [choice.switches for choice in choices]
 
         def scalars(group: int, counts: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:

@@ -200,11 +200,12 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             self._restore_counts(group)
 
     def _restore_counts(self, group: dict[str, Any]) -> None:
-        """Numbers become tensors, and what torch's ``load_state_dict`` rounded to a 16-bit parameter's dtype, wider."""
+        """Numbers become tensors, and tensors that torch's ``load_state_dict`` cast as if they were moments, again."""
         for p in group["params"]:
             for name in self.declaration.counts:
                 count = self.state.get(p, {}).get(name)
-                if isinstance(count, int | float) or (isinstance(count, Tensor) and count.dtype.itemsize < 4):
+                exact = name == "step" and isinstance(count, Tensor) and count.dtype.itemsize > 2
+                if count is not None and not exact:
                     self.state[p][name] = self._count_tensor(p, group, float(count))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ("demo", "graphs"),
     ("__init__",),
+    ("testing",),
     ("report",),
     ("algorithms.__init__",),
     tuple(f"algorithms.{file.stem}" for file in (PACKAGE / "algorithms").glob("*.py") if file.stem != "__init__"),
