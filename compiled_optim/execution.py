@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from compiled_optim.trace import Signature
 
 _KEPT_REASONS = 19  # and the newest
-_FAILURES = (NoCompilerError, BuildError, lower.LoweringError, OSError, ImportError)
+COMPILE_ERRORS = (NoCompilerError, BuildError, lower.LoweringError, OSError, ImportError)
+
+
+def switched_off() -> str:
+    """Why nothing is to be compiled now, or an empty string."""
+    return lower.compiling_disabled() or ("COMPILED_OPTIM_DISABLE=1" if settings.disabled() else "")
 
 
 def step(optimizer: Optimizer) -> None:
@@ -58,7 +63,7 @@ class Execution:
         self._lowering = ""
 
     def step(self, optimizer: Optimizer) -> None:
-        self.reason = lower.compiling_disabled() or self._given_up or self._unavailable()
+        self.reason = switched_off() or self._given_up or self._unavailable()
         if self.reason:
             eager.step(optimizer)
             return
@@ -69,8 +74,6 @@ class Execution:
             self._step_multi_tensor(optimizer)
 
     def _unavailable(self) -> str:
-        if settings.disabled():
-            return "COMPILED_OPTIM_DISABLE=1"
         if self.plan is not None:
             return ""
         unknown = lower.unsupported_version()
@@ -159,7 +162,7 @@ class Execution:
             self._lowering = "foreach"
             self._step_foreach(optimizer)
             return None
-        except _FAILURES as error:
+        except COMPILE_ERRORS as error:
             self.reason = self._give_up(str(error), "repair that, or build the optimizer with compiled=False")
             eager.step(optimizer)
             return None

@@ -112,8 +112,9 @@ def _begin(signature: Signature) -> libraries.Pending[ctypes.CDLL]:
             raise ImportError(f"{path.name} takes other arguments than {signature.name}")
         return library
 
-    key = libraries.machine_key("kernel", _engine(), torch.backends.cpu.get_cpu_capability(), *_identity(signature))
-    return libraries.begin(key, produce, load, facts, persistent=_in_a_file(signature.algorithm))
+    identity, persistent = _identity(signature)
+    key = libraries.machine_key("kernel", _engine(), torch.backends.cpu.get_cpu_capability(), *identity)
+    return libraries.begin(key, produce, load, facts, persistent=persistent)
 
 
 def _finish(signature: Signature, library: libraries.Library[ctypes.CDLL]) -> Kernel:
@@ -149,29 +150,35 @@ def _begin_host() -> libraries.Pending[ModuleType]:
     return libraries.begin(libraries.machine_key("host", source, *headers, *flags), lambda: (source, flags), load)
 
 
-def _identity(signature: Signature) -> list[str]:
+def _identity(signature: Signature) -> tuple[list[str], bool]:
+    """What a kernel on disk is known by, and whether that is all it depends on."""
     cls = signature.algorithm
     dtypes = ",".join(map(str, signature.dtypes))
     names = ",".join((*signature.buffers, "|", *signature.scalars))
-    rule = hashlib.sha256()
-    _fingerprint(cls.update, rule, set())
-    return [f"{cls.__module__}.{cls.__qualname__}", rule.hexdigest(), repr(signature.switches), dtypes, names]
+    rule, digest = cls.update, hashlib.sha256()
+    complete = isinstance(rule, FunctionType) and _fingerprint(rule, digest, set())
+    key = [f"{cls.__module__}.{cls.__qualname__}", digest.hexdigest(), repr(signature.switches), dtypes, names]
+    return key, complete and _in_a_file(cls)
 
 
-def _fingerprint(function: Any, digest: Any, seen: set[Any]) -> None:
-    """Hashes a rule's code, and that of the functions and the constants it names."""
-    if not isinstance(function, FunctionType) or function in seen:
-        digest.update(repr(function).encode() if isinstance(function, int | float | str | bool | tuple) else b"")
-        return
+def _fingerprint(function: FunctionType, digest: Any, seen: set[Any]) -> bool:
+    """Hashes a rule's code, and that of the functions and constants it names; False if it closes over anything else."""
     seen.add(function)
     codes = [function.__code__]
+    enclosed = [cell.cell_contents for cell in function.__closure__ or ()]
+    named: list[Any] = []
     while codes:
         code = codes.pop()
         codes += [c for c in code.co_consts if isinstance(c, CodeType)]
         constants = [c for c in code.co_consts if not isinstance(c, CodeType)]
         digest.update(repr((code.co_code, constants, code.co_names, code.co_varnames)).encode())
-        for name in code.co_names:
-            _fingerprint(function.__globals__.get(name), digest, seen)
+        named += [function.__globals__.get(name) for name in code.co_names]
+    values = [*named, *enclosed, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    constants = [v for v in values if isinstance(v, int | float | str | bool | tuple)]
+    digest.update(repr(constants).encode())
+    functions = [v for v in values if isinstance(v, FunctionType) and v not in seen]
+    complete = all(isinstance(v, int | float | str | bool | tuple | FunctionType | type | None) for v in enclosed)
+    return all(_fingerprint(f, digest, seen) for f in functions) and complete
 
 
 def _in_a_file(cls: type) -> bool:

@@ -23,6 +23,7 @@ class _Attributes:
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
+    _gradients: dict[Tensor, Tensor] | None = None  # instead of ``p.grad``
     _compiled: bool | str = False
     _execution: Any = None  # made by the first step, and again after a copy
 
@@ -154,6 +155,10 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                         p.grad.div_(scale.to(p.device))
         return True
 
+    def gradient(self, p: Tensor) -> Tensor | None:
+        """What a launch reads beside ``p``."""
+        return p.grad if self._gradients is None else self._gradients[p]
+
     def make_state(self, p: Tensor, group: dict[str, Any], on: Any, *, allocate: bool = True) -> dict[str, Any]:
         """The state that ``p`` still lacks under these switches, or None for each if not to be allocated.
 
@@ -198,6 +203,10 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                     if not field.init:
                         group[name] = field.default
             self._restore_counts(group)
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                # torch.optim.SGD keeps the momentum of sparse gradients sparse
+                state.update({k: v.to_dense() for k, v in state.items() if isinstance(v, Tensor) and v.is_sparse})
 
     def _restore_counts(self, group: dict[str, Any]) -> None:
         """Numbers become tensors, and tensors that torch's ``load_state_dict`` cast as if they were moments, again."""

@@ -123,19 +123,19 @@ const char* fill(Plan* plan, PyObject* state, PyObject* stand_ins, Steps& steps,
     if (!object) return "a parameter changed its type";
     const auto* param = object->unsafeGetTensorImpl();
     const auto* grad = gradient(param);
-    if (!grad) continue;
+    const auto stand_in = stand_in_of.empty() ? stand_in_of.end() : stand_in_of.find(entry.param);
+    if (!grad && stand_in == stand_in_of.end()) continue;
     if (entry.launch == kStateless) return "a parameter received its first gradient";
     auto& launch = plan->launches[entry.launch];
     if (!plain(param) || !param->is_non_overlapping_and_dense() ||
         c10::typeMetaToScalarType(param->dtype()) != launch.param_type)
       return "a parameter changed";
     const c10::TensorImpl* indices = nullptr;
-    if (!stand_in_of.empty())
-      if (auto found = stand_in_of.find(entry.param); found != stand_in_of.end()) {
-        grad = unpack(PyTuple_GET_ITEM(found->second, 1))->unsafeGetTensorImpl();
-        if (PyTuple_GET_SIZE(found->second) == 3)
-          indices = unpack(PyTuple_GET_ITEM(found->second, 2))->unsafeGetTensorImpl();
-      }
+    if (stand_in != stand_in_of.end()) {
+      grad = unpack(PyTuple_GET_ITEM(stand_in->second, 1))->unsafeGetTensorImpl();
+      if (PyTuple_GET_SIZE(stand_in->second) == 3)
+        indices = unpack(PyTuple_GET_ITEM(stand_in->second, 2))->unsafeGetTensorImpl();
+    }
     if (!(indices ? rows_fit(indices, grad, launch.param_type, param) : fits(grad, launch.param_type, param)))
       return "a gradient changed its layout or dtype";
     values[0] = entry.fresh ? 1 : 2;

@@ -63,8 +63,9 @@ class Plan:
         listed = [group["params"] for group in optimizer.param_groups]
         lists = tuple([params if type(params) is list else list(params) for params in listed])
         # one that changed its layout is not prepared: the host module then says that it no longer fits
-        copied = [(p, p.grad) for p in self.copied if p.grad is not None and p.grad.layout is torch.strided]
-        stand_ins: list[tuple[Tensor, ...]] = [(p, _like_parameter(p, grad)) for p, grad in copied]
+        copied = [(p, grad) for p in self.copied if (grad := optimizer.gradient(p)) is not None and not grad.is_sparse]
+        stand_ins: list[tuple[Tensor, ...]] = list((optimizer._gradients or {}).items())
+        stand_ins += [(p, _like_parameter(p, grad)) for p, grad in copied]
         for p in self.sparse:
             if p.grad is not None and p.grad.is_sparse:
                 values, indices = lower.sparse_parts(p.grad)
@@ -85,11 +86,12 @@ class _Member:
     made: dict[str, Any]
     refusal: str | None
     signature: Signature | None
+    grad: Tensor | None
     counts: tuple[str, ...] = ()
 
     @property
     def active(self) -> bool:
-        return self.param.grad is not None
+        return self.grad is not None
 
 
 def make_plan(
@@ -125,10 +127,9 @@ def make_plan(
             plan.elsewhere.append((m.group, m.param, m.refusal))
         elif m.signature in found and (m.active or not m.made):
             place = _place(plan, declaration.slots, m, found[m.signature])
-            grad = m.param.grad
-            if grad is not None and grad.is_sparse:
+            if m.grad is not None and m.grad.is_sparse:
                 plan.sparse.append(m.param)
-            elif grad is not None and not _same(host, grad, m.param):
+            elif m.grad is not None and not _same(host, m.grad, m.param):
                 plan.copied.append(m.param)
         fresh = place >= 0 and any(name in m.made for name in declaration.buffers)
         entries[m.group].append((m.param, place, fresh))
@@ -147,7 +148,7 @@ def _examine(
     optimizer: Optimizer, group: int, p: Tensor, choice: Choice, scalar_names: tuple[str, ...], occurrences: int
 ) -> _Member:
     """What can be said before the host module is loaded, so that it and the kernels may be compiled side by side."""
-    grad = p.grad
+    grad = optimizer.gradient(p)
     refusal = None
     if occurrences > 1:
         refusal = "it is listed more than once"
@@ -158,13 +159,13 @@ def _examine(
     elif grad is not None and not (type(grad) in _PLAIN and grad.layout is torch.strided):
         refusal = _sparse_refusal(optimizer, p, grad, choice)
     if refusal:
-        return _Member(group, p, {}, {}, refusal, None)
+        return _Member(group, p, {}, {}, refusal, None, grad)
     made = optimizer.make_state(p, optimizer.param_groups[group], choice.switches, allocate=grad is not None)
     state = {**optimizer.state.get(p, {}), **made}
     buffers = optimizer.declaration.kept(choice.switches)
     dtypes = tuple(d.to_real() for d in (p.dtype, *(p.dtype if state[b] is None else state[b].dtype for b in buffers)))
     signature = Signature(optimizer.rule_class, choice.switches, dtypes, buffers, scalar_names)
-    return _Member(group, p, state, made, None, signature, optimizer.declaration.counts)
+    return _Member(group, p, state, made, None, signature, grad, optimizer.declaration.counts)
 
 
 def _sparse_refusal(optimizer: Optimizer, p: Tensor, grad: Tensor, choice: Choice) -> str | None:

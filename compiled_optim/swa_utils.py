@@ -1,0 +1,243 @@
+"""Weight averaging: torch.optim.swa_utils, with averages that are updated in one launch.
+
+An average is an update rule like any other: the averaged tensor in the place of the parameter, the model's in that of
+its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import swa_utils
+
+from compiled_optim import lower
+from compiled_optim.declare import number
+from compiled_optim.execution import COMPILE_ERRORS, switched_off
+from compiled_optim.fallback import fall_back
+from compiled_optim.launch.plan import Plan, Row, make_plan
+from compiled_optim.lr_scheduler import SWALR
+from compiled_optim.optimizer import Optimizer
+
+__all__ = [
+    "SWALR",
+    "AveragedModel",
+    "get_ema_avg_fn",
+    "get_ema_multi_avg_fn",
+    "get_swa_avg_fn",
+    "get_swa_multi_avg_fn",
+    "update_bn",
+]
+
+AvgFn = Callable[[Tensor, Tensor, Any], Tensor]
+MultiAvgFn = Callable[[Any, Any, Any], None]
+
+
+class _Rule(Optimizer):
+    weight: float = number(default=1.0)
+
+    @staticmethod
+    def scalars(h: Any, step: Any) -> dict[str, Any]:
+        return {"weight": h.weight}
+
+
+class _Average(_Rule):
+    """A linear interpolation towards the model: the equal average and the exponential one."""
+
+    @staticmethod
+    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+        return p + (g - p) * k.weight
+
+
+def _custom(avg_fn: AvgFn) -> type[_Rule]:
+    """The rule of a user's ``avg_fn``; its weight is the number of models that were averaged."""
+
+    class Custom(_Rule):
+        @staticmethod
+        def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+            return avg_fn(p, g, k.weight)
+
+    return Custom
+
+
+class _Weighted:
+    """What the ``get_..._fn`` below return: torch's function, and the weight of the model after ``n`` others."""
+
+    def __init__(self, function: Callable[..., Any], weight: Callable[[int], float]) -> None:
+        self.function, self.weight = function, weight
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+_torch: Any = swa_utils  # whose functions are not annotated
+
+
+def get_ema_avg_fn(decay: float = 0.999) -> AvgFn:
+    """``decay * average + (1 - decay) * model``; ValueError if ``decay`` is not in [0, 1]."""
+    return _Weighted(_torch.get_ema_avg_fn(decay), lambda n: 1 - decay)
+
+
+def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAvgFn:
+    """`get_ema_avg_fn` for lists of tensors, in place."""
+    return _Weighted(_torch.get_ema_multi_avg_fn(decay), lambda n: 1 - decay)
+
+
+def get_swa_avg_fn() -> AvgFn:
+    """The equal average: ``average + (model - average) / (averaged + 1)``."""
+    return _Weighted(_torch.get_swa_avg_fn(), lambda n: 1 / (n + 1))
+
+
+def get_swa_multi_avg_fn() -> MultiAvgFn:
+    """`get_swa_avg_fn` for lists of tensors, in place."""
+    return _Weighted(_torch.get_swa_multi_avg_fn(), lambda n: 1 / (n + 1))
+
+
+_EQUAL = get_swa_avg_fn()
+
+
+class _Launcher:
+    """The launch that updates one set of averaged tensors.
+
+    Raises:
+        CompileError: for a tensor that could be compiled were it plain and dense, in strict mode.
+        What `COMPILE_ERRORS` lists.
+    """
+
+    def __init__(self, averaged: list[Tensor], fn: Any) -> None:
+        self.averaged, self.fn = averaged, fn
+        self.rule = (_Average if isinstance(fn, _Weighted) else _custom(fn))([p.detach() for p in averaged])
+        self.rule.param_groups[0]["params"] = averaged  # which need not be leaves, for no gradient is asked for
+        self.plan: Plan | None = None
+        self.warned: set[str] = set()
+
+    def fits(self, averaged: list[Tensor], fn: Any) -> bool:
+        return self.fn is fn and len(averaged) == len(self.averaged) and all(map(is_, averaged, self.averaged))
+
+    def run(self, model_of: dict[Tensor, Tensor], weight: float) -> list[Tensor]:
+        """Updates the averages in place; returns those that no kernel takes, which are left as they are."""
+        self.rule._gradients = model_of
+        rows: list[Row] = [(0, (2.0,), (weight,))]
+        outcome: Any = "the first update"
+        for _ in range(3):
+            if self.plan is None or isinstance(outcome, str):
+                self.plan = make_plan(self.rule, self.rule.choices(), [("weight",)], self._refused)
+            outcome = self.plan.run(self.rule, rows)
+            if outcome is None:
+                return [p for _, p, _ in self.plan.elsewhere]
+            if isinstance(outcome, list):
+                rows = [(group, counts, (weight,)) for group, counts in outcome]
+        raise RuntimeError(f"a launch plan that was just made does not fit: {outcome}")
+
+    def _refused(self, p: Tensor, why: str) -> None:
+        if p.is_floating_point() or p.is_complex():  # integers, such as BatchNorm's count, are no fallback
+            reason = f"a tensor of shape {tuple(p.shape)} is averaged eagerly, because {why}"
+            fall_back(self.warned, reason, "the others are compiled; a plain dense tensor would be too")
+
+
+class AveragedModel(swa_utils.AveragedModel):
+    r"""A copy of a model that holds an average of its weights (Izmailov et al. 2018, arXiv:1803.05407).
+
+    .. math:: \bar\theta \leftarrow \bar\theta + w\,(\theta - \bar\theta)
+
+    with :math:`w = 1 / (n + 1)` after :math:`n` models, or :math:`1 - \text{decay}` with ``get_ema_avg_fn``.
+
+    Args:
+        model, device, avg_fn, multi_avg_fn, use_buffers: as in torch.optim.swa_utils.
+        compiled: update all tensors of a dtype in one launch, in place. An ``avg_fn`` of one's own is compiled too if
+            it is elementwise, and sees its third argument as a floating tensor. A ``multi_avg_fn`` of one's own works
+            on lists in place, and is called as torch calls it, with a warning.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        device: Any = None,
+        avg_fn: AvgFn | None = None,
+        multi_avg_fn: MultiAvgFn | None = None,
+        use_buffers: bool = False,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        if compiled not in (False, True):
+            raise ValueError(f"compiled must be False or True, got {compiled!r}")
+        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
+        self.compiled = compiled
+        self._warned: set[str] = set()
+        self._launcher: _Launcher | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_launcher": None}
+
+    def update_parameters(self, model: Module) -> None:
+        """Takes the weights of ``model`` into the average, in place; the first time it copies them.
+
+        Raises:
+            CompileError: in strict mode, if this average cannot be compiled although it was to be.
+        """
+        on_host = self.n_averaged.device.type == "cpu"  # or reading the count would wait for the device
+        if not (self.compiled and on_host and int(self.n_averaged)) or switched_off():
+            super().update_parameters(model)
+            return
+        try:
+            self._launch(model, int(self.n_averaged))
+        except COMPILE_ERRORS as error:
+            fall_back(self._warned, f"the average is updated eagerly: {error}", "repair that, or set compiled=False")
+            super().update_parameters(model)
+
+    @torch.no_grad()
+    def _launch(self, model: Module, n: int) -> None:
+        fn: Any = self.avg_fn or self.multi_avg_fn or _EQUAL
+        if self.multi_avg_fn is not None and not isinstance(fn, _Weighted):
+            raise lower.LoweringError("a multi_avg_fn works on lists in place, and only an avg_fn can be compiled")
+        mine, my_buffers = _tensors(self.module)
+        theirs, their_buffers = _tensors(model)
+        if self.use_buffers:
+            mine, theirs = mine + my_buffers, theirs + their_buffers
+        model_of = dict(zip(mine, theirs, strict=False))  # a tied parameter once
+        averaged = list(model_of)
+        launcher = self._launcher
+        if launcher is None or not launcher.fits(averaged, fn):
+            launcher = self._launcher = _Launcher(averaged, fn)
+        weight = fn.weight(n) if isinstance(fn, _Weighted) else n
+        for p in launcher.run(model_of, weight):
+            current = model_of[p].to(p.device)
+            if self.multi_avg_fn is not None:
+                self.multi_avg_fn([p], [current], self.n_averaged.to(p.device))
+            else:
+                p.copy_(fn(p, current, self.n_averaged.to(p.device)))
+        if not self.use_buffers:
+            for average, buffer in zip(my_buffers, their_buffers, strict=True):
+                average.copy_(buffer)
+        self.n_averaged += 1
+
+
+def _tensors(module: Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and buffers, in one walk: torch's two take half of the time of a small average (issue 4)."""
+    modules = list(module.modules())
+    parameters: list[Tensor] = [p for m in modules for p in m._parameters.values() if p is not None]
+    return parameters, [b for m in modules for b in m._buffers.values() if b is not None]
+
+
+def update_bn(loader: Iterable[Any], model: Module, device: Any = None) -> None:
+    """Recomputes the statistics of BatchNorm layers in one pass over ``loader``, as torch.optim.swa_utils does.
+
+    Args:
+        loader: batches: a tensor, a list or tuple whose first element is one, or a dict, which the model takes whole.
+        device: where to move the batches, the tensors in a dict included.
+    """
+
+    def moved(batch: Any) -> Any:
+        if isinstance(batch, list | tuple):
+            batch = batch[0]
+        if device is None:
+            return batch
+        if isinstance(batch, dict):
+            return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return batch.to(device)
+
+    swa_utils.update_bn((moved(batch) for batch in loader), model)

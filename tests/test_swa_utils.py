@@ -1,0 +1,351 @@
+"""Averages of weights beside torch.optim.swa_utils."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import swa_utils as stock
+
+import compiled_optim
+from compiled_optim import CompileError, CompileFallbackWarning, kernels, swa_utils
+from compiled_optim.swa_utils import AveragedModel
+
+
+def mix(average: Tensor, model: Tensor, averaged: Any) -> Tensor:
+    return 0.1 * average + 0.9 * model + 0 * averaged
+
+
+def slowly(average: Tensor, model: Tensor, averaged: Any) -> Tensor:
+    """Reads the number of averages, and calls functions of torch."""
+    return torch.where(model > average, average + (model - average) / (averaged + 2), model)
+
+
+# how torch's is built, and ours
+AVERAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "equal": ({}, {}),
+    "equal, avg_fn": ({"avg_fn": stock.get_swa_avg_fn()}, {"avg_fn": swa_utils.get_swa_avg_fn()}),
+    "equal, multi_avg_fn": (
+        {"multi_avg_fn": stock.get_swa_multi_avg_fn()},
+        {"multi_avg_fn": swa_utils.get_swa_multi_avg_fn()},
+    ),
+    "EMA": ({"avg_fn": stock.get_ema_avg_fn(0.9)}, {"avg_fn": swa_utils.get_ema_avg_fn(0.9)}),
+    "EMA, multi_avg_fn": (
+        {"multi_avg_fn": stock.get_ema_multi_avg_fn(0.9)},
+        {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.9)},
+    ),
+    "custom": ({"avg_fn": mix}, {"avg_fn": mix}),
+    "custom, counting": ({"avg_fn": slowly}, {"avg_fn": slowly}),
+}
+average = pytest.mark.parametrize(("theirs", "ours"), AVERAGES.values(), ids=AVERAGES.keys())
+use_buffers = pytest.mark.parametrize("use_buffers", [False, True], ids=["parameters", "buffers too"])
+compiled = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+
+class Net(nn.Module):
+    """With a tied weight, a 0-d parameter, an integer buffer and a gradientless parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.last = nn.Linear(4, 5)
+        self.tied = nn.Linear(5, 4)
+        self.tied.weight = self.first.weight
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tied(self.last(self.norm(self.first(x)))) * self.scale
+
+
+def change(model: nn.Module) -> None:
+    """As training would."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+        for b in model.buffers():
+            b.add_(1)
+
+
+def assert_same_state(actual: nn.Module, expected: nn.Module, rtol: float = 1e-12) -> None:
+    ours, theirs = actual.state_dict(), expected.state_dict()
+    assert list(ours) == list(theirs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(
+            ours[name], value, rtol=rtol, atol=rtol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@compiled
+@use_buffers
+@average
+def test_values(theirs: dict[str, Any], ours: dict[str, Any], use_buffers: bool, compiled: bool) -> None:
+    model = Net().double()
+    reference = stock.AveragedModel(model, use_buffers=use_buffers, **theirs)
+    mine = AveragedModel(model, use_buffers=use_buffers, **ours, compiled=compiled)
+    assert isinstance(mine, stock.AveragedModel)
+    for _ in range(6):
+        change(model)
+        reference.update_parameters(model)
+        mine.update_parameters(model)
+        assert_same_state(mine, reference)
+    x = torch.randn(7, 5, dtype=torch.float64)
+    torch.testing.assert_close(mine.eval()(x), reference.eval()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex128], ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    model = nn.ParameterList([torch.randn(s, dtype=dtype) for s in [(3, 5), (), (67,)]])
+    exact = nn.ParameterList([p.detach().to(torch.complex128 if dtype.is_complex else torch.float64) for p in model])
+    reference, mine = stock.AveragedModel(exact), AveragedModel(model, compiled=True)
+    for _ in range(5):
+        change(model)
+        for p, q in zip(exact, model, strict=True):
+            p.data.copy_(q.data)
+        reference.update_parameters(exact)
+        mine.update_parameters(model)
+    rounding = 8 * torch.finfo(dtype).eps
+    for p, q in zip(mine.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.detach().to(q.dtype), q.detach(), rtol=rounding, atol=rounding)
+
+
+@pytest.fixture
+def new_kernels() -> Callable[[], int]:
+    """How many kernels were loaded since the last call."""
+    seen = len(kernels._kernels)
+
+    def count() -> int:
+        nonlocal seen
+        new, seen = len(kernels._kernels) - seen, len(kernels._kernels)
+        return new
+
+    return count
+
+
+def test_one_kernel_for_every_weighted_average(new_kernels: Callable[[], int]) -> None:
+    compiled_optim.cache_clear()
+    new_kernels()
+    for label, (_, options) in AVERAGES.items():
+        if "custom" not in label:
+            for model in (Net(), nn.Linear(3, 3), nn.Sequential(*(nn.Linear(2, 2) for _ in range(9)))):
+                mine = AveragedModel(model, **options, compiled=True)
+                for _ in range(3):
+                    mine.update_parameters(model)
+    assert new_kernels() == 1
+
+
+def test_two_functions_of_one_code_are_two_rules() -> None:
+    def scaled(factor: float) -> Any:
+        return lambda average, model, averaged: average + (model - average) * factor
+
+    for factor in (0.25, 0.5):
+        model = nn.Linear(2, 2)
+        reference, mine = (
+            stock.AveragedModel(model, avg_fn=scaled(factor)),
+            AveragedModel(model, avg_fn=scaled(factor), compiled=True),
+        )
+        for _ in range(3):
+            change(model)
+            reference.update_parameters(model)
+            mine.update_parameters(model)
+        assert_same_state(mine, reference, 1e-6)
+
+
+def test_averages_in_place_without_memory_of_their_size() -> None:
+    model = nn.Linear(1 << 10, 1 << 10)
+    mine = AveragedModel(model, compiled=True)
+    mine.update_parameters(model)
+    mine.update_parameters(model)
+    before = [(p, p.data_ptr(), p._version) for p in mine.parameters()]
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        mine.update_parameters(model)
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages()) < 4096
+    for p, address, version in before:
+        assert p.data_ptr() == address
+        assert p._version == version + 1
+        assert p.grad is None
+
+
+@average
+def test_checkpoints_both_ways(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    model = Net().double()
+    makers: list[Callable[[], nn.Module]] = [
+        lambda: stock.AveragedModel(model, **theirs),
+        lambda: AveragedModel(model, **ours, compiled=True),
+    ]
+    uninterrupted = makers[0]()
+    saved_by = [make() for make in makers]
+    for _ in range(3):
+        change(model)
+        for m in (uninterrupted, *saved_by):
+            m.update_parameters(model)  # type: ignore[operator]
+    resumed = [make() for make in makers]
+    for before, after in zip(saved_by, reversed(resumed), strict=True):
+        after.load_state_dict(before.state_dict())
+    for _ in range(3):
+        change(model)
+        for m in (uninterrupted, *resumed):
+            m.update_parameters(model)  # type: ignore[operator]
+    for m in resumed:
+        assert_same_state(m, uninterrupted)
+
+
+def test_copies_and_moves() -> None:
+    model = Net().double()
+    reference, mine = stock.AveragedModel(model), AveragedModel(model, compiled=True)
+    for make in (lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.to(torch.float64)):
+        mine = make(mine)
+        mine.module.last.weight = nn.Parameter(mine.module.last.weight.detach().clone())  # replaced under a plan
+        for _ in range(2):
+            change(model)
+            reference.update_parameters(model)
+            mine.update_parameters(model)
+        assert_same_state(mine, reference)
+
+
+def test_other_layouts() -> None:
+    model = nn.ParameterList(
+        [torch.randn(4, 6).t(), torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)]
+    )
+    reference, mine = stock.AveragedModel(model), AveragedModel(model, compiled=True)
+    model[0].data = model[0].data.contiguous()  # the model is laid out otherwise than its average
+    for _ in range(3):
+        change(model)
+        reference.update_parameters(model)
+        mine.update_parameters(model)
+    assert_same_state(mine, reference, 1e-6)
+
+
+def in_place(averages: Any, models: Any, averaged: Any) -> None:
+    torch._foreach_lerp_(averages, models, 0.3)
+
+
+def test_a_multi_avg_fn_of_ones_own_is_called_as_torch_calls_it(lenient: None) -> None:
+    model = Net().double()
+    reference = stock.AveragedModel(model, multi_avg_fn=in_place)
+    mine = AveragedModel(model, multi_avg_fn=in_place, compiled=True)
+    mine.update_parameters(model)
+    reference.update_parameters(model)
+    change(model)
+    with pytest.warns(CompileFallbackWarning, match="multi_avg_fn"):
+        mine.update_parameters(model)
+    mine.update_parameters(model)  # warned once
+    for _ in range(2):
+        reference.update_parameters(model)
+    assert_same_state(mine, reference)
+
+
+@pytest.mark.parametrize(
+    "options", [{"multi_avg_fn": in_place}, {"avg_fn": lambda a, m, n: a + (m - a) / m.norm()}], ids=["multi", "norm"]
+)
+def test_strict_mode_forbids_to_fall_back(options: dict[str, Any]) -> None:
+    model = nn.Linear(3, 3)
+    mine = AveragedModel(model, **options, compiled=True)
+    mine.update_parameters(model)
+    change(model)
+    before = copy.deepcopy(mine.state_dict())
+    with pytest.raises(CompileError, match="averaged eagerly|the average is updated eagerly"):
+        mine.update_parameters(model)
+    for name, value in mine.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_switched_off(monkeypatch: pytest.MonkeyPatch, new_kernels: Callable[[], int]) -> None:
+    compiled_optim.cache_clear()
+    new_kernels()
+    monkeypatch.setenv("COMPILED_OPTIM_DISABLE", "1")
+    model = nn.Linear(3, 3)
+    mine = AveragedModel(model, compiled=True)
+    for _ in range(3):
+        mine.update_parameters(model)
+    assert new_kernels() == 0
+
+
+@pytest.mark.parametrize("get", [swa_utils.get_ema_avg_fn, swa_utils.get_ema_multi_avg_fn])
+@pytest.mark.parametrize("decay", [-0.1, 1.1])
+def test_decay_out_of_range(get: Any, decay: float) -> None:
+    with pytest.raises(ValueError, match=str(decay)):
+        get(decay)
+
+
+def test_compiled_is_a_bool() -> None:
+    with pytest.raises(ValueError, match="compiled must be False or True, got 'foreach'"):
+        AveragedModel(nn.Linear(1, 1), compiled="foreach")  # type: ignore[arg-type]
+
+
+# ---- update_bn
+
+
+def batches(kind: str) -> Iterator[Any]:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        x = torch.randn(8, 5, generator=generator)
+        yield {"tensor": x, "list": [x, torch.zeros(8)], "tuple": (x,), "dict": {"x": x, "name": "batch"}}[kind]
+
+
+class TakesDict(Net):
+    def forward(self, batch: Any) -> Tensor:
+        return super().forward(batch["x"] if isinstance(batch, dict) else batch)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("kind", ["tensor", "list", "tuple", "dict"])
+def test_update_bn(kind: str, device: str | None) -> None:
+    expected, model = TakesDict(), TakesDict()
+    model.load_state_dict(expected.state_dict())
+    stock.update_bn(batches("tensor"), expected)
+    swa_utils.update_bn(batches(kind), model, device=device)
+    assert_same_state(model, expected, 1e-6)
+    assert model.norm.momentum == 0.1
+
+
+# ---- the recipes
+
+
+@compiled
+def test_the_swa_recipe(compiled: bool) -> None:
+    """Train, switch to SWA at an epoch, average each epoch from then on, and recompute the statistics."""
+
+    def run(swa: Any, optim: Any, schedulers: Any, **options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **options)
+        schedule = schedulers.CosineAnnealingLR(optimizer, T_max=6)
+        swa_schedule = swa.SWALR(optimizer, swa_lr=0.05, anneal_epochs=2)
+        averaged = swa.AveragedModel(model, **options)
+        for epoch in range(10):
+            for x in batches("tensor"):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+            if epoch > 5:
+                averaged.update_parameters(model)
+                swa_schedule.step()
+            else:
+                schedule.step()
+        swa.update_bn(batches("tensor"), averaged)
+        return averaged
+
+    expected = run(stock, torch.optim, torch.optim.lr_scheduler)
+    actual = run(swa_utils, compiled_optim, compiled_optim.lr_scheduler, **({"compiled": True} if compiled else {}))
+    assert_same_state(actual, expected, 1e-4)  # float32, over 40 steps
+
+
+def test_the_ema_recipe_with_a_custom_avg_fn() -> None:
+    torch.manual_seed(0)
+    model = Net().double()
+    reference, mine = stock.AveragedModel(model, avg_fn=mix), AveragedModel(model, avg_fn=mix, compiled=True)
+    optimizer = compiled_optim.AdamW(model.parameters(), lr=0.01, compiled=True)
+    for x in batches("tensor"):
+        optimizer.zero_grad()
+        model(x.double()).square().mean().backward()
+        optimizer.step()
+        reference.update_parameters(model)
+        mine.update_parameters(model)
+    assert_same_state(mine, reference)
