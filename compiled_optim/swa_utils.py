@@ -93,8 +93,17 @@ def get_swa_avg_fn() -> AvgFn:
 
 
 def get_swa_multi_avg_fn() -> MultiAvgFn:
-    """`get_swa_avg_fn` for lists of tensors, in place."""
-    return _Weighted(_torch.get_swa_multi_avg_fn(), lambda n: 1 / (n + 1))
+    """`get_swa_avg_fn` for lists of tensors, in place; of integers too, for which torch's raises."""
+    single, lists = _torch.get_swa_avg_fn(), _torch.get_swa_multi_avg_fn()
+
+    def update(averaged: Any, current: Any, n: Any) -> None:
+        if averaged[0].is_floating_point() or averaged[0].is_complex():
+            lists(averaged, current, n)
+        else:
+            for average, model in zip(averaged, current, strict=True):
+                average.copy_(single(average, model, n))
+
+    return _Weighted(update, lambda n: 1 / (n + 1))
 
 
 _EQUAL = get_swa_avg_fn()
