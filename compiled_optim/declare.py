@@ -58,7 +58,7 @@ class Buffer:
     def first(self, group: dict[str, Any]) -> float:
         """Its initial value in a param group."""
         value = group[self.initial] if isinstance(self.initial, str) else self.initial
-        return float(value)
+        return float(value.item() if isinstance(value, Tensor) else value)
 
 
 @dataclass(frozen=True)

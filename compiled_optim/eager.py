@@ -90,8 +90,11 @@ def run(
             values = on_device(bucket, scalars) if counts is None else values
             run_bucket(algorithm, bucket, switches[group], values)
     for u in again:
-        values, after = scalars(u.group, u.next_counts)
-        u.advance(after)
+        if capturable[u.group]:
+            values = on_device([u], scalars)
+        else:
+            values, after = scalars(u.group, u.next_counts)
+            u.advance(after)
         run_bucket(algorithm, [u], switches[u.group], values)
 
 
@@ -135,7 +138,7 @@ def run_bucket(algorithm: type[Optimizer], members: list[Update], on: Any, value
     if not algorithm.elementwise:
         for tensors in zip(*columns, strict=True):
             run_value(algorithm, on, list(tensors), first.buffers, values)
-    elif first.param.device.type != "cpu":
+    elif first.param.device.type != "cpu" or any(isinstance(v, TensorList) for v in values.values()):
         run_value(algorithm, on, [TensorList(column) for column in columns], first.buffers, values)
     elif len(members) == 1:
         for piece in pieces([column[0] for column in columns]):
@@ -169,8 +172,10 @@ def run_rows(algorithm: type[Optimizer], u: Update, on: Any, values: dict[str, A
     if not algorithm.keeps_untouched_rows(on):
         run_bucket(algorithm, [replace(u, grad=grad.to_dense())], on, values)
         return
-    tensors = [u.param, *(u.state[name] for name in u.buffers)]
-    rows = tuple(grad.indices())
+    # behind a dimension of one, for a gradient may have no sparse dimension
+    tensors = [t[None] for t in (u.param, *(u.state[name] for name in u.buffers))]
+    indices = grad.indices()
+    rows = (indices.new_zeros(indices.shape[1]), *indices)
     touched = [t[rows] for t in tensors]
     column = dict(zip(u.buffers, touched[1:], strict=True))
     made = replace(u, param=touched[0], grad=grad.values(), state=column)
@@ -184,8 +189,12 @@ def run_differentiable(
 ) -> None:
     """The rule with autograd recording: parameters are written in place, state tensors are replaced."""
     for u in updates:
-        values, after = scalars(u.group, u.next_counts)
-        u.advance(after)
+        # as tensors, so that what is carried keeps its graph; and it is replaced as the buffers are
+        counts = [u.state[name].double() + (name == "step") for name in u.counts]
+        values, after = scalars(u.group, counts or u.next_counts)
+        u.advance(())
+        for name, value in zip(u.counts[1:], after, strict=True):
+            u.state[name] = value.to(u.state[name].dtype)
         complex_valued = u.param.is_complex()
 
         def view(t: Tensor, complex_valued: bool = complex_valued) -> Tensor:
