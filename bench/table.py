@@ -62,12 +62,11 @@ def sparse(results: Results) -> Iterator[str]:
 
 
 def averages(results: Results) -> Iterator[str]:
-    rows = [
-        [label.replace("-", ", ", 1), *(number(info["average_milliseconds"][n]) for n in ("torch", "ours"))]
-        + [ratio(info["ratio"]), number(info["gigabytes_per_second"])]
-        for label, info in results
-        if "average_milliseconds" in info
-    ]
+    rows = []
+    for label, info in results:
+        if times := info.get("average_milliseconds"):
+            cells = [*map(number, times.values()), ratio(info["ratio"]), number(info["gigabytes_per_second"])]
+            rows.append([label.replace("-", ", ", 1), *cells])
     yield from table(["`AveragedModel.update_parameters`", "torch", "ours compiled", "torch / ours", "GB/s"], rows)
 
 

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import dataclass_transform
 
 from compiled_optim import execution, lower
+from compiled_optim.attached import Attached
 from compiled_optim.declare import FIELDS, Choice, Declaration, Flag, buffer, carried, coerce, counter, flag, number
 
 
@@ -24,6 +25,7 @@ class _Attributes:
     found_inf: Tensor | None
 
     _gradients: dict[Tensor, Tensor] | None = None  # instead of ``p.grad``
+    _attached: tuple[Attached, ...] = ()
     _compiled: bool | str = False
     _execution: Any = None  # made by the first step, and again after a copy
 
@@ -90,9 +92,12 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         if fused:
             self._step_supports_amp_scaling = True
         if self.state_at_construction:
+            # as torch.optim makes it: with the constructor's initial values, whatever a group says
+            names = {b.initial for b in self.declaration.buffers.values()}
+            initial = {name: value for name, value in defaults.items() if name in names}
             for group, choice in zip(self.param_groups, self.choices(), strict=True):
                 for p in group["params"]:
-                    self.state[p].update(self.make_state(p, group, choice.switches))
+                    self.state[p].update(self.make_state(p, {**group, **initial}, choice.switches))
 
     @classmethod
     def validate(cls, h: Any) -> None:
@@ -141,7 +146,26 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                 loss = closure()
         if self._unscale():
             execution.step(self)
+            for attached in self._attached:
+                attached.advance()
         return loss
+
+    def attach(self, schedule: Any) -> None:
+        """Lets a schedule move with the steps of this optimizer, so that it needs no ``step()`` of its own.
+
+        After each step, ``lr`` of the param groups (and momentum, where the schedule moves it) has the value of its
+        closed form, and ``get_last_lr()`` says so. Copies of the optimizer have nothing attached.
+
+        Args:
+            schedule: of `compiled_optim.lr_scheduler`, built on this optimizer.
+
+        Raises:
+            TypeError: if it has no closed form, as ReduceLROnPlateau.
+            ValueError: if it belongs to another optimizer, or is attached already.
+        """
+        if any(attached.schedule is schedule for attached in self._attached):
+            raise ValueError(f"schedule must not be attached twice, got the same {type(schedule).__name__} again")
+        self._attached = (*self._attached, Attached(schedule, self))
 
     def _unscale(self) -> bool:
         """Divides the gradients by the scale, as torch's fused optimizers do; False if the step must be skipped."""

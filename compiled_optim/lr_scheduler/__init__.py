@@ -1,0 +1,51 @@
+"""The learning rate schedulers of torch, each defined once, by its closed form in sympy.
+
+They are drop-in replacements for those of ``torch.optim.lr_scheduler`` and ``torch.optim.swa_utils``, subclasses of
+them, and drive any torch.optim optimizer. In addition they know their formula: ``expression()``, ``latex()``, and
+``value(t)`` for a number or for a tensor of steps. `SymbolicLR` takes any formula.
+"""
+
+from __future__ import annotations
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from compiled_optim.lr_scheduler.compose import ChainedScheduler, SequentialLR
+from compiled_optim.lr_scheduler.cycles import CyclicLR, OneCycleLR
+from compiled_optim.lr_scheduler.plateau import ReduceLROnPlateau
+from compiled_optim.lr_scheduler.plot import plot_schedule
+from compiled_optim.lr_scheduler.schedules import (
+    SWALR,
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    MultiplicativeLR,
+    MultiStepLR,
+    PolynomialLR,
+    StepLR,
+    SymbolicLR,
+)
+
+__all__ = [
+    "SWALR",
+    "ChainedScheduler",
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
+    "CyclicLR",
+    "ExponentialLR",
+    "LRScheduler",
+    "LambdaLR",
+    "LinearLR",
+    "MultiStepLR",
+    "MultiplicativeLR",
+    "OneCycleLR",
+    "PolynomialLR",
+    "ReduceLROnPlateau",
+    "SequentialLR",
+    "StepLR",
+    "SymbolicLR",
+    "plot_schedule",
+]

@@ -1,0 +1,393 @@
+"""A schedule as a sympy expression in the step ``t``: its value on the host, its code for tensors, its LaTeX."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import sympy as sp  # type: ignore[import-untyped]
+import torch
+from sympy.printing.pycode import PythonCodePrinter  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.optim import lr_scheduler
+
+from compiled_optim import scalar
+
+Form = tuple[sp.Expr, dict[str, Any]]  # an expression, and the values of its symbols other than t
+
+
+def parameters(names: str) -> Any:
+    """The symbols of these names."""
+    return sp.symbols(names, real=True)
+
+
+t, base_lr = sp.Symbol("t", nonnegative=True), parameters("base_lr")
+
+
+# ---- from an expression to code
+
+
+class _HostPrinter(PythonCodePrinter):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__({"fully_qualified_modules": False})
+
+    def _print_Float(self, expr: sp.Expr) -> str:
+        return repr(float(expr))  # sympy writes 15 digits
+
+    def _print_Mul(self, expr: sp.Expr) -> str:
+        # sympy writes t/49 as (1/49)*t, of which the floor at t = 49 is 0
+        numerator, denominator = sp.fraction(expr, exact=True)
+        if denominator == 1:
+            return str(super()._print_Mul(expr))
+        return self.quotient(self._print(numerator), self._print(denominator))
+
+    def quotient(self, numerator: str, denominator: str) -> str:
+        return f"({numerator})/({denominator})"
+
+
+class _TensorPrinter(_HostPrinter):
+    def quotient(self, numerator: str, denominator: str) -> str:
+        return f"divide({numerator}, {denominator})"
+
+    def _print_Piecewise(self, expr: sp.Expr) -> str:
+        code = "nan"
+        for value, condition in reversed(expr.args):
+            value = self._print(value)
+            code = value if condition == sp.true else f"where({self._print(condition)}, {value}, {code})"
+        return code
+
+    def _print_And(self, expr: sp.Expr, operator: str = " & ") -> str:
+        return "(" + operator.join(f"({self._print(part)})" for part in expr.args) + ")"
+
+    def _print_Or(self, expr: sp.Expr) -> str:
+        return self._print_And(expr, " | ")
+
+    def _print_Not(self, expr: sp.Expr) -> str:
+        return f"~({self._print(expr.args[0])})"
+
+    def _print_sign(self, expr: sp.Expr) -> str:
+        return f"sign({self._print(expr.args[0])})"
+
+
+def _divide(a: Any, b: Any) -> Any:
+    # CUDA multiplies by the reciprocal of a number, and rounds t/49 as sympy's text would
+    return a / torch.full_like(a, b) if isinstance(a, Tensor) and not isinstance(b, Tensor) else a / b
+
+
+def _elementwise(name: str) -> Callable[[Any], Any]:
+    return lambda x: getattr(torch if isinstance(x, Tensor) else math, name)(x)
+
+
+def _least(*values: Any) -> Any:
+    return functools.reduce(lambda a, b: scalar.where(a < b, a, b), values)
+
+
+def _greatest(*values: Any) -> Any:
+    return functools.reduce(lambda a, b: scalar.where(a > b, a, b), values)
+
+
+_FUNCTIONS = "sin cos tan asin acos atan sinh cosh tanh exp log sqrt floor ceil erf"
+_TENSOR_CODE = {
+    **{name: _elementwise(name) for name in _FUNCTIONS.split()},
+    "divide": _divide,
+    "where": scalar.where,
+    "sign": torch.sign,
+    "min": _least,
+    "max": _greatest,
+    **{name: getattr(math, name) for name in ("pi", "e", "inf", "nan")},
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def compiled(expression: sp.Expr, of_tensors: bool = False) -> tuple[tuple[str, ...], Callable[..., Any]]:
+    """The names of the symbols other than ``t``, and the function of ``t`` and their values, in that order.
+
+    Raises:
+        TypeError: where a part of the expression has no counterpart in Python's ``math``, or in torch.
+    """
+    symbols = sorted(expression.free_symbols - {t}, key=str)
+    printer = _TensorPrinter() if of_tensors else _HostPrinter()
+    known = _TENSOR_CODE if of_tensors else vars(math)
+    try:
+        function = sp.lambdify([t, *symbols], expression, modules=[known], printer=printer, cse=of_tensors)
+    except NotImplementedError as error:
+        raise TypeError(f"{expression} has no counterpart in Python: {error}") from error
+    unknown = set(function.__code__.co_names) - set(known) - set(vars(builtins))
+    if unknown:
+        raise TypeError(f"{expression} has no counterpart in {'torch' if of_tensors else 'math'}: {sorted(unknown)}")
+    return tuple(map(str, symbols)), function
+
+
+def evaluate(form: Form, step: Any) -> Any:
+    """The value at a step: a float for a number; for a tensor of steps, a new tensor of its dtype and shape.
+
+    A tensor's value is computed in float64 whatever the dtype of the steps, for float32 does not hold 0.9999 well
+    enough to be raised to the power of 10,000; in float32 on devices that lack float64.
+    """
+    expression, values = form
+    names, function = compiled(expression, isinstance(step, Tensor))
+    if not isinstance(step, Tensor):
+        return float(function(step, *(float(values[name]) for name in names)))
+    wide = step.to(torch.float32 if step.device.type == "mps" else torch.float64)
+    given = (values[name] for name in names)
+    numbers = [v.detach().reshape(()).to(step.device) if isinstance(v, Tensor) else v for v in given]
+    result = function(wide, *numbers) + torch.zeros_like(wide)  # a constant, too, gets the shape
+    return result.to(step.dtype if step.is_floating_point() else torch.get_default_dtype())
+
+
+def traced(function: Callable[[Any], Any], name: str, first: int = 0) -> sp.Expr:
+    """What a function of one number computes, as an expression in ``t``, if it takes a symbol too.
+
+    Raises:
+        TypeError: if it does not, or if of the numbers from ``first`` on it makes something else than of a symbol.
+    """
+    try:
+        expression = sp.sympify(function(t), strict=True)
+        ours = compiled(expression)[1]
+        pairs = ((ours(i), function(i)) for i in range(first, 1000))
+        differs = any(not abs(a - b) <= 1e-9 * abs(b) + 1e-12 for a, b in pairs)
+    except Exception as error:  # whatever a function raises that was written for numbers
+        raise TypeError(f"{name} is not symbolic: it takes no symbol ({type(error).__name__}: {error})") from error
+    if differs:
+        raise TypeError(f"{name} is not symbolic: of a symbol it makes {expression}, and of numbers something else")
+    return expression
+
+
+# ---- schedulers
+
+
+def number(value: Any) -> sp.Expr:
+    """A number or a tensor of one, as sympy shows it best: 20 for 20.0."""
+    value = float(value)
+    return sp.Integer(int(value)) if value.is_integer() else sp.sympify(value)
+
+
+def copied(value: Any) -> Any:
+    """What shares no tensor and no list with ``value``."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(map(copied, value))
+    return {k: copied(v) for k, v in value.items()} if type(value) is dict else value
+
+
+def assigned(old: Any, new: Any) -> Any:
+    """What stands in for ``old`` once it has the value ``new``: a tensor is filled, a number stays a number."""
+    if not isinstance(old, Tensor):
+        return float(new) if isinstance(new, Tensor) else new
+    value = new.detach().reshape(()) if isinstance(new, Tensor) and (new.dim() or new.requires_grad) else new
+    if not old.requires_grad:
+        return old.fill_(value)
+    with torch.no_grad():
+        return old.fill_(value)
+
+
+class Scheduler(lr_scheduler.LRScheduler):
+    """What all schedulers here have beyond torch's: a formula to look at, and learning rates that stay what they are.
+
+    A tensor learning rate is filled, never replaced, and nothing a scheduler holds or returns shares its memory.
+    """
+
+    schedules: tuple[str, ...] = ("lr",)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__init__ is not lr_scheduler.LRScheduler.__init__:
+            # so that a learning rate that requires grad can be filled, and copies of it are detached
+            cls.__init__ = torch.no_grad()(cls.__init__)  # type: ignore[method-assign]
+
+    def expression(self, group: int = 0, of: str = "lr") -> sp.Expr:
+        """The schedule of a param group as a sympy expression in ``t``, which is ``Symbol("t", nonnegative=True)``.
+
+        Args:
+            group: the index of the param group.
+            of: "lr"; or "momentum" (beta1 for Adam) where the scheduler moves it.
+
+        Raises:
+            TypeError: if the schedule is not symbolic; the message says why.
+            ValueError: for a group or a quantity that the scheduler does not have.
+        """
+        expression, values = self._checked(group, of)
+        exact = expression.xreplace({s: number(values[s.name]) for s in expression.free_symbols - {t}})
+        if exact.has(sp.zoo, sp.nan):
+            raise ZeroDivisionError(f"{type(self).__name__} divides by zero with {values}")
+        return exact
+
+    def value(self, t: Any, group: int = 0, of: str = "lr") -> Any:
+        """The value at step ``t`` by the closed form; arguments and errors as for `expression`.
+
+        Args:
+            t: a number, for a float; or a tensor of steps, for a tensor like it, computed on its device by torch
+                operations only, without waiting for it.
+        """
+        return evaluate(self._checked(group, of), t)
+
+    def function(self, group: int = 0, of: str = "lr") -> Callable[[float], float]:
+        """The closed form on the host with all but the step looked up: 1 us a call, where `value` takes 4 to 20."""
+        expression, values = self._checked(group, of)
+        names, function = compiled(expression)
+        numbers = [float(values[name]) for name in names]
+        return lambda step: function(step, *numbers)
+
+    def latex(self, group: int = 0, of: str = "lr") -> str:
+        r"""The formula of a param group in LaTeX, such as ``\eta_{t} = 0.1 \cdot {0.9}^{t}``."""
+        return rf"\{'eta' if of == 'lr' else 'mu'}_{{t}} = {sp.latex(self.expression(group, of), mul_symbol='dot')}"
+
+    def _checked(self, group: int, of: str) -> Form:
+        self._check(group, of)
+        return self._closed_form(group, of)
+
+    def _check(self, group: int, of: str) -> None:
+        if of not in self.schedules:
+            raise ValueError(f"of must be one of {self.schedules} for this {type(self).__name__}, got {of!r}")
+        if group not in range(len(self.optimizer.param_groups)):
+            raise ValueError(f"group must be from 0 to {len(self.optimizer.param_groups) - 1}, got {group!r}")
+
+    def _closed_form(self, group: int, of: str) -> Form:
+        raise TypeError(f"{type(self).__name__} is not symbolic: it has no closed form in the step")
+
+    def _parameter(self, name: str, group: int) -> Any:
+        """The value of the symbol of this name: of an attribute, of ``<name>s[group]``, or of the param group."""
+        value = getattr(self, name, None)
+        if value is None:
+            several = getattr(self, f"{name}s", None)
+            value = self.optimizer.param_groups[group][name] if several is None else several[group]
+        return value
+
+    def _form(self, expression: sp.Expr, group: int, **given: Any) -> Form:
+        names, _ = compiled(expression)
+        return expression, given | {name: self._parameter(name, group) for name in names if name not in given}
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rates of the step that is being taken, as in torch."""
+        if not self._get_lr_called_within_step:
+            text = "To get the last learning rate computed by the scheduler, please use `get_last_lr()`."
+            warnings.warn(text, UserWarning, stacklevel=2)
+        return self._new_lrs()
+
+    def _new_lrs(self) -> list[Any]:
+        raise NotImplementedError
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        self._get_lr_called_within_step = True
+        try:
+            self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+            closed = None if epoch is None else getattr(self, "_get_closed_form_lr", None)
+            values = closed() if closed else self.get_lr()
+        finally:
+            self._get_lr_called_within_step = False
+        last = []
+        for group, value in zip(self.optimizer.param_groups, values, strict=True):
+            lr = group["lr"] = assigned(group["lr"], value)
+            last.append(copied(lr))
+        self._last_lr = last
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Moves on to the next step, as in torch; RuntimeError if the schedule is attached to its optimizer."""
+        if any(attached.schedule is self for attached in getattr(self.optimizer, "_attached", ())):
+            raise RuntimeError(f"this {type(self).__name__} is attached, and moves with optimizer.step() alone")
+        super().step(*args, **kwargs)
+
+    @property
+    def _steps_taken(self) -> int:
+        return self.last_epoch
+
+    def _move_to(self, step: int) -> None:
+        """What else but learning rates a step changes; for a schedule that is attached."""
+        self.last_epoch, self._step_count = step, step + 1
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The learning rates that the last step set; copies, also of tensors."""
+        return copied(super().get_last_lr())  # type: ignore[no-any-return]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch lays it out; either side loads the other's."""
+        return copied(super().state_dict())  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what ``state_dict`` of this class or of torch's returned."""
+        super().load_state_dict(copied(state_dict))
+        for attached in getattr(self.optimizer, "_attached", ()):
+            if attached.schedule is self:
+                attached.look_up()
+
+
+class Absolute(Scheduler):
+    """A schedule that sets the learning rate, whatever it was."""
+
+    def _new_lrs(self) -> list[Any]:
+        return [self._at(self.last_epoch, self._closed_form(i, "lr")) for i in range(len(self.base_lrs))]
+
+    @staticmethod
+    def _at(step: Any, form: Form) -> Any:
+        expression, values = form
+        names, function = compiled(expression)
+        return function(step, *[values[name] for name in names])
+
+
+class Relative(Scheduler):
+    r"""A schedule :math:`\eta_t = m + (\eta_0 - m) f(t)` that moves the learning rate on from what it is.
+
+    A step does :math:`\eta \leftarrow m + (\eta - m) f(t) / f(t-1)`, and :math:`\eta \leftarrow \eta + (\eta_0 - m)
+    f(t)` where :math:`f(t-1) = 0`. So a learning rate changed by hand stays changed, and schedulers can be chained.
+    """
+
+    floor: ClassVar[sp.Symbol | None] = None  # m; None is 0
+
+    @property
+    def formula(self) -> sp.Expr:
+        """f(t). Symbols other than ``t`` stand for attributes of these names."""
+        raise NotImplementedError
+
+    def _closed_form(self, group: int, of: str) -> Form:
+        return self._form(scaled(self.floor, base_lr, self.formula), group)
+
+    def _new_lrs(self) -> list[Any]:
+        if self._is_initial:
+            return super(Scheduler, self).get_lr()
+        groups, step = self.optimizer.param_groups, self._position()
+        try:
+            ratio = self._number(_recursion(self.formula) if step > 0 else compiled(self.formula), step)
+        except ZeroDivisionError:
+            return self._from_zero(self._closed(step))
+        if self.floor is None:
+            return [group["lr"] * ratio for group in groups]
+        return [scaled(floor, group["lr"], ratio) for floor, group in zip(self._floors(), groups, strict=True)]
+
+    def _position(self) -> int:
+        return self.last_epoch
+
+    def _number(self, code: tuple[tuple[str, ...], Callable[..., Any]], step: int) -> Any:
+        names, function = code
+        return function(step, *[getattr(self, name) for name in names])
+
+    def _floors(self) -> list[Any]:
+        return [self.floor and self._parameter(self.floor.name, i) for i in range(len(self.base_lrs))]
+
+    def _closed(self, step: int) -> list[Any]:
+        factor = self._number(compiled(self.formula), step)
+        return [scaled(floor, base, factor) for floor, base in zip(self._floors(), self.base_lrs, strict=True)]
+
+    def _from_zero(self, closed: list[Any]) -> list[Any]:
+        rises = zip(self.optimizer.param_groups, closed, self._floors(), strict=True)
+        return [group["lr"] + (lr if floor is None else lr - floor) for group, lr, floor in rises]
+
+    def _get_closed_form_lr(self) -> list[Any]:
+        return self._closed(self.last_epoch)
+
+
+def scaled(floor: Any, value: Any, factor: Any) -> Any:
+    """m + (value - m) f, of numbers, tensors and expressions."""
+    return value * factor if floor is None else floor + (value - floor) * factor
+
+
+@functools.lru_cache(maxsize=1024)
+def _recursion(factor: sp.Expr) -> tuple[tuple[str, ...], Callable[..., Any]]:
+    if factor == 0:
+        raise ZeroDivisionError
+    # powers of one base become one power: it neither underflows nor divides by zero
+    return compiled(sp.powsimp(factor / factor.subs(t, t - 1)))
