@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 from compiled_optim import foreach, kernels
 from compiled_optim.algorithms import (
@@ -22,6 +24,7 @@ from compiled_optim.algorithms import (
 from compiled_optim.cache.store import CacheWarning, open_store
 from compiled_optim.fallback import CompileError, CompileFallbackWarning
 from compiled_optim.kernels import CacheInfo, cache_info
+from compiled_optim.lbfgs import LBFGS
 from compiled_optim.optimizer import Optimizer
 from compiled_optim.report import explain
 from compiled_optim.version import __version__
@@ -42,8 +45,18 @@ def cache_clear(disk: bool = False) -> None:
         store.clear()
 
 
+def __getattr__(name: str) -> Any:
+    """`lr_scheduler`, `swa_utils` and `plot_schedule` when they are asked for: they import sympy, which takes 0.4 s."""
+    if name in ("lr_scheduler", "swa_utils"):
+        return importlib.import_module(f"compiled_optim.{name}")
+    if name == "plot_schedule":
+        return importlib.import_module("compiled_optim.lr_scheduler").plot_schedule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "ASGD",
+    "LBFGS",
     "SGD",
     "Adadelta",
     "Adagrad",

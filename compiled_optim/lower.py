@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.optim.lbfgs import _strong_wolfe
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from compiled_optim.cache.build import BuildError, find_compiler
@@ -240,6 +241,16 @@ def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
 def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The values ``[nnz, ...]`` and indices ``[sparse dimensions, nnz]`` of a COO tensor, coalesced or not."""
     return tensor._values(), tensor._indices()
+
+
+# The line search of torch.optim.LBFGS: (evaluate, x, t, d, loss, grad, gtd, max_ls=) -> (loss, grad, t, evaluations)
+strong_wolfe: Callable[..., tuple[float, torch.Tensor, Any, int]] = _strong_wolfe
+
+
+def check_indices(tensor: torch.Tensor) -> None:
+    """Raises RuntimeError for an index out of range in a COO tensor."""
+    values, indices = sparse_parts(tensor)
+    torch.sparse_coo_tensor(indices, values, tensor.shape, check_invariants=True)
 
 
 def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import torch
 
+from compiled_optim.lbfgs import LBFGS
 from compiled_optim.optimizer import Optimizer
 
 
@@ -16,7 +17,7 @@ class Row:
     """A part of a step.
 
     Attributes:
-        execution: "multi_tensor", "foreach" or "eager".
+        execution: "multi_tensor", "foreach", "lbfgs" or "eager".
         device, dtype: of the parameters.
         tensors, elements: how many parameters, and real elements in them.
         launches: kernel launches in a step; None where it is not known (eager).
@@ -65,14 +66,19 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     Raises:
         TypeError: if it is not an optimizer of this package.
     """
-    if not isinstance(optimizer, Optimizer):
+    if not isinstance(optimizer, Optimizer | LBFGS):
         raise TypeError(f"optimizer must be a compiled_optim.Optimizer, got {type(optimizer).__name__}")
-    execution = optimizer._execution
+    execution: Any = optimizer._execution
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     if not optimizer._compiled:
         return Explanation(_eager_rows(everything, "compiled=False"), [])
     if execution is None:
         return Explanation(_eager_rows(everything, "no step was taken yet"), [])
+    if isinstance(optimizer, LBFGS):
+        rows, k = _eager_rows(everything, execution.reason), execution.kernels
+        if not execution.reason:
+            rows = [replace(r, execution="lbfgs", kernel=k.name, origin=k.origin, seconds=k.seconds) for r in rows]
+        return Explanation(rows, [])
     if execution.reason:
         return Explanation(_eager_rows(everything, execution.reason), execution.rebuilt)
     rows = [

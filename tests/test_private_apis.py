@@ -107,6 +107,21 @@ def test_flags_name_headers_that_exist() -> None:
     assert (kernels.Path(includes[0]) / "torch/csrc/inductor/cpp_prefix.h").is_file()
 
 
+def test_line_search_takes_and_returns_what_lbfgs_expects() -> None:
+    x, d = [torch.tensor([3.0])], torch.tensor([-6.0])
+    parameters = list(inspect.signature(lower.strong_wolfe).parameters)
+    assert parameters[:7] == ["obj_func", "x", "t", "d", "f", "g", "gtd"]
+    assert "max_ls" in parameters
+
+    def evaluate(x: list[torch.Tensor], t: float, d: torch.Tensor) -> tuple[float, torch.Tensor]:
+        at = x[0] + t * d
+        return at.square().sum().item(), 2 * at
+
+    loss, g, t, calls = lower.strong_wolfe(evaluate, x, 1.0, d, 9.0, -d, -(d @ d), max_ls=25)
+    assert (loss, g.item(), float(t)) == pytest.approx((0.0, 0.0, 0.5), abs=1e-6)
+    assert calls > 1
+
+
 def test_flatten_and_unflatten() -> None:
     tensors = [torch.randn(2, 3), torch.randn(()), torch.randn(4)]
     flat = lower.flatten(tensors)

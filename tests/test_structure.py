@@ -16,12 +16,22 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each layer may import the ones after it only.
 LAYERS = [
     ("demo", "graphs"),
+    ("lr_scheduler.__main__",),
     ("__init__",),
+    ("swa_utils",),
+    ("lr_scheduler.__init__",),
+    ("lr_scheduler.compose", "lr_scheduler.plateau", "lr_scheduler.plot"),
+    ("lr_scheduler.schedules", "lr_scheduler.cycles"),
+    ("lr_scheduler.symbolic",),
     ("testing",),
     ("report",),
+    ("lbfgs.__init__",),
+    ("lbfgs.optimizer",),
+    ("lbfgs.history",),
     ("algorithms.__init__",),
     tuple(f"algorithms.{file.stem}" for file in (PACKAGE / "algorithms").glob("*.py") if file.stem != "__init__"),
     ("optimizer",),
+    ("attached",),
     ("execution",),
     ("launch.plan",),
     ("kernels",),
@@ -108,7 +118,7 @@ def test_size_of_the_package() -> None:
     files = [*FILES, *PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]
     lines = sum(code_lines(file) for file in files if file.name != "demo.py")
     print(f"{lines} lines of code")
-    assert lines < 4000
+    assert lines < 5000
 
 
 @pytest.mark.parametrize("name", compiled_optim.algorithms.__all__)

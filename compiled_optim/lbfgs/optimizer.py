@@ -1,0 +1,304 @@
+"""``LBFGS``: the outer loop, which is torch's; its vector work is in history.py."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from compiled_optim import lower, settings
+from compiled_optim.cache.build import BuildError
+from compiled_optim.cache.libraries import NoCompilerError
+from compiled_optim.declare import coerce
+from compiled_optim.fallback import fall_back
+from compiled_optim.lbfgs.history import DTYPES, History, Kernels
+
+_AT_LEAST = {"lr": 0.0, "max_iter": 0, "max_eval": 0, "history_size": 1}
+
+
+class LBFGS(torch.optim.LBFGS):
+    """Limited-memory BFGS: torch.optim.LBFGS, with the update of its history and the direction compiled.
+
+    D. C. Liu and J. Nocedal, "On the limited memory BFGS method for large scale optimization", Math. Programming 45,
+    1989; J. Nocedal and S. Wright, "Numerical Optimization", 2nd ed., chapter 7.
+
+    The history of n real elements takes up to 2 * (history_size + 1) * n of them, as iterations fill it.
+
+    Args:
+        params: parameters of one device, in one param group; complex ones count as pairs of reals.
+        lr: the step length, or the first one that a line search tries; a number or a tensor of one element.
+        max_iter: iterations in one step.
+        max_eval: calls of the closure in one step after which no iteration is begun; default ``max_iter * 1.25``.
+        tolerance_grad: a gradient with no element larger than this ends the step.
+        tolerance_change: so does a change of the loss, or of all parameters, below this.
+        history_size: how many pairs of changes of gradient and parameters are remembered.
+        line_search_fn: None, or "strong_wolfe".
+        compiled: whether the vector work is compiled. It is for float32 and float64 on the CPU.
+
+    Raises:
+        ValueError: for an argument out of its range; the message names argument, value and range.
+        RuntimeError: for an unknown line search.
+    """
+
+    _compiled: bool = False
+    _execution: _Execution | None = None  # made by the first step, and again after a copy
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1,
+        max_iter: int = 20,
+        max_eval: int | None = None,
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+        history_size: int = 100,
+        line_search_fn: str | None = None,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        options: dict[str, Any] = {"lr": lr, "max_iter": max_iter, "max_eval": max_eval, "history_size": history_size}
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"LBFGS: lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+        for name, value in options.items():
+            if value is not None and not value >= _AT_LEAST[name]:
+                raise ValueError(f"LBFGS: {name} must be at least {_AT_LEAST[name]:g}, got {value}")
+        if compiled not in (False, True):
+            raise ValueError(f"LBFGS: compiled must be False or True, got {compiled!r}")
+        _check_line_search(line_search_fn)
+        tolerances = {"tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change}
+        options = {name: coerce(value) for name, value in {**options, **tolerances}.items()}
+        super().__init__(params, **options, line_search_fn=line_search_fn)
+        self._compiled = bool(compiled)
+
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+        """Performs up to ``max_iter`` iterations.
+
+        Args:
+            closure: reevaluates the model, computes the gradients and returns the loss.
+
+        Returns:
+            The first loss of ``closure``.
+        """
+        if torch.compiler.is_compiling():
+            return _step_outside_graphs(self, closure)
+        return self._run_step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it, and torch.compile traces the wrapper
+
+    def _run_step(self, closure: Callable[[], Any]) -> Any:
+        # A step overridden in a subclass was wrapped by torch, which has run the hooks.
+        return _observed_step(self, closure) if type(self).step is LBFGS.step else self._step(closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any]) -> Any:
+        closure = torch.enable_grad()(closure)
+        group = self.param_groups[0]
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        max_iter, max_eval, line_search = group["max_iter"], group["max_eval"], group["line_search_fn"]
+        tolerance_grad, tolerance_change = group["tolerance_grad"], group["tolerance_change"]
+        _check_line_search(line_search)
+
+        first_loss = closure()
+        loss, evaluations = float(first_loss), 1
+        g = self._gather_flat_grad()
+        work = self._choose_work(g)  # strict mode raises here, before anything is changed
+
+        state = self.state[self._params[0]]
+        state.setdefault("n_iter", 0)
+        state["func_evals"] = state.get("func_evals", 0) + 1
+        if _largest(g) <= tolerance_grad:
+            return first_loss
+        history = self._history(state, g)
+
+        # The state is complete whenever the closure is called, so that training can go on after one that raised.
+        n_iter = 0
+        while n_iter < max_iter:
+            n_iter += 1
+            state["n_iter"] += 1
+            if state["n_iter"] > 1:
+                work.update(history, g, state["prev_flat_grad"], state["d"], state["t"])
+            d, gtd = work.direction(history, g)
+            t: Any = 1.0 if state["n_iter"] > 1 else min(1.0, 1.0 / g.abs().sum())
+            t = t * lr
+            state.update(d=d, t=t, prev_flat_grad=g, prev_loss=loss)
+            if gtd > -tolerance_change:
+                break
+
+            calls = 0
+            if line_search is not None:
+                state["t"] = 0.0  # while nothing has moved
+                evaluate = functools.partial(self._directional_evaluate, closure)
+                loss, g, t, calls = lower.strong_wolfe(
+                    *(evaluate, self._clone_param(), t, d, loss, g, gtd),  # type: ignore[no-untyped-call]
+                    max_ls=max_eval - evaluations,
+                )
+                state["t"] = t
+            self._add_grad(t, d)
+            if line_search is None and n_iter != max_iter:
+                loss, calls = float(closure()), 1
+                g = self._gather_flat_grad()
+            evaluations += calls
+            state["func_evals"] += calls
+
+            if (
+                evaluations >= max_eval
+                or _largest(g) <= tolerance_grad
+                or _largest(d) * abs(t) <= tolerance_change
+                or abs(loss - state["prev_loss"]) < tolerance_change
+            ):
+                break
+        return first_loss
+
+    def _choose_work(self, g: Tensor) -> Kernels | type[History]:
+        """Whose ``update`` and ``direction`` to call with a history."""
+        if not self._compiled:
+            return History
+        self._execution = self._execution or _Execution()
+        return self._execution.kernels_for(g) or History
+
+    def _history(self, state: dict[str, Any], g: Tensor) -> History:
+        """The live history; made anew at first, and from lists after loading or a change of ``history_size``."""
+        history: History | None = state.get("history")
+        size = self.param_groups[0]["history_size"]
+        if history is None or history.size != size or state["n_iter"] == 0:
+            lists = state if history is None else history.lists()
+            history = state["history"] = History.of_lists(lists if state["n_iter"] else {}, size, g)
+            for name in ("old_dirs", "old_stps", "ro", "H_diag", "al"):
+                state.pop(name, None)
+            for name in ("d", "prev_flat_grad"):  # loading casts them to the dtype of the first parameter
+                if state.get(name) is not None:
+                    state[name] = state[name].to(g).contiguous()
+        return history
+
+    # ---- flat vectors and parameters; these override torch's
+
+    def _gather_flat_grad(self) -> Tensor:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
+        dense = [g if g.layout == torch.strided else g.to_dense() for g in grads]
+        return torch.cat([g.reshape(-1) for g in _reals(dense)])
+
+    def _add_grad(self, step_size: Any, update: Tensor) -> None:
+        reals = _reals(self._params)
+        torch._foreach_add_(reals, lower.unflatten(update, reals), alpha=float(step_size))
+
+    def _set_param(self, params_data: list[Tensor]) -> None:
+        torch._foreach_copy_(self._params, params_data)
+
+    def _directional_evaluate(
+        self, closure: Callable[[], Any], x: list[Tensor], t: Any, d: Tensor
+    ) -> tuple[float, Tensor]:
+        self._add_grad(t, d)
+        try:
+            return float(closure()), self._gather_flat_grad()
+        finally:
+            self._set_param(x)
+
+    # ---- checkpoints and copies
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch.optim.LBFGS lays it out, with copies of the history; either side loads the other's."""
+        live, self.state = self.state, self._state_of_torch()
+        try:
+            return lower.undecorated("state_dict")(self)  # type: ignore[no-any-return]
+        finally:
+            self.state = live
+
+    def _state_of_torch(self) -> defaultdict[Tensor, Any]:
+        states: defaultdict[Tensor, Any] = defaultdict(dict)
+        for p, state in self.state.items():
+            states[p] = dict(state)
+            history = states[p].pop("history", None)
+            if history is not None:
+                states[p] |= history.lists()
+                if state["n_iter"] > 1:
+                    states[p]["al"] = [None] * history.size  # torch writes to it before it reads
+        return states
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what ``state_dict`` of this class or of torch.optim.LBFGS returned."""
+        lower.undecorated("load_state_dict")(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "state": self._state_of_torch(), "_compiled": self._compiled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._params, self._numel_cache = self.param_groups[0]["params"], None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Takes the only param group, from the constructor.
+
+        Raises:
+            ValueError: for a second one.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "LBFGS: expected one param group, got a second one: it has no options of single parameters"
+            )
+        lower.undecorated("add_param_group")(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients, as in torch.optim."""
+        if torch.compiler.is_compiling():
+            super().zero_grad(set_to_none)
+        else:
+            lower.undecorated("zero_grad")(self, set_to_none)
+
+
+class _Execution:
+    """How the steps of one compiled optimizer run. ``reason``: why the last one ran eagerly, if it did."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.kernels: Kernels | None = None
+        self._given_up = ""
+        self._warned: set[str] = set()
+
+    def kernels_for(self, g: Tensor) -> Kernels | None:
+        switched_off = lower.compiling_disabled() or ("COMPILED_OPTIM_DISABLE=1" if settings.disabled() else "")
+        self.reason = switched_off or self._given_up or self._obtain(g)
+        return None if self.reason else self.kernels
+
+    def _obtain(self, g: Tensor) -> str:
+        """Has the kernels for ``g``, or returns why not."""
+        remedy = "build the optimizer with compiled=False"
+        if type(g) is not Tensor or not g.is_cpu or g.dtype not in DTYPES:
+            kind = f"{type(g).__name__} of {g.dtype} on {g.device.type}"
+            reason = (
+                f"L-BFGS steps eagerly: it is compiled for float32 and float64 on the CPU, and its gradient is a {kind}"
+            )
+            fall_back(self._warned, reason, remedy)
+            return reason
+        if self.kernels is None or self.kernels.dtype != g.dtype:
+            try:
+                self.kernels = Kernels(g.dtype)
+            except (NoCompilerError, BuildError, OSError, ImportError) as error:
+                fall_back(self._warned, f"the optimizer steps eagerly: {error}", f"repair that, or {remedy}")
+                self._given_up = str(error)
+        return self._given_up
+
+
+# with the hooks, and an entry in the profiler
+_observed_step = torch.optim.Optimizer.profile_hook_step(LBFGS._step)
+_step_outside_graphs = lower.outside_graphs(LBFGS._run_step)
+
+
+def _check_line_search(name: Any) -> None:
+    if name not in (None, "strong_wolfe"):
+        raise RuntimeError(f"LBFGS: line_search_fn must be None or 'strong_wolfe', got {name!r}")
+
+
+def _largest(vector: Tensor) -> Tensor:
+    """The largest magnitude, or NaN: 0.5 ms of a million elements, where ``abs().max()`` takes 7."""
+    largest: Tensor = torch.linalg.vector_norm(vector, math.inf)
+    return largest
+
+
+def _reals(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
