@@ -141,7 +141,7 @@ extern "C" void launch(int64_t tensors, void* const* table, const int64_t* begin
       const int64_t o = at - begins[t], n = std::min(begins[t + 1], end) - at;
       if (n == 0) continue;
       float k[7];
-      for (int64_t i = 0; i < columns; i++) k[i] = scalars[rows[t] * columns + i];
+      for (int64_t i = 0; i < 7; i++) k[i] = scalars[rows[t] * columns + i];
       kernel(Address{table[t * 5 + 4], o * 4}, Address{table[t * 5 + 3], o * 4}, &k[2], Address{table[t * 5 + 1], o * 4}, &k[3], Address{table[t * 5 + 0], o * 4}, &k[0], Address{table[t * 5 + 2], o * 4}, &k[1], &k[5], &k[6], &k[4], Address{table[t * 5 + 3], o * 4}, Address{table[t * 5 + 0], o * 4}, Address{table[t * 5 + 2], o * 4}, Address{table[t * 5 + 4], o * 4}, n);
       at += n;
     }

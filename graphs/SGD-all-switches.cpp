@@ -102,7 +102,7 @@ extern "C" void launch(int64_t tensors, void* const* table, const int64_t* begin
       const int64_t o = at - begins[t], n = std::min(begins[t + 1], end) - at;
       if (n == 0) continue;
       float k[4];
-      for (int64_t i = 0; i < columns; i++) k[i] = scalars[rows[t] * columns + i];
+      for (int64_t i = 0; i < 4; i++) k[i] = scalars[rows[t] * columns + i];
       kernel(Address{table[t * 3 + 2], o * 4}, &k[1], Address{table[t * 3 + 1], o * 4}, Address{table[t * 3 + 0], o * 4}, &k[3], &k[2], &k[0], Address{table[t * 3 + 0], o * 4}, Address{table[t * 3 + 2], o * 4}, n);
       at += n;
     }

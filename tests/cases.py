@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
+from torch import Tensor
 
 import compiled_optim
 from compiled_optim import algorithms
@@ -17,53 +18,94 @@ from compiled_optim.declare import Flag, Number
 CLASSES = [getattr(algorithms, name) for name in algorithms.__all__]
 _NO_RULE = {"foreach", "differentiable", "fused", "capturable"}  # flags that select an execution, not a formula
 
+# Where a number has an effect within a few steps, if its declared bounds do not say.
+_RANGES = {
+    "alpha": [(0.5, 0.99)],  # a smaller one leaves centered RMSprop next to nothing but rounding under the root
+    "lambd": [(0.01, 0.5)],
+    "t0": [(0.0, 4.0)],
+    "etas": [(0.3, 0.6), (1.2, 2.0)],
+    "step_sizes": [(0.01, 0.03), (0.06, 0.1)],
+}
+
 
 def oracle(cls: type[compiled_optim.Optimizer]) -> Any:
     """The class of torch.optim that `cls` stands in for."""
     return getattr(torch.optim, cls.__name__)
 
 
-def sample(field: Number) -> Any:
-    """A value that is neither the default nor zero."""
-    if isinstance(field.default, tuple):
-        return tuple(0.8 + 0.1 * i for i in range(len(field.default)))
-    return 0.3 if not field.default else field.default * 3 if field.below is None else field.default * 0.9
+def tolerance(cls: type[compiled_optim.Optimizer]) -> float:
+    """The relative error allowed in float64.
+
+    torch.optim keeps what `scalars` carries (NAdam's product of momenta, ASGD's eta and mu) in tensors of the default
+    dtype and takes the value of a step from there. Under the usual float32 its float64 updates are exact to float32's
+    rounding only; ours, rounded in other places, cannot agree with them any better.
+    """
+    return 1e-6 if cls.declaration.carried and torch.get_default_dtype() == torch.float32 else 1e-12
 
 
-def option_sets(cls: type[compiled_optim.Optimizer]) -> Iterator[dict[str, Any]]:
-    """The defaults, every combination of switches that torch accepts, and another value of every number."""
-    fields = {k: v for k, v in cls.declaration.options.items() if v.init and k not in _NO_RULE}
-    switches = {k: v for k, v in fields.items() if v.switch}
-    numbers = {k: sample(v) for k, v in fields.items() if isinstance(v, Number)}
-    yield {}
-    for chosen in itertools.product(*([False, True] for _ in switches)):
-        picked = itertools.compress(switches, chosen)
-        on = {k: True if isinstance(switches[k], Flag) else numbers[k] for k in picked}
-        if any(chosen) and accepted(cls, on):
-            yield on
-    for name, value in numbers.items():
-        base = {k: v for k, v in numbers.items() if k in switches}  # so that the number has an effect
-        options = {**base, name: value}
-        if accepted(cls, options):
-            yield options
+# ---- gradients
 
 
-def accepted(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) -> bool:
-    try:
-        oracle(cls)([torch.zeros(1, requires_grad=True)], **options)
-    except ValueError:
-        return False
-    return True
+def taken(cls: type[torch.optim.Optimizer], dense: Tensor) -> Tensor:
+    """A gradient as the class, ours or torch's, takes it: sparse where it takes no dense ones."""
+    accepts_dense = getattr(algorithms, cls.__name__, cls).accepts_dense
+    return dense if accepts_dense or dense.is_sparse else dense.to_sparse(min(dense.dim(), 1))
 
 
-def unique_option_sets(cls: type[compiled_optim.Optimizer]) -> list[dict[str, Any]]:
-    return [dict(items) for items in dict.fromkeys(tuple(o.items()) for o in option_sets(cls))]
+def gradient(cls: type[torch.optim.Optimizer], p: Tensor) -> Tensor:
+    """A random gradient that the class takes; a sparse one lacks some rows and has others twice."""
+    g = taken(cls, torch.randn_like(p))
+    if not g.is_sparse or p.dim() == 0 or len(p) == 0:
+        return g
+    rows = torch.randint(len(p), (1 + len(p) // 2,)).repeat(2)
+    values = torch.randn(len(rows), *p.shape[1:], dtype=p.dtype)
+    return torch.sparse_coo_tensor(rows[None], values, p.shape, check_invariants=True)
+
+
+# ---- options
+
+
+def _ranges(name: str, field: Number) -> list[tuple[float, float]]:
+    """Of a number, or of each number of a tuple."""
+    low = 1e-3 if field.switch or field.low is None else field.low
+    high = 0.5 if field.below is None and field.high is None else 0.999
+    parts = len(field.default) if isinstance(field.default, tuple) else 1
+    return _RANGES.get(name, [(low, high)] * parts)
+
+
+def sample(name: str, field: Number, fraction: float = 0.6) -> Any:
+    """A value that has an effect, this far into its range; the numbers of a tuple differ."""
+    ranges = enumerate(_ranges(name, field))
+    parts = tuple(round(low + (high - low) * (fraction + 0.2 * i), 4) for i, (low, high) in ranges)
+    return parts if isinstance(field.default, tuple) else parts[0]
+
+
+def numbers_of(cls: type[compiled_optim.Optimizer]) -> dict[str, Number]:
+    return {k: v for k, v in cls.declaration.options.items() if isinstance(v, Number)}
 
 
 def switch_sets(cls: type[compiled_optim.Optimizer]) -> list[dict[str, Any]]:
-    """Every combination of switches that torch accepts, each once: as many kernels for each dtype."""
-    switches = {k for k, v in cls.declaration.options.items() if v.switch}
-    return [options for options in unique_option_sets(cls) if options.keys() <= switches]
+    """The combinations of switches that torch accepts, each once: as many kernels for each dtype.
+
+    ``maximize`` negates the gradient before any rule sees it: it is on alone and with all others.
+    """
+    fields = {k: v for k, v in cls.declaration.options.items() if v.init and v.switch and k != "maximize"}
+    on = {k: True if isinstance(v, Flag) else sample(k, v) for k, v in fields.items()}
+    subsets = itertools.chain.from_iterable(itertools.combinations(on, n) for n in range(len(on) + 1))
+    sets = [{k: on[k] for k in subset} for subset in subsets]
+    sets = [options for options in sets if accepted(cls, options)]
+    return [*sets, {"maximize": True}, *([{**sets[-1], "maximize": True}] if sets[-1] else [])]
+
+
+def option_sets(cls: type[compiled_optim.Optimizer]) -> Iterator[dict[str, Any]]:
+    """Every combination of switches, and another value of every number."""
+    yield from switch_sets(cls)
+    numbers = {k: sample(k, v) for k, v in numbers_of(cls).items()}
+    switched = {k: v for k, v in numbers.items() if numbers_of(cls)[k].switch}  # so that the number has an effect
+    for name, value in numbers.items():
+        options = {**switched, name: value}
+        if name not in switched and accepted(cls, options):
+            yield options
 
 
 def rich_options(cls: type[compiled_optim.Optimizer]) -> dict[str, Any]:
@@ -71,25 +113,45 @@ def rich_options(cls: type[compiled_optim.Optimizer]) -> dict[str, Any]:
     return max(switch_sets(cls), key=len)
 
 
+def with_all_numbers(cls: type[compiled_optim.Optimizer], switches: dict[str, Any]) -> dict[str, Any]:
+    """These switches, and all numbers that torch accepts beside them at values that have an effect."""
+    options = dict(switches)
+    for name, field in numbers_of(cls).items():
+        more = {**options, name: sample(name, field)}
+        if not field.switch and accepted(cls, more):
+            options = more
+    return options
+
+
+def accepted(cls: type[compiled_optim.Optimizer], options: dict[str, Any], dtype: torch.dtype = torch.float32) -> bool:
+    try:
+        oracle(cls)([torch.zeros(1, dtype=dtype, requires_grad=True)], **options)
+    except ValueError:
+        return False
+    return True
+
+
 def values_for(cls: type[compiled_optim.Optimizer], switches: dict[str, Any]) -> SearchStrategy[dict[str, Any]]:
     """Values for all numbers, with the same switches on as in ``switches``."""
-    numbers = {k: v for k, v in cls.declaration.options.items() if isinstance(v, Number)}
-    drawn = {k: _values(k, v) for k, v in numbers.items() if not v.switch or k in switches}
+    numbers = {k: v for k, v in numbers_of(cls).items() if not v.switch or k in switches}
     flags = {k: st.just(v) for k, v in switches.items() if k not in numbers}
+    drawn = {k: _values(k, v) for k, v in numbers.items()}
     return st.fixed_dictionaries({**drawn, **flags}).filter(lambda options: accepted(cls, options))
 
 
 def _values(name: str, field: Number) -> SearchStrategy[Any]:
-    low = 1e-3 if field.switch or field.low is None else field.low
-    one = st.floats(low, 0.999 if field.below is not None else 0.5)
-    if name == "dampening":  # nesterov, which torch refuses with another, must stay likely
-        one = st.just(0.0) | one
-    return st.tuples(*(one for _ in field.default)) if isinstance(field.default, tuple) else one
+    parts = [st.floats(*bounds, exclude_min=field.above is not None) for bounds in _ranges(name, field)]
+    one = st.tuples(*parts) if isinstance(field.default, tuple) else parts[0]
+    # the default stays likely: beside nesterov torch refuses any other dampening
+    return one if field.switch else st.just(field.default) | one
 
 
 def named(options: dict[str, Any]) -> str:
     return ",".join(f"{k}={v}" for k, v in options.items()) or "defaults"
 
 
-ALL = [(cls, options) for cls in CLASSES for options in unique_option_sets(cls)]
+ALL = [(cls, options) for cls in CLASSES for options in option_sets(cls)]
 IDS = [f"{cls.__name__}-{named(options)}" for cls, options in ALL]
+FEW = [(cls, options) for cls in CLASSES for options in ({}, rich_options(cls))]
+# of narrower dtypes: a kernel takes seconds to compile, so all switches only where torch's fused kernels set the bar
+NARROW = [(cls, options) for cls, options in FEW if not options or "fused" in cls.declaration.options]

@@ -15,6 +15,8 @@ import torch._inductor.config  # takes CXX from the environment when it is impor
 os.environ["COMPILED_OPTIM_STRICT"] = "1"
 _cache = tempfile.TemporaryDirectory(prefix="compiled_optim-tests-")
 os.environ["COMPILED_OPTIM_CACHE_DIR"] = str(Path(_cache.name) / "cache")
+# said explicitly, or torch warns of it when one of its own optimizers makes a sparse tensor
+torch.sparse.check_sparse_tensor_invariants.disable()
 
 
 @pytest.fixture(autouse=True)

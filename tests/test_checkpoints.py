@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import pickletools
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ALL, CLASSES, IDS, oracle
+from cases import ALL, CLASSES, IDS, named, numbers_of, oracle, rich_options, tolerance
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from training import assert_equal, both, parameters, train
 
@@ -65,14 +66,15 @@ def there_and_back(cls: type[Optimizer], options: dict[str, Any], compiled: bool
     theirs_next.load_state_dict(through_a_file(mine.state_dict()))
     assert mine_next.state_dict()["param_groups"] == theirs_next.state_dict()["param_groups"]
     train(3, (mine_next, ours), (theirs_next, stock))
-    assert_equal(ours, stock)
-    assert layout(mine_next) == layout(theirs_next)
+    assert_equal(ours, stock, tolerance(cls))
+    assert layout(mine_next) == layout(theirs)  # torch casts what is carried to the dtype of the parameter on loading
 
     last = cls(ours, compiled=compiled)
     last.load_state_dict(through_a_file(theirs_next.state_dict()))
     train(3, (last, ours), (theirs_next, stock))
-    assert_equal(ours, stock)
-    torch.testing.assert_close(last.state_dict()["state"], theirs_next.state_dict()["state"], rtol=1e-9, atol=1e-12)
+    assert_equal(ours, stock, tolerance(cls))
+    states = last.state_dict()["state"], theirs_next.state_dict()["state"]
+    torch.testing.assert_close(*states, rtol=max(1e-9, tolerance(cls)), atol=1e-12, check_dtype=False)
     assert {row.execution for row in explain(last)} == {"multi_tensor" if compiled else "eager"}
 
 
@@ -81,23 +83,22 @@ def test_checkpoints_of_torch_and_back(cls: type[Optimizer], options: dict[str, 
     there_and_back(cls, options, compiled=False)
 
 
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    [*((cls, {}) for cls in CLASSES), (SGD, {"momentum": 0.9}), (Adam, {"amsgrad": True})],
-    ids=lambda v: getattr(v, "__name__", str(v)),
-)
-def test_checkpoints_of_torch_and_back_compiled(cls: type[Optimizer], options: dict[str, Any]) -> None:
-    there_and_back(cls, options, compiled=True)
+@every_class
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+def test_checkpoints_of_torch_and_back_compiled(cls: type[Optimizer], default: torch.dtype) -> None:
+    torch.set_default_dtype(default)  # of it are the step count and what is carried
+    for options in ({}, rich_options(cls)):
+        there_and_back(cls, options, compiled=True)
 
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_state_is_laid_out_as_in_torch(compiled: bool, dtype: torch.dtype) -> None:
     torch.set_default_dtype(dtype)  # of it is the step count
-    for cls, options in ((SGD, {"momentum": 0.9}), (Adam, {}), (AdamW, {"fused": True})):
+    for cls, options in (*((cls, rich_options(cls)) for cls in CLASSES), (AdamW, {"fused": True})):
         ours, stock = parameters(2)
         mine, theirs = cls(ours, **options, compiled=compiled), oracle(cls)(stock, **options)
-        assert mine.state_dict() == theirs.state_dict()
+        assert layout(mine) == layout(theirs)
         train(1, (mine, ours), (theirs, stock))
         assert layout(mine) == layout(theirs)
 
@@ -124,7 +125,7 @@ def test_a_checkpoint_does_not_decide_whether_to_compile(compiled: bool) -> None
 def test_no_key_of_ours_is_in_a_checkpoint(cls: type[Optimizer]) -> None:
     ours, stock = parameters(2)
     mine = cls(ours, compiled=True)
-    assert mine.state_dict() == oracle(cls)(stock).state_dict()
+    torch.testing.assert_close(mine.state_dict(), oracle(cls)(stock).state_dict(), rtol=0, atol=0)
     assert "compiled" not in mine.defaults
 
 
@@ -136,7 +137,7 @@ def test_flags_that_a_checkpoint_lacks_get_their_defaults(cls: type[Optimizer]) 
     train(2, (theirs, stock))
     saved = copy.deepcopy(theirs.state_dict())
     flags = [k for k, v in saved["param_groups"][0].items() if isinstance(v, bool) or v is None]
-    assert {"maximize", "foreach"} & set(flags)
+    assert "maximize" in flags
     for flag in flags:
         del saved["param_groups"][0][flag]
     mine = cls(ours, maximize=True)
@@ -145,7 +146,7 @@ def test_flags_that_a_checkpoint_lacks_get_their_defaults(cls: type[Optimizer]) 
     assert {k: mine.param_groups[0][k] for k in flags} == {k: theirs.param_groups[0][k] for k in flags}
     torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(stock), ours)
     train(2, (mine, ours), (theirs, stock))
-    assert_equal(ours, stock)
+    assert_equal(ours, stock, tolerance(cls))
 
 
 @both
@@ -222,12 +223,13 @@ def deep_copied(optimizer: Optimizer, params: list[Any]) -> tuple[Optimizer, lis
     return copy.deepcopy((optimizer, params))
 
 
+COPIED = [(cls, o) for cls in CLASSES for o in ({"compiled": True}, {"compiled": False}, {"fused": True})
+          if o.keys() <= inspect.signature(cls).parameters.keys()]  # fmt: skip
+
+
 @pytest.mark.parametrize("duplicate", [pickled, deep_copied])
-@pytest.mark.parametrize("options", [{"compiled": True}, {"compiled": False}, {"fused": True}], ids=str)
-@every_class
+@pytest.mark.parametrize(("cls", "options"), COPIED, ids=[f"{cls.__name__}-{named(o)}" for cls, o in COPIED])
 def test_copies_continue_alike(cls: type[Optimizer], options: dict[str, Any], duplicate: Callable[..., Any]) -> None:
-    if not options.keys() - {"compiled"} <= cls.declaration.options.keys():
-        pytest.skip(f"torch.optim.{cls.__name__} has no {options}")
     params = parameters()
     first = cls(params, **options)
     train(2, (first, params))
@@ -277,7 +279,7 @@ def test_nothing_of_the_running_process_travels() -> None:
 
 
 @both
-@every_class
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.accepts_dense], ids=lambda c: c.__name__)
 def test_the_distributed_checkpoint(cls: type[Optimizer], compiled: bool) -> None:
     """It makes the state of a fresh optimizer by a real step with zero gradients and learning rate 0."""
     models = [torch.nn.Linear(3, 2, dtype=torch.float64) for _ in range(2)]
@@ -290,14 +292,14 @@ def test_the_distributed_checkpoint(cls: type[Optimizer], compiled: bool) -> Non
     torch.testing.assert_close(saved[0]["state"], saved[1]["state"], rtol=0, atol=0)
     assert layout(runs[0][0]) == layout(runs[1][0])
     train(2, *runs)
-    assert_equal(runs[0][1], runs[1][1])
+    assert_equal(runs[0][1], runs[1][1], tolerance(cls))
     # and back into a fresh one
     saved[1] = copy.deepcopy(get_optimizer_state_dict(models[1], runs[1][0]))
     fresh = cls(models[0].parameters(), lr=0.5, compiled=compiled)
     set_optimizer_state_dict(models[0], fresh, saved[1])
     assert fresh.param_groups[0]["lr"] == 0.1
     train(2, (fresh, runs[0][1]), runs[1])
-    assert_equal(runs[0][1], runs[1][1])
+    assert_equal(runs[0][1], runs[1][1], tolerance(cls))
 
 
 # ---- steps that fail
@@ -307,22 +309,22 @@ def failing_closure() -> float:
     raise KeyboardInterrupt
 
 
-BROKEN = {"lr": "x", "weight_decay": "x", "momentum": None, "betas": (1.0, 1.0), "eps": None}
-FAILING = [(cls, name) for cls in CLASSES for name in BROKEN if name in cls.declaration.options]
+BROKEN = [(cls, name, value) for cls in CLASSES for name in numbers_of(cls) for value in ("x", None)]
+BROKEN += [(cls, "betas", (1.0, 1.0)) for cls in CLASSES if "betas" in numbers_of(cls)]  # divides by zero
 
 
 @both
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize(("cls", "name"), FAILING, ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.parametrize(("cls", "name", "value"), BROKEN, ids=[f"{c.__name__}-{n}-{v}" for c, n, v in BROKEN])
 def test_a_bad_hyperparameter_leaves_everything_untouched(
-    cls: type[Optimizer], name: str, compiled: bool, trained: bool
+    cls: type[Optimizer], name: str, value: Any, compiled: bool, trained: bool
 ) -> None:
     params = parameters()
     optimizer = cls([{"params": params[:1]}, {"params": params[1:]}], compiled=compiled)
     train(int(trained), (optimizer, params))
     before = frozen(optimizer, params)
     good = optimizer.param_groups[1][name]
-    optimizer.param_groups[1][name] = BROKEN[name]
+    optimizer.param_groups[1][name] = value
     with pytest.raises((TypeError, ValueError, ZeroDivisionError)):
         train(1, (optimizer, params))
     assert_frozen(optimizer, params, before)

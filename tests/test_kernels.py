@@ -11,12 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ALL, CLASSES, IDS
+from cases import (
+    ALL,
+    CLASSES,
+    IDS,
+    NARROW,
+    gradient,
+    numbers_of,
+    rich_options,
+    sample,
+    switch_sets,
+)
 
 import compiled_optim
 from compiled_optim import kernels
 
 SHAPES = [(3, 5), (7,), (), (33, 2)]
+each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
 def parameters(dtype: torch.dtype = torch.float64, shapes: list[Any] = SHAPES) -> list[torch.nn.Parameter]:
@@ -26,13 +37,8 @@ def parameters(dtype: torch.dtype = torch.float64, shapes: list[Any] = SHAPES) -
 def step(optimizer: compiled_optim.Optimizer, *, skip: int | None = None) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in enumerate(params):
-        p.grad = None if i == skip else torch.randn_like(p)
+        p.grad = None if i == skip else gradient(type(optimizer), p)
     optimizer.step()
-
-
-def options_of(cls: type[compiled_optim.Optimizer]) -> dict[str, Any]:
-    """With momentum where there is such a thing, so that there is state."""
-    return {"momentum": 0.9} if "momentum" in cls.declaration.options else {}
 
 
 @pytest.fixture
@@ -46,6 +52,22 @@ def new_kernels() -> Callable[[], int]:
         return new
 
     return count
+
+
+@each_class
+def test_every_kernel_at_once(cls: type[compiled_optim.Optimizer], new_kernels: Callable[[], int]) -> None:
+    """One for each combination of switches and each dtype, compiled side by side: the first, for it saves minutes."""
+    compiled_optim.cache_clear()
+    new_kernels()
+    wanted = [(options, torch.float64) for options in switch_sets(cls)]
+    narrow = [options for c, options in NARROW if c is cls]
+    wanted += [(options, dtype) for options in narrow for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    optimizer = cls([{"params": parameters(dtype), **options} for options, dtype in wanted], compiled=True)
+    step(optimizer)
+    assert new_kernels() == len(wanted)
+    step(optimizer)
+    assert new_kernels() == 0
+    assert [(row.launches, row.tensors) for row in compiled_optim.explain(optimizer)] == [(1, 4)] * len(wanted)
 
 
 @pytest.mark.parametrize(("cls", "options"), ALL, ids=IDS)
@@ -68,52 +90,46 @@ def test_one_kernel_and_only_at_the_first_step(
     assert info.kernels == info.misses + info.disk_hits == 1
 
 
-CHANGES: dict[str, Callable[[dict[str, Any], int], None]] = {
-    "lr": lambda group, i: group.update(lr=0.1 / (i + 1)),
-    "int lr": lambda group, i: group.update(lr=i),
-    "lr 0": lambda group, i: group.update(lr=0.0),
-    "tensor lr": lambda group, i: group.update(lr=torch.tensor(0.1 / (i + 1))),
-    "eps": lambda group, i: group.update(eps=10.0 ** -(i + 3)) if "eps" in group else None,
-    "betas": lambda group, i: group.update(betas=(0.1 * i, 0.9)) if "betas" in group else None,
-    "momentum": lambda group, i: group.update(momentum=0.5 + 0.1 * i) if "momentum" in group else None,
-    "dampening": lambda group, i: group.update(dampening=0.1 * i) if "dampening" in group else None,
-    "weight_decay": lambda group, i: group.update(weight_decay=0.1 + 0.1 * i),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("cls", CLASSES)
+@each_class
 def test_no_value_of_a_hyperparameter_makes_a_kernel(
-    cls: type[compiled_optim.Optimizer], change: str, new_kernels: Callable[[], int]
-) -> None:
-    optimizer = cls(parameters(), weight_decay=0.1, compiled=True, **options_of(cls))
-    step(optimizer)
-    new_kernels()
-    for i in range(4):
-        CHANGES[change](optimizer.param_groups[0], i)
-        step(optimizer)
-    assert new_kernels() == 0
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_weight_decay_from_zero_adds_one_kernel_at_most(
     cls: type[compiled_optim.Optimizer], new_kernels: Callable[[], int]
 ) -> None:
-    optimizer = cls(parameters(), weight_decay=0.0, compiled=True, **options_of(cls))
+    optimizer = cls(parameters(), compiled=True, **rich_options(cls))
+    step(optimizer)
+    new_kernels()
+    values = {k: [sample(k, field, fraction) for fraction in (0.2, 0.4, 0.7)] for k, field in numbers_of(cls).items()}
+    values["lr"] += [0.0, 0, 1, torch.tensor(0.1)]
+    for name, several in values.items():
+        for value in several:
+            optimizer.param_groups[0][name] = value
+            step(optimizer)
+        assert new_kernels() == 0, name
+
+
+@pytest.mark.parametrize(
+    ("cls", "switch"),
+    [(cls, name) for cls in CLASSES for name, field in numbers_of(cls).items() if field.switch],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_a_number_from_zero_adds_one_kernel_at_most(
+    cls: type[compiled_optim.Optimizer], switch: str, new_kernels: Callable[[], int]
+) -> None:
+    optimizer = cls(parameters(), compiled=True)
     step(optimizer)
     new_kernels()
     for value in (0.1, 0.2, 0.0, 0.3):
-        optimizer.param_groups[0]["weight_decay"] = value
+        optimizer.param_groups[0][switch] = value
         step(optimizer)
     assert new_kernels() <= 1
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@each_class
 def test_life_of_an_optimizer_makes_no_second_kernel(
     cls: type[compiled_optim.Optimizer], new_kernels: Callable[[], int]
 ) -> None:
+    options = rich_options(cls)  # so that there is all the state there can be
     params = parameters()
-    optimizer = cls(params, compiled=True, **options_of(cls))
+    optimizer = cls(params, compiled=True, **options)
     step(optimizer)
     new_kernels()
     for i in range(8):  # gradients missing in rotation, as in a mixture of experts
@@ -123,8 +139,8 @@ def test_life_of_an_optimizer_makes_no_second_kernel(
     optimizer.add_param_group({"params": parameters(shapes=[(9,), (2, 2)]), "lr": 0.3})
     step(optimizer)
     step(copy.deepcopy(optimizer))
-    step(cls(parameters(), compiled=True, **options_of(cls)))  # a second optimizer
-    step(cls(parameters(shapes=[(128, 3), (1,)] * 20), compiled=True, **options_of(cls)))  # another model
+    step(cls(parameters(), compiled=True, **options))  # a second optimizer
+    step(cls(parameters(shapes=[(128, 3), (1,)] * 20), compiled=True, **options))  # another model
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     for _ in range(3):
         step(optimizer)

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from cases import ALL, CLASSES, IDS, named, oracle, rich_options, switch_sets, values_for
+from cases import (
+    ALL,
+    CLASSES,
+    FEW,
+    NARROW,
+    accepted,
+    gradient,
+    named,
+    oracle,
+    rich_options,
+    sample,
+    switch_sets,
+    tolerance,
+    values_for,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lockstep import SHAPES, Lockstep, parameter, state_of, tensors
 from torch import Tensor
 
 Options = dict[str, Any]
-EXECUTIONS: list[bool | str] = [False, True]
-execution = pytest.mark.parametrize("compiled", EXECUTIONS, ids=["eager", "compiled"])
+execution = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-FEW = [(cls, options) for cls in CLASSES for options in ({}, rich_options(cls))]
-few = pytest.mark.parametrize(("cls", "options"), FEW, ids=[f"{c.__name__}-{named(o)}" for c, o in FEW])
+
+
+def cases(pairs: list[tuple[Any, Options]]) -> Any:
+    return pytest.mark.parametrize(("cls", "options"), pairs, ids=[f"{c.__name__}-{named(o)}" for c, o in pairs])
+
+
+few = cases(FEW)
 
 
 def lockstep(
@@ -33,22 +52,27 @@ def lockstep(
 
 
 @execution
-@pytest.mark.parametrize(("cls", "options"), ALL, ids=IDS)
-def test_float64(cls: Any, options: Options, compiled: bool) -> None:
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+@cases(ALL)
+def test_float64(cls: Any, options: Options, default: torch.dtype, compiled: bool) -> None:
+    torch.set_default_dtype(default)  # of it are the step count and what is carried
     run = lockstep(cls, options, tensors(), compiled)
     for _ in range(10):
         run.step()
-        run.compare()
+        run.compare(tolerance(cls))
 
 
-@few
+# sparse gradients are applied eagerly there
+@cases([(cls, rich_options(cls)) for cls in CLASSES if cls.accepts_dense])
 def test_float64_foreach_lowering(cls: Any, options: Options) -> None:
     run = lockstep(cls, options, tensors([(), (7,), (3, 5)]), "foreach")
     run.step(10)
-    run.compare()
+    run.compare(tolerance(cls))
 
 
-def trajectory(build: Any, initial: list[Tensor], gradients: list[list[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+def trajectory(
+    cls: Any, build: Any, initial: list[Tensor], gradients: list[list[Tensor]], dtype: torch.dtype
+) -> list[Tensor]:
     """Parameters and state after steps in ``dtype``, in float64 and each as one vector."""
     params = [parameter(t.to(dtype)) for t in initial]
     optimizer = build(params)
@@ -57,7 +81,7 @@ def trajectory(build: Any, initial: list[Tensor], gradients: list[list[Tensor]],
             p.grad = g.to(dtype)
         optimizer.step()
     state = [state_of(optimizer, p) for p in params]
-    columns = [params, *([s[name] for s in state] for name in state[0] if name != "step")]
+    columns = [params, *([s[name] for s in state] for name in state[0] if name in cls.declaration.buffers)]
     return [torch.cat([t.detach().double().flatten() for t in column]) for column in columns]
 
 
@@ -67,29 +91,47 @@ def rms(t: Tensor) -> float:
 
 @execution
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@few
-def test_no_less_exact_than_fused(cls: Any, options: Options, dtype: torch.dtype, compiled: bool) -> None:
-    shapes = [(4000,), (63, 65), (1,), ()]
-    initial = [torch.randn(shape).to(dtype) for shape in shapes]
-    gradients = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(10)]
-    has_fused = "fused" in inspect.signature(oracle(cls)).parameters
-    fused = {"fused": True} if has_fused else {}
-    truth = trajectory(lambda params: oracle(cls)(params, **options), initial, gradients, torch.float64)
-    theirs = trajectory(lambda params: oracle(cls)(params, **options, **fused), initial, gradients, dtype)
-    ours = trajectory(lambda params: cls(params, **options, compiled=compiled), initial, gradients, dtype)
-    for expected, reference, actual in zip(truth, theirs, ours, strict=True):
+@cases(NARROW)
+def test_no_less_exact_than_torch(cls: Any, options: Options, dtype: torch.dtype, compiled: bool) -> None:
+    """Than its loop over tensors and its fused kernel, whichever is better."""
+    initial = [torch.randn(shape).to(dtype) for shape in [(4000,), (63, 65), (1,), ()]]
+    gradients = [[gradient(cls, p) for p in initial] for _ in range(10)]
+    with_fused = [{"fused": True}] if "fused" in cls.declaration.options else []
+    torch.set_default_dtype(torch.float64)  # of it is what torch carries from step to step
+    truth = trajectory(cls, lambda params: oracle(cls)(params, **options), initial, gradients, torch.float64)
+    torch.set_default_dtype(torch.float32)
+    theirs = [
+        trajectory(cls, lambda params, how=how: oracle(cls)(params, **options, **how), initial, gradients, dtype)
+        for how in ({}, *with_fused)
+    ]
+    ours = trajectory(cls, lambda params: cls(params, **options, compiled=compiled), initial, gradients, dtype)
+    for expected, actual, *references in zip(truth, ours, *theirs, strict=True):
+        assert actual.isfinite().all()
+        # in float16 SparseAdam of torch divides by an eps that is zero there, and its fused SGD makes values infinite
+        kept = references[0].isfinite()
+        error = min(rms((reference - expected)[kept]) for reference in references)
         # the floor: what rounding the truth itself once would cost
         floor = rms(expected.to(dtype).double() - expected)
-        assert rms(actual - expected) <= 1.5 * max(rms(reference - expected), floor)
+        assert rms((actual - expected)[kept]) <= 1.5 * max(error, floor)
+        assert kept.double().mean() > 0.9
+
+
+def complex_run(cls: Any, options: Options, dtype: torch.dtype, compiled: bool) -> Lockstep:
+    run = lockstep(cls, options, tensors(dtype=dtype), compiled)
+    run.step(10)
+    return run
 
 
 @execution
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.complex64, 2e-5), (torch.complex128, 1e-12)], ids=str)
-@few
-def test_complex(cls: Any, options: Options, dtype: torch.dtype, rtol: float, compiled: bool) -> None:
-    run = lockstep(cls, options, tensors(dtype=dtype), compiled)
-    run.step(10)
-    run.compare(rtol)
+@cases([(cls, options) for cls, options in FEW if accepted(cls, options, torch.complex128)])
+def test_complex128(cls: Any, options: Options, compiled: bool) -> None:
+    complex_run(cls, options, torch.complex128, compiled).compare(tolerance(cls))
+
+
+@execution
+@cases([(cls, options) for cls, options in NARROW if accepted(cls, options, torch.complex64)])
+def test_complex64(cls: Any, options: Options, compiled: bool) -> None:
+    complex_run(cls, options, torch.complex64, compiled).compare(2e-5)
 
 
 @execution
@@ -97,34 +139,37 @@ def test_complex(cls: Any, options: Options, dtype: torch.dtype, rtol: float, co
 @each_class
 def test_tensor_lr(cls: Any, shape: tuple[int, ...], compiled: bool) -> None:
     lr = torch.full(shape, 0.01, dtype=torch.float64)
+    # its list code takes no tensor
+    theirs = {"foreach": False} if "foreach" in cls.declaration.options else {}
     run = Lockstep(
-        lambda params: oracle(cls)(params, lr=lr.clone(), foreach=False),
+        lambda params: oracle(cls)(params, lr=lr.clone(), **theirs),
         lambda params: cls(params, lr=lr.clone(), compiled=compiled),
         tensors(),
     )
     for value in (0.01, 0.02, 0.0):
         run.both(lambda optimizer, _, value=value: optimizer.param_groups[0]["lr"].fill_(value))
         run.step(2)
-        run.compare()
+        run.compare(tolerance(cls))
     assert isinstance(run.ours.param_groups[0]["lr"], Tensor)
 
 
-TENSOR_OPTIONS = [
-    *(
-        (cls, {"lr": torch.tensor(0.01, dtype=torch.float64), "betas": tuple(torch.tensor(b) for b in (0.8, 0.9))})
-        for cls in CLASSES
-        if cls.__name__ in ("Adam", "AdamW")  # the others of torch.optim take no tensors
-    ),
-    *((cls, {"weight_decay": torch.tensor(0.3, dtype=torch.float64)}) for cls in CLASSES if cls.__name__ == "SGD"),
-]
+def tensor_options(cls: Any) -> Options:
+    """The options for which torch's signature allows tensors, but for ``lr`` alone."""
+    annotated = {k: str(p.annotation) for k, p in inspect.signature(oracle(cls)).parameters.items()}
+    names = [k for k in cls.declaration.options if "Tensor" in annotated.get(k, "")]
+    values = {k: sample(k, cls.declaration.options[k]) for k in names}
+    tensor = partial(torch.tensor, dtype=torch.float64)
+    return {
+        k: tuple(map(tensor, v)) if isinstance(v, tuple) else tensor(v) for k, v in values.items() if len(names) > 1
+    }
 
 
 @execution
-@pytest.mark.parametrize(("cls", "options"), TENSOR_OPTIONS, ids=lambda v: getattr(v, "__name__", "options"))
-def test_tensor_options(cls: Any, options: Options, compiled: bool) -> None:
-    run = lockstep(cls, options, tensors(), compiled, theirs={"foreach": False})
+@pytest.mark.parametrize("cls", list(filter(tensor_options, CLASSES)), ids=lambda cls: cls.__name__)
+def test_tensor_options(cls: Any, compiled: bool) -> None:
+    run = lockstep(cls, tensor_options(cls), tensors(), compiled, theirs={"foreach": False})
     run.step(5)
-    run.compare(1e-6 if "betas" in options else 1e-12)  # torch computes with float32 betas in float32
+    run.compare()
 
 
 @execution
@@ -137,20 +182,21 @@ def test_not_finite_gradients(cls: Any, options: Options, value: float, compiled
     gradients[0][1] = gradients[1][0] = gradients[1][33] = gradients[1][66] = value
     run.give(gradients)
     run.step_as_is()
-    run.compare()  # takes NaN for equal to NaN and inf to inf
+    run.compare(tolerance(cls))  # takes NaN for equal to NaN and inf to inf
     run.step(2)
-    run.compare()
+    run.compare(tolerance(cls), infinite_is_nan=True)  # an order of operations makes NaN of inf, another does not
 
 
 @execution
 @few
 def test_zero_lr_and_zero_gradients(cls: Any, options: Options, compiled: bool) -> None:
-    run = lockstep(cls, {**options, "lr": 0.0}, tensors(), compiled)
+    run = lockstep(cls, options, tensors(), compiled)
+    run.both(lambda optimizer, _: optimizer.param_groups[0].update(lr=0.0))  # some refuse it at construction
     before = [p.detach().clone() for p in run.params[1]]
     for _ in range(3):
         run.give([torch.zeros_like(p) for p in run.params[0]])
         run.step_as_is()
-        run.compare()
+        run.compare(tolerance(cls))
     torch.testing.assert_close([p.detach() for p in run.params[1]], before, rtol=0, atol=0)
 
 
@@ -161,37 +207,37 @@ def test_denormals(cls: Any, dtype: torch.dtype, compiled: bool) -> None:
     """Neither flushed to zero on the way in nor on the way out."""
     smallest = torch.tensor(0, dtype=dtype).nextafter(torch.tensor(1, dtype=dtype)).item()
     initial = [torch.arange(-70, 70, dtype=dtype) * smallest]
-    scale = {"lr": 0.5, "eps": 0.5, "betas": (0.5, 0.5)}  # an update is about as large as its gradient
+    # an update is about as large as its gradient, or as large as a denormal
+    scale = {"lr": 0.5, "eps": 0.5, "betas": (0.5, 0.5), "step_sizes": (2 * smallest, 4 * smallest)}
     run = lockstep(cls, {k: v for k, v in scale.items() if k in cls.declaration.options}, initial, compiled)
     for _ in range(2):
         run.give([torch.arange(140, dtype=dtype) * 2 * smallest])
         run.step_as_is()
     expected, actual = run.params[0][0].detach(), run.params[1][0].detach()
-    if cls.__name__ in ("SGD", "Adam", "AdamW"):  # the others divide by the gradient's size
-        assert expected.abs().max() < torch.finfo(dtype).tiny
-        assert expected.count_nonzero() > 100
+    assert expected.abs().max() < torch.finfo(dtype).tiny
+    assert expected.count_nonzero() > 100
     torch.testing.assert_close(actual, expected, rtol=0, atol=smallest * 4)
 
 
 @execution
-@pytest.mark.parametrize("cls", [cls for cls in CLASSES if "eps" in cls.declaration.options], ids=lambda c: c.__name__)
-def test_eps_zero(cls: Any, compiled: bool) -> None:
-    run = lockstep(cls, {"eps": 0.0}, tensors(), compiled)
+@cases([(cls, {"eps": 0.0}) for cls in CLASSES if "eps" in cls.declaration.options and accepted(cls, {"eps": 0.0})])
+def test_eps_zero(cls: Any, options: Options, compiled: bool) -> None:
+    run = lockstep(cls, options, tensors(), compiled)
     run.step(3)
-    run.compare()
+    run.compare(tolerance(cls))
     gradient = [torch.randn_like(p) for p in run.params[0]]
-    run = lockstep(cls, {"eps": 0.0}, tensors(), compiled)
+    run = lockstep(cls, options, tensors(), compiled)
     gradient[-1][3] = 0  # 0 / 0 where nothing was seen yet
     run.give(gradient)
     run.step_as_is()
-    run.compare()
+    run.compare(tolerance(cls))
 
 
 @each_class
 def test_any_values_and_shapes(cls: Any) -> None:
     """Values compile nothing; the switches do, so they are drawn from those that other tests use."""
 
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=50, deadline=None, derandomize=True, database=None)
     @given(
         switches=st.sampled_from(switch_sets(cls)),
         data=st.data(),
@@ -205,4 +251,5 @@ def test_any_values_and_shapes(cls: Any) -> None:
         run.step(4)
         run.compare(1e-11)
 
+    torch.set_default_dtype(torch.float64)  # or what is carried allows no such bound
     check()

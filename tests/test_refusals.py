@@ -171,17 +171,31 @@ def test_a_sparse_gradient_that_is_not_taken_changes_nothing() -> None:
         assert [optimizer.state[p]["step"].item() for p in params] == [2, 2]
 
 
-@lenient
-def test_a_copied_gradient_becomes_sparse() -> None:
+def with_copied_gradients(**options: Any) -> Lockstep:
+    """One whose gradients were copied in its first step, and of which the first parameter's is now sparse."""
     shapes = [(4, 3), (5, 2)]
-    run = sgd(tensors(shapes))
+    run = sgd(tensors(shapes), **options)
     run.both(lambda _, params: [setattr(p, "grad", torch.ones(p.shape[::-1], dtype=p.dtype).mT) for p in params])
     run.step_as_is()
     assert len(run.ours._execution.plan.copied) == 2
     run.give(tensors(shapes))
-    run.both(lambda _, params: setattr(params[0], "grad", params[0].grad.to_sparse()))
+    run.both(lambda _, params: setattr(params[0], "grad", params[0].grad.to_sparse(1)))
+    return run
+
+
+def test_a_copied_gradient_becomes_sparse() -> None:
+    run = with_copied_gradients()
+    run.step_as_is()
+    assert len(run.ours._execution.plan.sparse) == 1
+    run.step()
+    run.compare()
+
+
+@lenient
+def test_a_copied_gradient_becomes_sparse_under_options_that_update_every_row() -> None:
+    run = with_copied_gradients(momentum=0.9)
     run.optimizers[0].step()
-    with pytest.warns(CompileFallbackWarning, match=r"layout torch\.sparse_coo"):
+    with pytest.warns(CompileFallbackWarning, match="sparse and these options update every row"):
         run.ours.step()
     run.step()
     run.compare()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import gradient
 
 from compiled_optim import Optimizer, explain
 
@@ -20,10 +21,10 @@ def parameters(copies: int = 1, dtype: torch.dtype = torch.float64) -> Any:
     return lists[0] if copies == 1 else lists
 
 
-def set_gradients(*lists: list[Any]) -> None:
-    """The same new gradients for all lists."""
+def set_gradients(*lists: list[Any], cls: type[torch.optim.Optimizer] = torch.optim.SGD) -> None:
+    """The same new gradients for all lists, such as the class takes."""
     for row in zip(*lists, strict=True):
-        grad = torch.randn(row[0].shape, dtype=row[0].dtype)
+        grad = gradient(cls, row[0])
         for p in row:
             p.grad = grad.clone()
 
@@ -31,7 +32,7 @@ def set_gradients(*lists: list[Any]) -> None:
 def train(steps: int, *runs: tuple[torch.optim.Optimizer, list[Any]]) -> None:
     """Steps all optimizers on the same gradients."""
     for _ in range(steps):
-        set_gradients(*(params for _, params in runs))
+        set_gradients(*(params for _, params in runs), cls=type(runs[0][0]))
         for optimizer, _ in runs:
             optimizer.step()
 

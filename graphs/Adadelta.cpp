@@ -1,0 +1,137 @@
+// launches per step: 1, bytes per element: 28
+// Adadelta()[float32]
+// inputs: param, grad, square_avg, acc_delta, lr, rho, one_minus_rho, eps, weight_decay
+#include <torch/csrc/inductor/cpp_prefix.h>
+
+// Inductor points a process-wide flag at a local of each call; calls from several threads would race on it.
+static thread_local std::atomic<int>* division_flag;
+#define inductor_cpu_integer_div_error_flag division_flag
+
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
+                       const float* in_ptr1,
+                       const float* in_ptr2,
+                       const float* in_ptr3,
+                       const float* in_ptr4,
+                       const float* in_ptr5,
+                       const float* in_ptr6,
+                       const float* in_ptr7,
+                       float* out_ptr3,
+                       float* out_ptr4,
+                       float* out_ptr6,
+                       const int64_t ks0)
+{
+    std::atomic<int> inductor_cpu_integer_div_error{0};
+    inductor_cpu_integer_div_error_flag = &inductor_cpu_integer_div_error;
+    {
+        for(int64_t x0=static_cast<int64_t>(0L); x0<static_cast<int64_t>(ks0); x0+=static_cast<int64_t>(8L))
+        {
+            {
+                if(C10_LIKELY(x0 >= static_cast<int64_t>(0) && x0 < static_cast<int64_t>(8L*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L))))))
+                {
+                    auto tmp0 = at::vec::Vectorized<float>::loadu(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp1 = in_ptr1[static_cast<int64_t>(0L)];
+                    auto tmp5 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp6 = in_ptr3[static_cast<int64_t>(0L)];
+                    auto tmp9 = at::vec::Vectorized<float>::loadu(in_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp11 = in_ptr5[static_cast<int64_t>(0L)];
+                    auto tmp23 = at::vec::Vectorized<float>::loadu(out_ptr6 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp24 = in_ptr7[static_cast<int64_t>(0L)];
+                    auto tmp2 = at::vec::Vectorized<float>(tmp1);
+                    auto tmp3 = tmp0 + tmp2;
+                    auto tmp4 = tmp3.sqrt();
+                    auto tmp7 = at::vec::Vectorized<float>(tmp6);
+                    auto tmp8 = tmp5 * tmp7;
+                    auto tmp10 = tmp9 * tmp9;
+                    auto tmp12 = at::vec::Vectorized<float>(tmp11);
+                    auto tmp13 = tmp10 * tmp12;
+                    auto tmp14 = tmp8 + tmp13;
+                    auto tmp15 = tmp14 + tmp2;
+                    auto tmp16 = tmp15.sqrt();
+                    auto tmp17 = tmp4 / tmp16;
+                    auto tmp18 = tmp17 * tmp9;
+                    auto tmp19 = tmp0 * tmp7;
+                    auto tmp20 = tmp18 * tmp18;
+                    auto tmp21 = tmp20 * tmp12;
+                    auto tmp22 = tmp19 + tmp21;
+                    auto tmp25 = at::vec::Vectorized<float>(tmp24);
+                    auto tmp26 = tmp18 * tmp25;
+                    auto tmp27 = tmp23 - tmp26;
+                    tmp22.store(out_ptr3 + static_cast<int64_t>(x0));
+                    tmp14.store(out_ptr4 + static_cast<int64_t>(x0));
+                    tmp27.store(out_ptr6 + static_cast<int64_t>(x0));
+                }
+                if(C10_UNLIKELY(x0 >= static_cast<int64_t>(8L*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))) && x0 < static_cast<int64_t>(ks0)))
+                {
+                    auto tmp0 = at::vec::Vectorized<float>::loadu(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp1 = in_ptr1[static_cast<int64_t>(0L)];
+                    auto tmp5 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp6 = in_ptr3[static_cast<int64_t>(0L)];
+                    auto tmp9 = at::vec::Vectorized<float>::loadu(in_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp11 = in_ptr5[static_cast<int64_t>(0L)];
+                    auto tmp23 = at::vec::Vectorized<float>::loadu(out_ptr6 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp24 = in_ptr7[static_cast<int64_t>(0L)];
+                    auto tmp2 = at::vec::Vectorized<float>(tmp1);
+                    auto tmp3 = tmp0 + tmp2;
+                    auto tmp4 = tmp3.sqrt();
+                    auto tmp7 = at::vec::Vectorized<float>(tmp6);
+                    auto tmp8 = tmp5 * tmp7;
+                    auto tmp10 = tmp9 * tmp9;
+                    auto tmp12 = at::vec::Vectorized<float>(tmp11);
+                    auto tmp13 = tmp10 * tmp12;
+                    auto tmp14 = tmp8 + tmp13;
+                    auto tmp15 = tmp14 + tmp2;
+                    auto tmp16 = tmp15.sqrt();
+                    auto tmp17 = tmp4 / tmp16;
+                    auto tmp18 = tmp17 * tmp9;
+                    auto tmp19 = tmp0 * tmp7;
+                    auto tmp20 = tmp18 * tmp18;
+                    auto tmp21 = tmp20 * tmp12;
+                    auto tmp22 = tmp19 + tmp21;
+                    auto tmp25 = at::vec::Vectorized<float>(tmp24);
+                    auto tmp26 = tmp18 * tmp25;
+                    auto tmp27 = tmp23 - tmp26;
+                    tmp22.store(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    tmp14.store(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    tmp27.store(out_ptr6 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                }
+            }
+        }
+    }
+    inductor_cpu_integer_div_error_flag = nullptr;
+    inductor_cpu_throw_if_integer_div_error(inductor_cpu_integer_div_error);
+}
+
+#undef inductor_cpu_integer_div_error_flag
+
+namespace {
+struct Address {
+  void* base;
+  int64_t bytes;
+  template <class T> operator T*() const { return reinterpret_cast<T*>(static_cast<char*>(base) + bytes); }
+};
+}
+
+extern "C" void launch(int64_t tensors, void* const* table, const int64_t* begins, const int32_t* rows,
+                       const double* scalars, int64_t columns, int threads) {
+  const int64_t total = begins[tensors];
+  auto span = [&](int64_t at, int64_t end) {
+    for (int64_t t = std::upper_bound(begins, begins + tensors + 1, at) - begins - 1; at < end; t++) {
+      const int64_t o = at - begins[t], n = std::min(begins[t + 1], end) - at;
+      if (n == 0) continue;
+      float k[5];
+      for (int64_t i = 0; i < 5; i++) k[i] = scalars[rows[t] * columns + i];
+      kernel(Address{table[t * 4 + 3], o * 4}, &k[3], Address{table[t * 4 + 2], o * 4}, &k[1], Address{table[t * 4 + 1], o * 4}, &k[2], Address{table[t * 4 + 0], o * 4}, &k[0], Address{table[t * 4 + 3], o * 4}, Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 0], o * 4}, n);
+      at += n;
+    }
+  };
+  if (threads == 1) return span(0, total);
+  #pragma omp parallel num_threads(threads)
+  {
+    // a multiple of 64 elements: no two threads write to one cache line of a tensor that begins on one
+    const int64_t team = omp_get_num_threads(), id = omp_get_thread_num(), share = (total / team + 64) / 64 * 64;
+    span(std::min(id * share, total), std::min((id + 1) * share, total));
+  }
+}
+
+extern "C" int64_t signature() { return 405; }

@@ -1,0 +1,187 @@
+"""Each change that a user can make between two steps, to every optimizer and to a reference."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CLASSES, oracle, rich_options, taken, tolerance
+from lockstep import Lockstep, parameter, tensors
+from torch import Tensor
+
+SHAPES: list[tuple[int, ...]] = [(5, 7), (3, 4, 2, 2), (), (131,)]
+Change = Callable[[Any, list[Any]], None]
+each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+
+
+def rich(cls: Any, initial: list[Tensor]) -> Lockstep:
+    """With all switches on, and so with all the state there can be."""
+    torch.set_default_dtype(torch.float64)  # of it is what torch carries from step to step
+    options = rich_options(cls)
+    # where torch.optim makes state at construction it raises later if there is none: then ours, eager, is the reference
+    reference = cls if cls.state_at_construction else oracle(cls)
+    return Lockstep(
+        lambda params: reference(params, **options), lambda params: cls(params, **options, compiled=True), initial
+    )
+
+
+def seeded(change: Change) -> Change:
+    """Both sides draw the same random numbers."""
+
+    def action(optimizer: Any, params: list[Any]) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            change(optimizer, params)
+
+    return action
+
+
+def swap_data(_: Any, params: list[Any]) -> None:
+    for p in params:
+        p.data = torch.randn_like(p.data)
+
+
+def replace_state_tensors(optimizer: Any, params: list[Any]) -> None:
+    for name, value in optimizer.state[params[0]].items():
+        optimizer.state[params[0]][name] = copy.copy(value) if name == "step" else torch.rand_like(value)
+
+
+def replace_dictionary(optimizer: Any, params: list[Any]) -> None:
+    state = optimizer.state[params[1]]  # equal but for the order of its keys
+    optimizer.state[params[1]] = {k: copy.deepcopy(state[k]) for k in sorted(state, reverse=True)}
+
+
+def add_keys(optimizer: Any, params: list[Any]) -> None:
+    for p in params[::2]:
+        optimizer.state[p]["of_the_user"] = torch.zeros(2)
+
+
+def remove_one_state(optimizer: Any, params: list[Any]) -> None:
+    del optimizer.state[params[1]]
+
+
+def clear_one_state(optimizer: Any, params: list[Any]) -> None:
+    optimizer.state[params[1]].clear()
+
+
+def clear_state(optimizer: Any, _: list[Any]) -> None:
+    optimizer.state.clear()
+
+
+def replace_state(optimizer: Any, _: list[Any]) -> None:
+    optimizer.state = defaultdict(dict, copy.copy(optimizer.state))
+
+
+def replace_state_by_nothing(optimizer: Any, _: list[Any]) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+def reorder_state(optimizer: Any, params: list[Any]) -> None:
+    optimizer.state[params[0]] = optimizer.state.pop(params[0])
+
+
+def foreign_state(optimizer: Any, _: list[Any]) -> None:
+    optimizer.state["of the user"] = {"exp_avg": 1}
+
+
+def replace_parameter(optimizer: Any, params: list[Any]) -> None:
+    params[1] = optimizer.param_groups[0]["params"][1] = parameter(torch.randn(6, 2, dtype=torch.float64))
+
+
+def exchange_parameters(optimizer: Any, _: list[Any]) -> None:
+    listed = optimizer.param_groups[0]["params"]
+    listed[0], listed[3] = listed[3], listed[0]
+
+
+def shorter_list(optimizer: Any, params: list[Any]) -> None:
+    optimizer.param_groups[0]["params"] = params[:2]
+
+
+def same_in_a_tuple(optimizer: Any, params: list[Any]) -> None:
+    optimizer.param_groups[0]["params"] = tuple(params)
+
+
+def replace_group(optimizer: Any, _: list[Any]) -> None:
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.5}
+
+
+def replace_groups(optimizer: Any, params: list[Any]) -> None:
+    group, *_ = optimizer.param_groups
+    optimizer.param_groups = [{**group, "params": params[2:], "lr": 0.2}, {**group, "params": params[:2]}]
+
+
+def add_group(optimizer: Any, params: list[Any]) -> None:
+    params += [parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((4, 4), ())]
+    optimizer.add_param_group({"params": params[-2:], "lr": 0.3})
+
+
+def change_values(optimizer: Any, _: list[Any]) -> None:
+    optimizer.param_groups[0].update(lr=0.7, eps=0.3)
+
+
+def change_a_switch(optimizer: Any, _: list[Any]) -> None:
+    optimizer.param_groups[0]["maximize"] = not optimizer.param_groups[0]["maximize"]
+
+
+def load_other_state(optimizer: Any, params: list[Any]) -> None:
+    donor = oracle(type(optimizer))([parameter(torch.randn_like(p)) for p in params], lr=0.05)
+    for _ in range(3):
+        for p in donor.param_groups[0]["params"]:
+            p.grad = taken(type(donor), torch.randn_like(p))
+        donor.step()
+    optimizer.load_state_dict(donor.state_dict())
+
+
+def load_own_state(optimizer: Any, _: list[Any]) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+CHANGES = [
+    swap_data,
+    replace_state_tensors,
+    replace_dictionary,
+    add_keys,
+    remove_one_state,
+    clear_one_state,
+    clear_state,
+    replace_state,
+    replace_state_by_nothing,
+    reorder_state,
+    foreign_state,
+    replace_parameter,
+    exchange_parameters,
+    shorter_list,
+    same_in_a_tuple,
+    replace_group,
+    replace_groups,
+    add_group,
+    change_values,
+    change_a_switch,
+    load_other_state,
+    load_own_state,
+]
+
+
+@each_class
+@pytest.mark.parametrize("shapes", [SHAPES, [(5, 7)] * 4], ids=["shapes", "one shape"])  # equal ones hide a mix-up
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_change_between_steps(change: Change, shapes: list[tuple[int, ...]], cls: Any) -> None:
+    run = rich(cls, tensors(shapes))
+    run.step(2)
+    run.both(seeded(change))
+    run.step(2)
+    run.compare(tolerance(cls))
+
+
+@each_class
+def test_several_changes_at_once(cls: Any) -> None:
+    run = rich(cls, tensors(SHAPES))
+    run.step()
+    for change in (load_own_state, replace_parameter, swap_data, add_group, clear_one_state, add_keys):
+        run.both(seeded(change))
+        run.step()
+        run.compare(tolerance(cls))
