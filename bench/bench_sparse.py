@@ -10,6 +10,8 @@ from rivals import compare
 
 import compiled_optim
 
+torch.sparse.check_sparse_tensor_invariants.disable()  # or torch warns that they are not checked
+
 ROWS, WIDTH, TOUCHED = 100_000, 64, 1_000
 
 

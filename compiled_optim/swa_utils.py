@@ -131,9 +131,9 @@ class _Launcher:
         """Updates the averages in place; returns those that no kernel takes, which are left as they are."""
         self.rule._gradients = model_of
         rows: list[Row] = [(0, (2.0,), (weight,))]
-        outcome: Any = "the first update"
+        outcome: Any = None
         for _ in range(3):
-            if self.plan is None or isinstance(outcome, str):
+            if self.plan is None or isinstance(outcome, str):  # or it no longer fits
                 self.plan = make_plan(self.rule, self.rule.choices(), [("weight",)], self._refused)
             outcome = self.plan.run(self.rule, rows)
             if outcome is None:

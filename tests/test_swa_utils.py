@@ -148,6 +148,17 @@ def test_one_kernel_for_every_weighted_average(new_kernels: Callable[[], int]) -
     assert new_kernels() == 1
 
 
+def test_one_plan_for_all_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    make_plan = swa_utils.make_plan
+    monkeypatch.setattr(swa_utils, "make_plan", lambda *args: made.append(1) or make_plan(*args))
+    model = Net()
+    mine = AveragedModel(model, compiled=True)
+    for _ in range(5):
+        mine.update_parameters(model)
+    assert len(made) == 1
+
+
 def test_two_functions_of_one_code_are_two_rules() -> None:
     def scaled(factor: float) -> Any:
         return lambda average, model, averaged: average + (model - average) * factor
