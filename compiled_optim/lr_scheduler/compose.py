@@ -50,6 +50,11 @@ class SequentialLR(Scheduler, lr_scheduler.SequentialLR):
             values |= {f"{name}_{i}": value for name, value in found.items()}
         return _sequence(tuple(expressions), tuple(self._milestones)), values
 
+    def step(self) -> None:  # type: ignore[override]  # as torch's
+        """Steps the one whose turn it is."""
+        self._refuse_if_attached()
+        super().step()
+
     def _move_to(self, step: int) -> None:
         super()._move_to(step)
         starts, ends = [0, *self._milestones], [*self._milestones, step + 1]
@@ -73,6 +78,7 @@ class ChainedScheduler(Scheduler, lr_scheduler.ChainedScheduler):
 
     def step(self) -> None:  # type: ignore[override]  # as torch's
         """Steps all, in their order."""
+        self._refuse_if_attached()
         for scheduler in self._schedulers:
             scheduler.step()
         self._last_lr = self._schedulers[-1].get_last_lr()

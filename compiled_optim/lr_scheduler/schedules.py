@@ -228,6 +228,7 @@ class CosineAnnealingWarmRestarts(Absolute, lr_scheduler.CosineAnnealingWarmRest
     """
 
     def step(self, epoch: float | None = None) -> None:
+        self._refuse_if_attached()
         differentiable = any(isinstance(g["lr"], Tensor) and g["lr"].requires_grad for g in self.optimizer.param_groups)
         with torch.no_grad() if differentiable else contextlib.nullcontext():
             super().step(epoch)  # which sets the learning rates by itself

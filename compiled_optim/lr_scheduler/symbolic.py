@@ -272,7 +272,12 @@ class Scheduler(lr_scheduler.LRScheduler):
     def _new_lrs(self) -> list[Any]:
         raise NotImplementedError
 
+    def _refuse_if_attached(self) -> None:
+        if any(attached.schedule is self for attached in getattr(self.optimizer, "_attached", ())):
+            raise RuntimeError(f"this {type(self).__name__} is attached, and moves with optimizer.step() alone")
+
     def _update_lr(self, epoch: int | None = None) -> None:
+        self._refuse_if_attached()  # here, for torch's step() warns in the name of its caller
         self._get_lr_called_within_step = True
         try:
             self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
@@ -285,12 +290,6 @@ class Scheduler(lr_scheduler.LRScheduler):
             lr = group["lr"] = assigned(group["lr"], value)
             last.append(copied(lr))
         self._last_lr = last
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        """Moves on to the next step, as in torch; RuntimeError if the schedule is attached to its optimizer."""
-        if any(attached.schedule is self for attached in getattr(self.optimizer, "_attached", ())):
-            raise RuntimeError(f"this {type(self).__name__} is attached, and moves with optimizer.step() alone")
-        super().step(*args, **kwargs)
 
     @property
     def _steps_taken(self) -> int:
