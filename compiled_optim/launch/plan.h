@@ -108,7 +108,6 @@ const char* fill(Plan* plan, PyObject* state, PyObject* stand_ins, Steps& steps,
   if (!collect_state(plan, state)) return "the optimizer's state changed";
   const size_t width = plan->slot_names.size();
   std::vector<double> values(steps.width);
-  std::vector<char*> columns;
   plan->rows.begin();
   for (auto& launch : plan->launches) {
     launch.table.clear();
@@ -148,33 +147,32 @@ const char* fill(Plan* plan, PyObject* state, PyObject* stand_ins, Steps& steps,
     }
     const int32_t row = steps.row(entry.group, values.data());
     for (size_t c = 0; c < plan->counts; c++) counters[counters.size() - 1 - c].row = row;
-    columns.assign({address(param), static_cast<char*>(const_cast<void*>(grad->data()))});
+    const size_t first = launch.table.size();
+    launch.table.insert(launch.table.end(), {address(param), const_cast<void*>(grad->data())});
     launch.tensors.insert(launch.tensors.end(),
                           {const_cast<c10::TensorImpl*>(param), const_cast<c10::TensorImpl*>(grad)});
     for (size_t b = 0; b < launch.roles.size(); b++) {
       PyObject* slot = slots[launch.roles[b]];
       const auto* buffer = slot ? unpack(slot) : nullptr;
       if (!buffer || !fits(buffer->unsafeGetTensorImpl(), launch.types[b], param)) return "a state tensor changed";
-      columns.push_back(address(buffer->unsafeGetTensorImpl()));
+      launch.table.push_back(address(buffer->unsafeGetTensorImpl()));
       launch.tensors.push_back(buffer->unsafeGetTensorImpl());
     }
-    auto add = [&](int64_t elements) {
-      launch.table.insert(launch.table.end(), columns.begin(), columns.end());
-      launch.begins.push_back(launch.begins.back() + elements * launch.width);
+    if (!indices) {
+      launch.begins.push_back(launch.begins.back() + param->numel() * launch.width);
       launch.rows.push_back(row);
-    };
-    if (indices) {
-      const auto base = columns;
+    } else {  // one entry of the table for each span of rows
+      const std::vector<void*> whole(launch.table.begin() + first, launch.table.end());
+      launch.table.resize(first);
       for (const auto& span : plan->rows.gather(indices, grad, param)) {
-        for (size_t c = 0; c < columns.size(); c++) {
+        for (size_t c = 0; c < whole.size(); c++) {
           const size_t itemsize = c < 2 ? grad->itemsize() : c10::elementSize(launch.types[c - 2]);
-          columns[c] = base[c] + span.first * static_cast<int64_t>(itemsize);
+          char* at = static_cast<char*>(whole[c]) + span.first * static_cast<int64_t>(itemsize);
+          launch.table.push_back(c == 1 ? span.values : at);
         }
-        columns[1] = span.values;
-        add(span.elements);
+        launch.begins.push_back(launch.begins.back() + span.elements);
+        launch.rows.push_back(row);
       }
-    } else {
-      add(param->numel());
     }
     if (entry.fresh) fresh.push_back(&entry);
   }
