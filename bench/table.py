@@ -44,7 +44,11 @@ def steps(results: Results) -> Iterator[str]:
 def lbfgs(results: Results) -> Iterator[str]:
     names = ["torch", "ours eager", "ours compiled"]
     rows = [
-        [label, *(number(info["lbfgs_milliseconds"][n]) for n in names), ratio(info["torch_over_compiled"])]
+        [
+            label.removeprefix("torch.").replace("-", ", ") + " elements",
+            *(number(info["lbfgs_milliseconds"][n]) for n in names),
+            ratio(info["torch_over_compiled"]),
+        ]
         for label, info in results
         if "lbfgs_milliseconds" in info
     ]
