@@ -159,6 +159,28 @@ def run_value(algorithm: type[Optimizer], on: Any, value: list[Any], buffers: tu
         tensor.copy_(new_state[name])
 
 
+def update_lists(
+    algorithm: type[Optimizer],
+    on: Any,
+    params: list[Tensor],
+    grads: list[Tensor],
+    state: dict[str, list[Tensor]],
+    scalars: dict[str, list[Any]],
+) -> None:
+    """Updates tensors of one kind in place, with scalars for each of them. Dynamo can trace it."""
+    buffers = tuple(state)
+    columns = [params, grads, *state.values()]
+    if params[0].is_complex():
+        columns = [[torch.view_as_real(t.resolve_conj()) for t in column] for column in columns]
+    if algorithm.elementwise:
+        # the scalars as lists, too: Dynamo takes a list value times a tensor for an operation of the tensor
+        values = {name: TensorList(each) for name, each in scalars.items()}
+        run_value(algorithm, on, [TensorList(column) for column in columns], buffers, values)
+        return
+    for i in range(len(params)):
+        run_value(algorithm, on, [t[i] for t in columns], buffers, {name: each[i] for name, each in scalars.items()})
+
+
 def pieces(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
     """A large update cut into parts whose temporaries stay in cache, where its tensors are contiguous."""
     if tensors[0].numel() <= BUCKET_ELEMENTS or not all(t.is_contiguous() for t in tensors):

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from compiled_optim import lower
 from compiled_optim.cache.store import directory_problem
-from compiled_optim.eager import Scalars, run_value
+from compiled_optim.eager import Scalars, update_lists
 from compiled_optim.rule import arithmetic_dtype
-from compiled_optim.tensor_list import TensorList
 from compiled_optim.updates import Update
 
 if TYPE_CHECKING:
@@ -122,14 +121,8 @@ def _compile(
     algorithm: type[Optimizer], on: Any, buffers: tuple[str, ...], scalar_names: tuple[str, ...]
 ) -> Callable[..., None]:
     def step(params: list[Tensor], grads: list[Tensor], state: list[list[Tensor]], scalars: list[Tensor]) -> None:
-        # as lists of 0-d tensors: Dynamo takes a list value times a tensor for an operation of the tensor
-        values: dict[str, Any] = {n: TensorList([k] * len(params)) for n, k in zip(scalar_names, scalars)}  # noqa: B905
-        if algorithm.elementwise:
-            run_value(algorithm, on, [TensorList(t) for t in (params, grads, *state)], buffers, values)
-            return
-        values = dict(zip(scalar_names, scalars))  # noqa: B905
-        for i in range(len(params)):
-            run_value(algorithm, on, [tensors[i] for tensors in (params, grads, *state)], buffers, values)
+        values = {name: [k] * len(params) for name, k in zip(scalar_names, scalars)}  # noqa: B905
+        update_lists(algorithm, on, params, grads, dict(zip(buffers, state)), values)  # noqa: B905
 
     # Dynamo keeps its graphs, and their limit of 8, by code object: each list of shapes gets one of its own.
     code = step.__code__.replace(co_name=f"foreach_step_{next(_numbers)}")

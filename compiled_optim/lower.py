@@ -11,13 +11,15 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch._library.opaque_object import register_opaque_type
+from torch._opaque_base import OpaqueBase as OpaqueBase  # an object of such a class can be an argument of an operator
 from torch.optim.lbfgs import _strong_wolfe
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -216,8 +218,99 @@ def compiling_disabled() -> str | None:
 
 
 def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
-    """``function`` kept out of a surrounding ``torch.compile``; does not import Dynamo where there is none."""
-    return torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    """``function`` kept out of a surrounding ``torch.compile``, but for its last argument.
+
+    That is a function, and what it calls is compiled as what surrounds it. Does not import Dynamo where there is none.
+    """
+    # `torch.compiler.disable` would silently run a closure and the model in it eagerly (#123479)
+    from torch._C._dynamo.eval_frame import (
+        _FrameAction,
+        _FrameExecStrategy,
+        set_code_exec_strategy,
+        set_eval_frame,
+    )
+
+    @functools.wraps(function)
+    def outside(*args: Any) -> T:
+        *others, closure = args
+        compiling = set_eval_frame(None)
+
+        def compiled(*inner: Any, **options: Any) -> Any:
+            set_eval_frame(compiling)
+            try:
+                return closure(*inner, **options)
+            finally:
+                set_eval_frame(None)
+
+        try:
+            return function(*others, compiled)
+        finally:
+            set_eval_frame(compiling)
+
+    set_code_exec_strategy(outside.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return outside
+
+
+def constant_in_graphs(method: Callable[..., T]) -> Callable[..., T]:
+    """``method`` called on the real object while Dynamo traces; what it returns is a constant of the graph."""
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler's decorator imports Dynamo
+    return method
+
+
+def register_opaque(cls: type[OpaqueBase], guard: Callable[[Any], list[Any]]) -> None:
+    """Lets graphs take objects of this class as inputs, by reference; one is right for what ``guard`` answers only."""
+    register_opaque_type(cls, typ="reference", guard_fn=guard)
+
+
+def trace_as_object(cls: type) -> None:
+    """While Dynamo traces: has it take objects of this class as any other, from now on and in this graph.
+
+    As optimizers they are guarded by identity, so that each instance needs a graph, and a look at ``param_groups``
+    makes every number in them a constant.
+    """
+    from torch._dynamo.exc import RestartAnalysis
+    from torch._dynamo.variables.builder import VariableBuilder
+
+    handlers = VariableBuilder._type_dispatch()
+    if cls not in handlers and issubclass(cls, torch.optim.Optimizer):
+        handlers[cls] = VariableBuilder.wrap_user_defined
+        raise RestartAnalysis(restart_reason=f"{cls.__name__} is traced as an object")
+
+
+def _tracing() -> Any:
+    """The graph that Dynamo is tracing."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx().output
+
+
+def gradients_are_traced(params: Sequence[torch.Tensor]) -> bool:
+    """While Dynamo traces: whether its graph sets ``.grad`` of a parameter, or takes in the memory of a gradient."""
+    output = _tracing()
+    known, attributes = output.side_effects.id_to_variable, output.side_effects.store_attr_mutations
+    if any("grad" in attributes.get(known.get(id(p)), ()) for p in params):
+        return True
+
+    def memory(t: Any) -> int | None:
+        dense = isinstance(t, torch.Tensor) and t.layout == torch.strided
+        return t.untyped_storage()._cdata if dense else None
+
+    gradients = {memory(p.grad) for p in params} - {None}
+    return any(memory(argument.example) in gradients for argument in output.graphargs)
+
+
+def change_is_pending(objects: Iterable[Any]) -> bool:
+    """While Dynamo traces: whether the code so far changes one of these objects, which happens after the graph only."""
+    effects = _tracing().side_effects
+    variables = (effects.id_to_variable.get(id(o)) for o in objects)
+    return any(effects.has_pending_mutation(v) for v in variables if v is not None)
+
+
+def mark_static(tensors: Iterable[torch.Tensor]) -> None:
+    """Tells CUDA graphs that these stay where they are, or each replay would copy them."""
+    for tensor in tensors:
+        tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]  # as mark_static_address(guard=False)
 
 
 @functools.cache
@@ -227,15 +320,19 @@ def undecorated(name: str) -> Callable[..., Any]:
     return method
 
 
-def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a hook or a profiler wants to know of a step."""
+def step_has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a hook is to run before or after a step."""
     return bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
-        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     )
+
+
+def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a hook or a profiler wants to know of a step."""
+    return step_has_hooks(optimizer) or bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
 
 
 def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

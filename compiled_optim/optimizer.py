@@ -13,6 +13,7 @@ from typing_extensions import dataclass_transform
 from compiled_optim import execution, lower
 from compiled_optim.attached import Attached
 from compiled_optim.declare import FIELDS, Choice, Declaration, Flag, buffer, carried, coerce, counter, flag, number
+from compiled_optim.in_graph import steps
 
 
 @dataclass_transform(field_specifiers=(number, flag, buffer, carried, counter))
@@ -28,6 +29,7 @@ class _Attributes:
     _attached: tuple[Attached, ...] = ()
     _compiled: bool | str = False
     _execution: Any = None  # made by the first step, and again after a copy
+    _inputs: Any = None  # of the user's graphs
 
 
 class Optimizer(_Attributes, torch.optim.Optimizer):
@@ -98,6 +100,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             for group, choice in zip(self.param_groups, self.choices(), strict=True):
                 for p in group["params"]:
                     self.state[p].update(self.make_state(p, {**group, **initial}, choice.switches))
+        self._inputs = steps.inputs_of(self)
 
     @classmethod
     def validate(cls, h: Any) -> None:
@@ -128,10 +131,12 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             The loss of ``closure``, or None.
         """
         if torch.compiler.is_compiling():
-            return _step_outside_graphs(self, closure)
+            return steps.trace_step(self, closure)
         return self._run_step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it: 10 us a step, hooks or none
+    # or schedulers wrap it in code that breaks graphs; to see their order of calls they need `_opt_called` only
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _run_step(self, closure: Callable[[], Any] | None) -> Any:
         # A step overridden in a subclass was wrapped by torch, which has run the hooks.
@@ -146,9 +151,19 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                 loss = closure()
         if self._unscale():
             execution.step(self)
-            for attached in self._attached:
-                attached.advance()
+            self._stepped()
         return loss
+
+    def _stepped(self) -> None:
+        """What follows a step."""
+        self._opt_called = True
+        for attached in self._attached:
+            attached.advance()
+
+    @lower.constant_in_graphs
+    def _enter_graph(self) -> None:
+        self._inputs.look()
+        lower.trace_as_object(type(self))
 
     def attach(self, schedule: Any) -> None:
         """Lets a schedule move with the steps of this optimizer, so that it needs no ``step()`` of its own.
@@ -231,6 +246,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                 state = self.state.get(p, {})
                 # torch.optim.SGD keeps the momentum of sparse gradients sparse
                 state.update({k: v.to_dense() for k, v in state.items() if isinstance(v, Tensor) and v.is_sparse})
+        self._inputs = self._inputs or steps.inputs_of(self)
 
     def _restore_counts(self, group: dict[str, Any]) -> None:
         """Numbers become tensors, and tensors that torch's ``load_state_dict`` cast as if they were moments, again."""
@@ -268,14 +284,13 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients, as in torch.optim."""
         if torch.compiler.is_compiling():
-            super().zero_grad(set_to_none)
+            steps.trace_zero_grad(self, set_to_none)
         else:
             lower.undecorated("zero_grad")(self, set_to_none)
 
 
 # with the hooks, and an entry in the profiler
 _observed_step = torch.optim.Optimizer.profile_hook_step(Optimizer._step)
-_step_outside_graphs = lower.outside_graphs(Optimizer._run_step)
 
 
 def _constructor(cls: type[Optimizer]) -> Callable[..., None]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from compiled_optim import lower, settings
-from compiled_optim.cache.build import BuildError
-from compiled_optim.cache.libraries import NoCompilerError
+from compiled_optim import lower
 from compiled_optim.declare import coerce
+from compiled_optim.execution import COMPILE_ERRORS, switched_off
 from compiled_optim.fallback import fall_back
+from compiled_optim.in_graph import steps
 from compiled_optim.lbfgs.history import DTYPES, History, Kernels
 
 _AT_LEAST = {"lr": 0.0, "max_iter": 0, "max_eval": 0, "history_size": 1}
@@ -48,6 +48,7 @@ class LBFGS(torch.optim.LBFGS):
 
     _compiled: bool = False
     _execution: _Execution | None = None  # made by the first step, and again after a copy
+    _inputs: Any = None  # of the user's graphs
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class LBFGS(torch.optim.LBFGS):
         options = {name: coerce(value) for name, value in {**options, **tolerances}.items()}
         super().__init__(params, **options, line_search_fn=line_search_fn)
         self._compiled = bool(compiled)
+        self._inputs = steps.inputs_of(self)
 
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         """Performs up to ``max_iter`` iterations.
@@ -90,8 +92,14 @@ class LBFGS(torch.optim.LBFGS):
         return self._run_step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it, and torch.compile traces the wrapper
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # so do schedulers; they need `_opt_called`
+    @lower.constant_in_graphs
+    def _enter_graph(self) -> None:
+        self._inputs.look()
+        lower.trace_as_object(type(self))
 
     def _run_step(self, closure: Callable[[], Any]) -> Any:
+        self._opt_called = True
         # A step overridden in a subclass was wrapped by torch, which has run the hooks.
         return _observed_step(self, closure) if type(self).step is LBFGS.step else self._step(closure)
 
@@ -230,6 +238,7 @@ class LBFGS(torch.optim.LBFGS):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._params, self._numel_cache = self.param_groups[0]["params"], None
+        self._inputs = self._inputs or steps.inputs_of(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes the only param group, from the constructor.
@@ -246,7 +255,7 @@ class LBFGS(torch.optim.LBFGS):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients, as in torch.optim."""
         if torch.compiler.is_compiling():
-            super().zero_grad(set_to_none)
+            steps.trace_zero_grad(self, set_to_none)
         else:
             lower.undecorated("zero_grad")(self, set_to_none)
 
@@ -261,8 +270,7 @@ class _Execution:
         self._warned: set[str] = set()
 
     def kernels_for(self, g: Tensor) -> Kernels | None:
-        switched_off = lower.compiling_disabled() or ("COMPILED_OPTIM_DISABLE=1" if settings.disabled() else "")
-        self.reason = switched_off or self._given_up or self._obtain(g)
+        self.reason = switched_off() or self._given_up or self._obtain(g)
         return None if self.reason else self.kernels
 
     def _obtain(self, g: Tensor) -> str:
@@ -278,7 +286,7 @@ class _Execution:
         if self.kernels is None or self.kernels.dtype != g.dtype:
             try:
                 self.kernels = Kernels(g.dtype)
-            except (NoCompilerError, BuildError, OSError, ImportError) as error:
+            except COMPILE_ERRORS as error:
                 fall_back(self._warned, f"the optimizer steps eagerly: {error}", f"repair that, or {remedy}")
                 self._given_up = str(error)
         return self._given_up

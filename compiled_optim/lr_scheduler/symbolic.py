@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from sympy.printing.pycode import PythonCodePrinter  # type: ignore[import-untyp
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from compiled_optim import scalar
+from compiled_optim import lower, scalar
+from compiled_optim.in_graph import steps
+from compiled_optim.in_graph.inputs import Inputs
 
 Form = tuple[sp.Expr, dict[str, Any]]  # an expression, and the values of its symbols other than t
 
@@ -186,6 +189,21 @@ def assigned(old: Any, new: Any) -> Any:
         return old.fill_(value)
 
 
+class _Step:
+    """``step`` of a scheduler: the function, called as by itself, for torch's warnings name the caller; in a graph, an
+    operator."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __get__(self, scheduler: Any, owner: Any = None) -> Any:
+        if scheduler is None:
+            return self.function
+        if torch.compiler.is_compiling():
+            return functools.partial(steps.trace_schedule, scheduler)
+        return self.function.__get__(scheduler, owner)
+
+
 class Scheduler(lr_scheduler.LRScheduler):
     """What all schedulers here have beyond torch's: a formula to look at, and learning rates that stay what they are.
 
@@ -199,6 +217,21 @@ class Scheduler(lr_scheduler.LRScheduler):
         if cls.__init__ is not lr_scheduler.LRScheduler.__init__:
             # so that a learning rate that requires grad can be filled, and copies of it are detached
             cls.__init__ = torch.no_grad()(cls.__init__)  # type: ignore[method-assign]
+        if inspect.isfunction(cls.step):
+            cls.step = _Step(cls.step)  # type: ignore[assignment, method-assign]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Scheduler:
+        scheduler = super().__new__(cls)
+        scheduler._inputs = Inputs(scheduler)
+        return scheduler
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_inputs"}
+
+    @lower.constant_in_graphs
+    def _enter_graph(self) -> None:
+        self._inputs.look()
+        lower.trace_as_object(type(self))
 
     def expression(self, group: int = 0, of: str = "lr") -> sp.Expr:
         """The schedule of a param group as a sympy expression in ``t``, which is ``Symbol("t", nonnegative=True)``.
@@ -305,7 +338,8 @@ class Scheduler(lr_scheduler.LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch lays it out; either side loads the other's."""
-        return copied(super().state_dict())  # type: ignore[no-any-return]
+        state = super().state_dict()
+        return copied({k: v for k, v in state.items() if k != "_inputs"})  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict`` of this class or of torch's returned."""

@@ -1,0 +1,1 @@
+"""Steps inside a user's ``torch.compile``d function."""

@@ -1,0 +1,130 @@
+"""What a graph of the user's takes in for an optimizer, or for a schedule: a handle, and tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from compiled_optim import lower
+
+T = TypeVar("T")
+
+# Every operator says that it writes this, so that none is left out or moved past another: what they do is hidden.
+TOKEN = torch.zeros((), device="cpu")
+
+
+class Handle(lower.OpaqueBase):
+    """Stands for an optimizer or a schedule among the arguments of an operator."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = weakref.ref(owner)
+
+    def guarded(self) -> list[Any]:
+        """Asked before each call of a graph, which is right for this answer only."""
+        owner = self.owner()
+        if owner is None:
+            return []
+        owner._inputs.look()
+        return owner._inputs.guarded()  # type: ignore[no-any-return]
+
+
+lower.register_opaque(Handle, Handle.guarded)
+_library = torch.library.Library("compiled_optim", "DEF")
+
+
+def operator(fake: Callable[..., Any], *written: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Makes ``torch.ops.compiled_optim.<name>`` of a function that writes these arguments.
+
+    Args:
+        fake: called in its place where there are no values.
+    """
+
+    # torch.library.custom_op would take 25 us more in each call, for autograd and versions that no one reads in a graph
+    def register(function: Callable[..., T]) -> Callable[..., T]:
+        name = function.__name__
+        _library.define(name + torch.library.infer_schema(function, mutates_args=written))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"compiled_optim::{name}", fake, lib=_library)
+        return function
+
+    return register
+
+
+class Inputs:
+    """The tensors of one optimizer, or of a schedule on it. They are looked up before each call of a graph.
+
+    So ``load_state_dict``, and whatever else replaces a tensor, needs no other graph.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = weakref.ref(owner)
+        # Dynamo asks the guards of shorter names first, and this one brings the lists up to date
+        self.id = Handle(owner)
+        self.params: list[Tensor] = []
+        self.hyper: list[Tensor] = []  # the hyperparameters that are tensors
+
+    @property
+    def optimizer(self) -> Any:
+        owner = self._owner()
+        assert owner is not None, "the operators of a graph outlived their optimizer"
+        return getattr(owner, "optimizer", owner)
+
+    def look(self) -> None:
+        """Brings the lists up to date."""
+        groups = self.optimizer.param_groups
+        self.params = [p for group in groups for p in group["params"]]
+        self.hyper = [v for group in groups for v in hyper_tensors(group)]
+
+    def guarded(self) -> list[Any]:
+        """What else a graph depends on."""
+        return []
+
+    # Asked while a graph is traced; the answers are constants in it.
+
+    @lower.constant_in_graphs
+    def gradients_are_traced(self) -> bool:
+        """Whether the graph so far reads or makes gradients: then they are not in ``.grad`` when it runs."""
+        return lower.gradients_are_traced(self.params)
+
+    @lower.constant_in_graphs
+    def change_is_pending(self) -> bool:
+        """Whether the code so far changes what operators read on the host: that happens only after the graph."""
+        groups = self.optimizer.param_groups
+        return lower.change_is_pending([groups, *groups, self._owner()])
+
+    def run(self, action: Callable[[], T], *given: tuple[Sequence[Tensor], Sequence[Tensor]]) -> T:
+        """Runs an operator. ``given``: tensors that it was passed, and the real ones.
+
+        They are the same, unless the graph changed one before: then the new value is to be found in its stead, and what
+        the operator makes of it is expected there.
+        """
+        pairs = [
+            (passed, real)
+            for some, reals in given
+            if not same(some, reals)
+            for passed, real in zip(some, reals, strict=True)
+            if passed is not real and not passed.is_set_to(real)
+        ]
+        with torch.no_grad():
+            for passed, real in pairs:
+                real.copy_(passed)
+            result = action()
+            for passed, real in pairs:
+                passed.copy_(real)
+        return result
+
+
+def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether these are the same objects."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def hyper_tensors(group: dict[str, Any]) -> list[Tensor]:
+    """The hyperparameters of a param group that are tensors."""
+    values = [v for v in group.values() if isinstance(v, Tensor | tuple)]
+    return [v for value in values for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Tensor)]

@@ -1,0 +1,96 @@
+"""What stands for ``step`` and ``zero_grad`` inside a user's ``torch.compile``d function. Dynamo traces these functions.
+
+A compiled step is one operator, however many parameters there are. It takes gradients from ``.grad`` when it runs, so
+that one which is missing needs no other graph; but where the graph itself makes or changes gradients, it is given them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_optim import lower
+from compiled_optim.in_graph import rule
+from compiled_optim.in_graph.inputs import TOKEN, Handle, Inputs, operator
+
+
+def inputs_of(optimizer: Any) -> Inputs:
+    """What the graphs of an optimizer will take in."""
+    traced = hasattr(optimizer, "declaration") and not optimizer._compiled
+    return rule.RuleInputs(optimizer) if traced else Inputs(optimizer)
+
+
+def _enter(owner: Any) -> Any:
+    owner._enter_graph()
+    if owner._inputs.change_is_pending():
+        torch._dynamo.graph_break()
+    return owner._inputs
+
+
+def trace_step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
+    """A step of an optimizer that declares a rule."""
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    inputs = _enter(optimizer)
+    with torch.no_grad():
+        if optimizer._compiled or inputs.refuses():
+            grads = [p.grad for p in inputs.params] if inputs.gradients_are_traced() else []
+            torch.ops.compiled_optim.step(inputs.id, TOKEN, inputs.params, grads, inputs.hyper)
+        else:
+            rule.trace(optimizer, inputs)
+    return loss
+
+
+def trace_zero_grad(optimizer: Any, set_to_none: bool) -> None:
+    """``zero_grad`` of any optimizer here."""
+    inputs = _enter(optimizer)
+    if set_to_none:
+        for p in inputs.params:
+            p.grad = None
+    elif inputs.gradients_are_traced():
+        for p in inputs.params:
+            if p.grad is not None:
+                p.grad = torch.zeros_like(p.grad)
+    else:
+        torch.ops.compiled_optim.zero_grad(inputs.id, TOKEN)
+
+
+def trace_schedule(schedule: Any, *args: Any) -> None:
+    """A step of a schedule; ``args``: nothing, or a metric as a tensor."""
+    inputs = _enter(schedule)
+    metric = args[0].detach() if args else None
+    torch.ops.compiled_optim.schedule(inputs.id, TOKEN, inputs.hyper, metric)
+
+
+def _nothing(*arguments: Any) -> None: ...
+
+
+@operator(_nothing, "token", "params", "hyper")
+def step(handle: Handle, token: Tensor, params: list[Tensor], grads: list[Tensor | None], hyper: list[Tensor]) -> None:
+    optimizer: Any = handle.owner()
+    inputs = optimizer._inputs
+    kept = [p.grad for p in inputs.params] if grads else []
+    for p, grad in zip(inputs.params, grads, strict=False):
+        p.grad = grad
+    try:
+        inputs.run(lambda: optimizer._run_step(None), (params, inputs.params), (hyper, inputs.hyper))
+    finally:
+        for p, grad in zip(inputs.params, kept, strict=False):
+            p.grad = grad
+
+
+@operator(_nothing, "token")
+def zero_grad(handle: Handle, token: Tensor) -> None:
+    lower.undecorated("zero_grad")(handle.owner(), set_to_none=False)
+
+
+@operator(_nothing, "token", "hyper")
+def schedule(handle: Handle, token: Tensor, hyper: list[Tensor], metric: Tensor | None) -> None:
+    owner: Any = handle.owner()
+    inputs = owner._inputs
+    inputs.run(lambda: owner.step(*(() if metric is None else (metric,))), (hyper, inputs.hyper))
