@@ -72,6 +72,7 @@ class Counter:
 
 
 FIELDS = (Number, Flag, Buffer, Counter)
+_PLAIN = {float, int, bool}
 
 
 # Typed as Any so that a field can be annotated with the type of its value, as in a dataclass. By keyword only, for type
@@ -213,6 +214,9 @@ class Declaration:
         values: list[Any] = []
         has_tensors = False
         for (option, field), value in zip(self.options.items(), self.read(group), strict=True):
+            if type(value) in _PLAIN:
+                values.append(value)
+                continue
             has_tensors = has_tensors or type(value) is list
             for part in value if isinstance(field.default, tuple) else (value,):
                 if isinstance(part, Tensor):

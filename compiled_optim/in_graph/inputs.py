@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 # Every operator says that it writes this, so that none is left out or moved past another: what they do is hidden.
 TOKEN = torch.zeros((), device="cpu")
+_NUMBERS = {float, int, bool, type(None), list, str}  # the types that param groups hold most
 
 
 class Handle(lower.OpaqueBase):
@@ -74,11 +75,15 @@ class Inputs:
         assert owner is not None, "the operators of a graph outlived their optimizer"
         return getattr(owner, "optimizer", owner)
 
-    def look(self) -> None:
-        """Brings the lists up to date."""
+    def look(self) -> bool:
+        """Brings the lists up to date; whether there are other parameters than before."""
         groups = self.optimizer.param_groups
-        self.params = [p for group in groups for p in group["params"]]
+        params = groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
         self.hyper = [v for group in groups for v in hyper_tensors(group)]
+        if same(params, self.params):
+            return False
+        self.params = list(params)
+        return True
 
     def guarded(self) -> list[Any]:
         """What else a graph depends on."""
@@ -126,5 +131,12 @@ def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 def hyper_tensors(group: dict[str, Any]) -> list[Tensor]:
     """The hyperparameters of a param group that are tensors."""
-    values = [v for v in group.values() if isinstance(v, Tensor | tuple)]
-    return [v for value in values for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Tensor)]
+    found: list[Tensor] = []
+    for value in group.values():
+        if type(value) in _NUMBERS:
+            continue
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple):
+            found += [v for v in value if isinstance(v, Tensor)]
+    return found
