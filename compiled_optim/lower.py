@@ -18,6 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    get_eval_frame_callback,
+    set_code_exec_strategy,
+    set_eval_frame,
+)
 from torch._library.opaque_object import register_opaque_type
 from torch._opaque_base import OpaqueBase as OpaqueBase  # an object of such a class can be an argument of an operator
 from torch.optim.lbfgs import _strong_wolfe
@@ -223,13 +230,6 @@ def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
     That is a function, and what it calls is compiled as what surrounds it. Does not import Dynamo where there is none.
     """
     # `torch.compiler.disable` would silently run a closure and the model in it eagerly (#123479)
-    from torch._C._dynamo.eval_frame import (
-        _FrameAction,
-        _FrameExecStrategy,
-        set_code_exec_strategy,
-        set_eval_frame,
-    )
-
     @functools.wraps(function)
     def outside(*args: Any) -> T:
         *others, closure = args
@@ -250,6 +250,11 @@ def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
     set_code_exec_strategy(outside.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
     return outside
+
+
+def compiles_frames() -> bool:
+    """Whether the caller was called by a function under ``torch.compile``, of whose graphs it is no part."""
+    return callable(get_eval_frame_callback())
 
 
 def constant_in_graphs(method: Callable[..., T]) -> Callable[..., T]:

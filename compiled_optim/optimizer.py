@@ -131,7 +131,12 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             The loss of ``closure``, or None.
         """
         if torch.compiler.is_compiling():
-            return steps.trace_step(self, closure)
+            if closure is None:
+                steps.trace_step(self)
+                return None
+            return steps.trace_closure(self, closure)
+        if closure is not None and lower.compiles_frames():  # which the closure broke
+            return steps.resume_closure(self, closure)
         return self._run_step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it: 10 us a step, hooks or none

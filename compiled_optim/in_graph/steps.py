@@ -30,12 +30,8 @@ def _enter(owner: Any) -> Any:
     return owner._inputs
 
 
-def trace_step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
+def trace_step(optimizer: Any) -> None:
     """A step of an optimizer that declares a rule."""
-    loss = None
-    if closure is not None:
-        with torch.enable_grad():
-            loss = closure()
     inputs = _enter(optimizer)
     with torch.no_grad():
         if optimizer._compiled or inputs.refuses():
@@ -43,7 +39,30 @@ def trace_step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
             torch.ops.compiled_optim.step(inputs.id, TOKEN, inputs.params, grads, inputs.hyper)
         else:
             rule.trace(optimizer, inputs)
+
+
+def trace_closure(optimizer: Any, closure: Callable[[], Any]) -> Any:
+    """A step with a closure, as a part of the graph."""
+    with torch.enable_grad():
+        loss = closure()
+    trace_step(optimizer)
     return loss
+
+
+def resume_closure(optimizer: Any, closure: Callable[[], Any]) -> Any:
+    """A step with a closure that breaks the graph; not traced, but by its parts: two graphs as without a closure."""
+    with torch.enable_grad():
+        loss = closure()
+    _update(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+    return loss
+
+
+def _update(optimizer: Any, params: list[Tensor]) -> None:
+    # Dynamo looks at the parameters only to see that there are tensors in this function, or it would not trace it
+    if torch.compiler.is_compiling():
+        trace_step(optimizer)
+    else:
+        optimizer._run_step(None)
 
 
 def trace_zero_grad(optimizer: Any, set_to_none: bool) -> None:
