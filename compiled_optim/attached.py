@@ -31,7 +31,7 @@ class Attached:
     def look_up(self) -> None:
         """Takes the formulas and their constants from the schedule: when attached, and when it loads a checkpoint."""
         groups = range(len(self.schedule.optimizer.param_groups))
-        self._functions: dict[tuple[int, str], Callable[[float], float]] = {
+        self._functions: dict[tuple[int, str], Callable[[Any], Any]] = {
             (group, of): self.schedule.function(group, of) for group in groups for of in self.schedule.schedules
         }
         self._step: int = self.schedule._steps_taken
@@ -49,18 +49,18 @@ class Attached:
             group = groups[i]
             if of == "momentum" and "betas" in group:
                 beta1, *others = group["betas"]
-                group["betas"] = (self._moved(beta1, function, i, of), *others)
+                group["betas"] = (self._moved(beta1, function, group), *others)
             else:
-                group[of] = self._moved(group[of], function, i, of)
+                group[of] = self._moved(group[of], function, group)
         schedule._last_lr = [group["lr"] for group in groups]
 
-    def _moved(self, old: Any, function: Callable[[float], float], group: int, of: str) -> Any:
+    def _moved(self, old: Any, function: Callable[[Any], Any], group: dict[str, Any]) -> Any:
         if not isinstance(old, Tensor):
             return function(self._step)
-        if old.device.type == "cpu" and not self.schedule.optimizer.param_groups[group].get("capturable"):
+        if old.device.type == "cpu" and not group.get("capturable"):
             old.detach().fill_(function(self._step))
             return old
         if old.device not in self._counts:
             self._counts[old.device] = torch.full((), float(self._step), dtype=torch.float64, device=old.device)
-        old.detach().copy_(self.schedule.value(self._counts[old.device], group, of))
+        old.detach().copy_(function(self._counts[old.device]))
         return old

@@ -268,15 +268,20 @@ def register_opaque(cls: type[OpaqueBase], guard: Callable[[Any], list[Any]]) ->
     register_opaque_type(cls, typ="reference", guard_fn=guard)
 
 
-def trace_as_object(cls: type) -> None:
+def join_trace(cls: type) -> None:
     """While Dynamo traces: has it take objects of this class as any other, from now on and in this graph.
 
-    As optimizers they are guarded by identity, so that each instance needs a graph, and a look at ``param_groups``
-    makes every number in them a constant.
+    Optimizers would be guarded by identity, so that each instance needs a graph, and a look at ``param_groups`` would
+    make every number in them a constant.
     """
     from torch._dynamo.exc import RestartAnalysis
     from torch._dynamo.variables.builder import VariableBuilder
+    from torch._dynamo.variables.constant import ConstantVariable
 
+    # One object stands for each of these, in all graphs; and torch 2.13 notes in it where one was read, such as in a
+    # missing gradient, to read it there again: `p.grad = None` in another graph then assigned that gradient.
+    for constant in (None, True, False):
+        ConstantVariable.create(constant).source = None
     handlers = VariableBuilder._type_dispatch()
     if cls not in handlers and issubclass(cls, torch.optim.Optimizer):
         handlers[cls] = VariableBuilder.wrap_user_defined
@@ -309,7 +314,7 @@ def change_is_pending(objects: Iterable[Any]) -> bool:
     """While Dynamo traces: whether the code so far changes one of these objects, which happens after the graph only."""
     effects = _tracing().side_effects
     variables = (effects.id_to_variable.get(id(o)) for o in objects)
-    return any(effects.has_pending_mutation(v) for v in variables if v is not None)
+    return any(effects.is_modified(v) for v in variables if v is not None)
 
 
 def mark_static(tensors: Iterable[torch.Tensor]) -> None:
@@ -376,3 +381,9 @@ def kernels_generated() -> int:
     """How many kernels Inductor has generated in this process, for what goes through ``torch.compile``."""
     metrics = sys.modules.get("torch._inductor.metrics")
     return int(metrics.generated_kernel_count) if metrics else 0
+
+
+def graphs_compiled() -> int:
+    """How many graphs Dynamo has compiled in this process; ``torch.compiler.reset`` does not set it back."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return int(utils.counters["stats"]["unique_graphs"]) if utils else 0

@@ -168,7 +168,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     @lower.constant_in_graphs
     def _enter_graph(self) -> None:
         self._inputs.look()
-        lower.trace_as_object(type(self))
+        lower.join_trace(type(self))
 
     def attach(self, schedule: Any) -> None:
         """Lets a schedule move with the steps of this optimizer, so that it needs no ``step()`` of its own.

@@ -1,21 +1,30 @@
-"""A test kit for optimizers declared on this package: one call checks what the engine promises of every declaration.
+"""A test kit: `check` tests what the engine promises of every optimizer, `assert_compiles` that a loop compiles once.
 
-from compiled_optim.testing import check
+In a test module::
 
-def test_lion():
-    check(Lion)
+    from compiled_optim.testing import assert_compiles, check
+
+    def test_lion():
+        check(Lion)
+
+    def test_a_schedule_compiles_nothing():
+        train(steps=2)
+        with assert_compiles(0):
+            train(steps=100)
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compiled_optim import lower
 from compiled_optim.declare import Flag, Number
 from compiled_optim.kernels import cache_info
 from compiled_optim.optimizer import Optimizer
@@ -54,6 +63,41 @@ def check(cls: type[Optimizer], *option_sets: dict[str, Any], foreach: bool = Tr
                 _check_kernels(cls, options)
                 if cls.accepts_dense:
                     _check_layouts(cls, options)
+
+
+@dataclass
+class Compilations:
+    """What a block of `assert_compiles` compiled; 0 until the block has ended."""
+
+    graphs: int = 0
+    kernels: int = 0
+
+
+@contextmanager
+def assert_compiles(
+    n: int | None = None, *, graphs: int | None = None, kernels: int | None = None
+) -> Iterator[Compilations]:
+    """Checks how much a block compiles: ``with assert_compiles(0): train()``.
+
+    Yields an object whose ``graphs`` and ``kernels`` are known after the block, for checks such as "one at most". The
+    block may call ``torch.compiler.reset``, but not `cache_clear`, which sets the count of kernels back.
+
+    Args:
+        n: how many graphs and kernels together.
+        graphs: how many graphs ``torch.compile`` makes: one between two graph breaks, and again in each recompilation.
+        kernels: how many kernels of this package are new to the process, be they compiled or found on disk.
+
+    Raises:
+        AssertionError: if it was another number, with both counts. What the block itself raises passes unchanged.
+    """
+    found = Compilations()
+    graphs_before, kernels_before = lower.graphs_compiled(), cache_info().kernels
+    yield found
+    found.graphs, found.kernels = lower.graphs_compiled() - graphs_before, cache_info().kernels - kernels_before
+    both = f"found {found.graphs} graphs and {found.kernels} kernels"
+    assert n in (None, found.graphs + found.kernels), f"{n} graphs and kernels together expected, {both}"
+    assert graphs in (None, found.graphs), f"{graphs} graphs expected, {both}"
+    assert kernels in (None, found.kernels), f"{kernels} kernels expected, {both}"
 
 
 @contextmanager
@@ -138,26 +182,23 @@ def _check_checkpoint(cls: type[Optimizer], options: dict[str, Any], compiled: b
 
 
 def _check_kernels(cls: type[Optimizer], options: dict[str, Any]) -> None:
-    def new_kernels(action: Callable[[], Any]) -> int:
-        before = cache_info().kernels
-        action()
-        return cache_info().kernels - before
-
     optimizer = cls(_parameters(), **options, compiled=True)
-    first = new_kernels(lambda: _train(optimizer, range(2)))
-    assert first <= 1, f"the first step compiled {first} kernels"
+    with assert_compiles() as first:
+        _train(optimizer, range(2))
+    assert first.kernels <= 1, f"the first step compiled {first.kernels} kernels"
     for name, field in cls.declaration.options.items():
         value = optimizer.param_groups[0][name]
         if isinstance(field, Number) and (value or not field.switch):
             changed: Any = tuple(v * 0.9 for v in value) if isinstance(value, tuple) else value * 0.9
             optimizer.param_groups[0][name] = changed
-            new = new_kernels(lambda: _train(optimizer, range(2, 4)))
-            assert not new, f"{name} going from {value!r} to {changed!r} compiled a kernel"
+            with _told(f"{name} going from {value!r} to {changed!r}"), assert_compiles(0):
+                _train(optimizer, range(2, 4))
             optimizer.param_groups[0][name] = value
     optimizer.add_param_group({"params": _parameters([(4, 3)], seed=1)})
-    assert not new_kernels(lambda: _train(optimizer, range(4, 6))), "add_param_group compiled a kernel"
-    other = cls(_parameters([(2, 2)] * 9), **options, compiled=True)
-    assert not new_kernels(lambda: _train(other, range(2))), "a second optimizer compiled a kernel"
+    with _told("add_param_group"), assert_compiles(0):
+        _train(optimizer, range(4, 6))
+    with _told("a second optimizer"), assert_compiles(0):
+        _train(cls(_parameters([(2, 2)] * 9), **options, compiled=True), range(2))
 
 
 def _check_layouts(cls: type[Optimizer], options: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from cases import (
 )
 
 import compiled_optim
-from compiled_optim import kernels
+from compiled_optim.testing import assert_compiles
 
 SHAPES = [(3, 5), (7,), (), (33, 2)]
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
@@ -41,48 +40,29 @@ def step(optimizer: compiled_optim.Optimizer, *, skip: int | None = None) -> Non
     optimizer.step()
 
 
-@pytest.fixture
-def new_kernels() -> Callable[[], int]:
-    """How many kernels were loaded since the last call."""
-    seen = len(kernels._kernels)
-
-    def count() -> int:
-        nonlocal seen
-        new, seen = len(kernels._kernels) - seen, len(kernels._kernels)
-        return new
-
-    return count
-
-
 @each_class
-def test_every_kernel_at_once(cls: type[compiled_optim.Optimizer], new_kernels: Callable[[], int]) -> None:
+def test_every_kernel_at_once(cls: type[compiled_optim.Optimizer]) -> None:
     """One for each combination of switches and each dtype, compiled side by side: the first, for it saves minutes."""
     compiled_optim.cache_clear()
-    new_kernels()
     wanted = [(options, torch.float64) for options in switch_sets(cls)]
     narrow = [options for c, options in NARROW if c is cls]
     wanted += [(options, dtype) for options in narrow for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     optimizer = cls([{"params": parameters(dtype), **options} for options, dtype in wanted], compiled=True)
-    step(optimizer)
-    assert new_kernels() == len(wanted)
-    step(optimizer)
-    assert new_kernels() == 0
+    with assert_compiles(len(wanted)):
+        step(optimizer)
+    with assert_compiles(0):
+        step(optimizer)
     assert [(row.launches, row.tensors) for row in compiled_optim.explain(optimizer)] == [(1, 4)] * len(wanted)
 
 
 @pytest.mark.parametrize(("cls", "options"), ALL, ids=IDS)
-def test_one_kernel_and_only_at_the_first_step(
-    cls: type[compiled_optim.Optimizer], options: dict[str, Any], new_kernels: Callable[[], int]
-) -> None:
+def test_one_kernel_and_only_at_the_first_step(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) -> None:
     compiled_optim.cache_clear()
-    new_kernels()
-    optimizer = cls(parameters(), compiled=True, **options)
-    assert new_kernels() == 0  # building an optimizer compiles nothing
-    per_step = []
-    for _ in range(4):
-        step(optimizer)
-        per_step.append(len(kernels._kernels))
-    assert per_step == [1, 1, 1, 1]
+    with assert_compiles(0):  # building an optimizer compiles nothing
+        optimizer = cls(parameters(), compiled=True, **options)
+    for expected in (1, 0, 0, 0):
+        with assert_compiles(expected):
+            step(optimizer)
     (row,) = compiled_optim.explain(optimizer)
     assert (row.execution, row.launches, row.tensors) == ("multi_tensor", 1, len(SHAPES))
     assert row.elements == sum(p.numel() for p in optimizer.param_groups[0]["params"])
@@ -91,19 +71,16 @@ def test_one_kernel_and_only_at_the_first_step(
 
 
 @each_class
-def test_no_value_of_a_hyperparameter_makes_a_kernel(
-    cls: type[compiled_optim.Optimizer], new_kernels: Callable[[], int]
-) -> None:
+def test_no_value_of_a_hyperparameter_makes_a_kernel(cls: type[compiled_optim.Optimizer]) -> None:
     optimizer = cls(parameters(), compiled=True, **rich_options(cls))
     step(optimizer)
-    new_kernels()
     values = {k: [sample(k, field, fraction) for fraction in (0.2, 0.4, 0.7)] for k, field in numbers_of(cls).items()}
     values["lr"] += [0.0, 0, 1, torch.tensor(0.1)]
     for name, several in values.items():
         for value in several:
             optimizer.param_groups[0][name] = value
-            step(optimizer)
-        assert new_kernels() == 0, name
+            with assert_compiles(0):
+                step(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -111,41 +88,36 @@ def test_no_value_of_a_hyperparameter_makes_a_kernel(
     [(cls, name) for cls in CLASSES for name, field in numbers_of(cls).items() if field.switch],
     ids=lambda v: getattr(v, "__name__", v),
 )
-def test_a_number_from_zero_adds_one_kernel_at_most(
-    cls: type[compiled_optim.Optimizer], switch: str, new_kernels: Callable[[], int]
-) -> None:
+def test_a_number_from_zero_adds_one_kernel_at_most(cls: type[compiled_optim.Optimizer], switch: str) -> None:
     optimizer = cls(parameters(), compiled=True)
     step(optimizer)
-    new_kernels()
-    for value in (0.1, 0.2, 0.0, 0.3):
-        optimizer.param_groups[0][switch] = value
-        step(optimizer)
-    assert new_kernels() <= 1
+    with assert_compiles() as compiled:
+        for value in (0.1, 0.2, 0.0, 0.3):
+            optimizer.param_groups[0][switch] = value
+            step(optimizer)
+    assert compiled.kernels <= 1
 
 
 @each_class
-def test_life_of_an_optimizer_makes_no_second_kernel(
-    cls: type[compiled_optim.Optimizer], new_kernels: Callable[[], int]
-) -> None:
+def test_life_of_an_optimizer_makes_no_second_kernel(cls: type[compiled_optim.Optimizer]) -> None:
     options = rich_options(cls)  # so that there is all the state there can be
     params = parameters()
     optimizer = cls(params, compiled=True, **options)
     step(optimizer)
-    new_kernels()
-    for i in range(8):  # gradients missing in rotation, as in a mixture of experts
-        step(optimizer, skip=i % len(params))
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    step(optimizer)
-    optimizer.add_param_group({"params": parameters(shapes=[(9,), (2, 2)]), "lr": 0.3})
-    step(optimizer)
-    step(copy.deepcopy(optimizer))
-    step(cls(parameters(), compiled=True, **options))  # a second optimizer
-    step(cls(parameters(shapes=[(128, 3), (1,)] * 20), compiled=True, **options))  # another model
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    for _ in range(3):
+    with assert_compiles(0):
+        for i in range(8):  # gradients missing in rotation, as in a mixture of experts
+            step(optimizer, skip=i % len(params))
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         step(optimizer)
-        scheduler.step()
-    assert new_kernels() == 0
+        optimizer.add_param_group({"params": parameters(shapes=[(9,), (2, 2)]), "lr": 0.3})
+        step(optimizer)
+        step(copy.deepcopy(optimizer))
+        step(cls(parameters(), compiled=True, **options))  # a second optimizer
+        step(cls(parameters(shapes=[(128, 3), (1,)] * 20), compiled=True, **options))  # another model
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        for _ in range(3):
+            step(optimizer)
+            scheduler.step()
 
 
 def test_groups_share_a_launch_unless_a_switch_differs() -> None:
@@ -160,23 +132,21 @@ def test_groups_share_a_launch_unless_a_switch_differs() -> None:
     assert sorted((row.launches, row.tensors) for row in compiled_optim.explain(adam)) == [(1, 4), (1, 4)]
 
 
-def test_one_launch_for_each_dtype(new_kernels: Callable[[], int]) -> None:
+def test_one_launch_for_each_dtype() -> None:
     compiled_optim.cache_clear()
-    new_kernels()
     params = [p for dtype in (torch.float32, torch.float64, torch.complex128) for p in parameters(dtype)]
     optimizer = compiled_optim.AdamW(params, compiled=True)
-    step(optimizer)
+    with assert_compiles(2):  # a complex tensor is pairs of reals to the kernel
+        step(optimizer)
     rows = {row.dtype: (row.launches, row.tensors) for row in compiled_optim.explain(optimizer)}
     assert rows == {"float32": (1, 4), "float64": (1, 4), "complex128": (1, 4)}
-    assert new_kernels() == 2  # a complex tensor is pairs of reals to the kernel
 
 
-def test_no_gradients_means_no_kernel_and_no_state(new_kernels: Callable[[], int]) -> None:
+def test_no_gradients_means_no_kernel_and_no_state() -> None:
     compiled_optim.cache_clear()
-    new_kernels()
     optimizer = compiled_optim.Adam(parameters(), compiled=True)
-    optimizer.step()
-    assert new_kernels() == 0
+    with assert_compiles(0):
+        optimizer.step()
     assert not optimizer.state
     assert compiled_optim.cache_info().misses == 0
 

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from compiled_optim import kernels, lower
 from compiled_optim.algorithms import AdamW
+from compiled_optim.testing import assert_compiles
 from compiled_optim.trace import Signature, trace
 
 
@@ -72,13 +73,18 @@ def test_a_step_inside_a_compiled_function_runs_outside_its_graphs() -> None:
         return x + 1
 
     outside = lower.outside_graphs(inside)
-    graphs = []
-    compiled = torch.compile(
-        lambda x: outside(x * 2) * 3, backend=lambda graph, _: graphs.append(graph) or graph.forward
-    )
-    assert compiled(torch.ones(1)).item() == 9
+    compiled = torch.compile(lambda x: outside(x * 2) * 3, backend="eager")
+    with assert_compiles(graphs=2):
+        assert compiled(torch.ones(1)).item() == 9
     assert seen == [False]
-    assert len(graphs) == 2
+
+
+def test_dynamo_counts_its_graphs() -> None:
+    before = lower.graphs_compiled()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    assert lower.graphs_compiled() == before + 1
+    torch.compiler.reset()
+    assert lower.graphs_compiled() == before + 1
 
 
 def test_rules_trace_on_a_symbolic_length() -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import swa_utils as stock
 
 import compiled_optim
-from compiled_optim import CompileError, CompileFallbackWarning, kernels, swa_utils
+from compiled_optim import CompileError, CompileFallbackWarning, swa_utils
 from compiled_optim.swa_utils import AveragedModel
+from compiled_optim.testing import assert_compiles
 
 
 def mix(average: Tensor, model: Tensor, averaged: Any) -> Tensor:
@@ -123,29 +124,15 @@ def test_dtypes(dtype: torch.dtype) -> None:
         torch.testing.assert_close(p.detach().to(q.dtype), q.detach(), rtol=rounding, atol=rounding)
 
 
-@pytest.fixture
-def new_kernels() -> Callable[[], int]:
-    """How many kernels were loaded since the last call."""
-    seen = len(kernels._kernels)
-
-    def count() -> int:
-        nonlocal seen
-        new, seen = len(kernels._kernels) - seen, len(kernels._kernels)
-        return new
-
-    return count
-
-
-def test_one_kernel_for_every_weighted_average(new_kernels: Callable[[], int]) -> None:
+def test_one_kernel_for_every_weighted_average() -> None:
     compiled_optim.cache_clear()
-    new_kernels()
-    for label, (_, options) in AVERAGES.items():
-        if "custom" not in label:
-            for model in (Net(), nn.Linear(3, 3), nn.Sequential(*(nn.Linear(2, 2) for _ in range(9)))):
-                mine = AveragedModel(model, **options, compiled=True)
-                for _ in range(3):
-                    mine.update_parameters(model)
-    assert new_kernels() == 1
+    with assert_compiles(1):
+        for label, (_, options) in AVERAGES.items():
+            if "custom" not in label:
+                for model in (Net(), nn.Linear(3, 3), nn.Sequential(*(nn.Linear(2, 2) for _ in range(9)))):
+                    mine = AveragedModel(model, **options, compiled=True)
+                    for _ in range(3):
+                        mine.update_parameters(model)
 
 
 def test_one_plan_for_all_updates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,15 +262,14 @@ def test_strict_mode_forbids_to_fall_back(options: dict[str, Any]) -> None:
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
-def test_switched_off(monkeypatch: pytest.MonkeyPatch, new_kernels: Callable[[], int]) -> None:
+def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled_optim.cache_clear()
-    new_kernels()
     monkeypatch.setenv("COMPILED_OPTIM_DISABLE", "1")
     model = nn.Linear(3, 3)
     mine = AveragedModel(model, compiled=True)
-    for _ in range(3):
-        mine.update_parameters(model)
-    assert new_kernels() == 0
+    with assert_compiles(0):
+        for _ in range(3):
+            mine.update_parameters(model)
 
 
 @pytest.mark.parametrize("get", [swa_utils.get_ema_avg_fn, swa_utils.get_ema_multi_avg_fn])

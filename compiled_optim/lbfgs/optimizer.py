@@ -96,7 +96,7 @@ class LBFGS(torch.optim.LBFGS):
     @lower.constant_in_graphs
     def _enter_graph(self) -> None:
         self._inputs.look()
-        lower.trace_as_object(type(self))
+        lower.join_trace(type(self))
 
     def _run_step(self, closure: Callable[[], Any]) -> Any:
         self._opt_called = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import functools
-import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -190,18 +189,18 @@ def assigned(old: Any, new: Any) -> Any:
 
 
 class _Step:
-    """``step`` of a scheduler: the function, called as by itself, for torch's warnings name the caller; in a graph, an
-    operator."""
+    """A scheduler's ``step``: the function itself, or torch's, for torch warns in the name of its caller; in a user's
+    graph an operator."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
+        self._function = function
 
-    def __get__(self, scheduler: Any, owner: Any = None) -> Any:
-        if scheduler is None:
-            return self.function
-        if torch.compiler.is_compiling():
+    def __get__(self, scheduler: Any, owner: Any) -> Any:
+        if scheduler is not None and torch.compiler.is_compiling():
             return functools.partial(steps.trace_schedule, scheduler)
-        return self.function.__get__(scheduler, owner)
+        if self._function is None:
+            return super(Scheduler, owner if scheduler is None else scheduler).step
+        return self._function.__get__(scheduler, owner)
 
 
 class Scheduler(lr_scheduler.LRScheduler):
@@ -211,14 +210,16 @@ class Scheduler(lr_scheduler.LRScheduler):
     """
 
     schedules: tuple[str, ...] = ("lr",)
+    step = _Step()  # type: ignore[assignment]
+    _inputs: Inputs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__init__ is not lr_scheduler.LRScheduler.__init__:
             # so that a learning rate that requires grad can be filled, and copies of it are detached
             cls.__init__ = torch.no_grad()(cls.__init__)  # type: ignore[method-assign]
-        if inspect.isfunction(cls.step):
-            cls.step = _Step(cls.step)  # type: ignore[assignment, method-assign]
+        if "step" in vars(cls):
+            cls.step = _Step(vars(cls)["step"])  # type: ignore[assignment, method-assign]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Scheduler:
         scheduler = super().__new__(cls)
@@ -231,7 +232,7 @@ class Scheduler(lr_scheduler.LRScheduler):
     @lower.constant_in_graphs
     def _enter_graph(self) -> None:
         self._inputs.look()
-        lower.trace_as_object(type(self))
+        lower.join_trace(type(self))
 
     def expression(self, group: int = 0, of: str = "lr") -> sp.Expr:
         """The schedule of a param group as a sympy expression in ``t``, which is ``Symbol("t", nonnegative=True)``.
@@ -259,12 +260,15 @@ class Scheduler(lr_scheduler.LRScheduler):
         """
         return evaluate(self._checked(group, of), t)
 
-    def function(self, group: int = 0, of: str = "lr") -> Callable[[float], float]:
-        """The closed form on the host with all but the step looked up: 1 us a call, where `value` takes 4 to 20."""
-        expression, values = self._checked(group, of)
-        names, function = compiled(expression)
-        numbers = [float(values[name]) for name in names]
-        return lambda step: function(step, *numbers)
+    def function(self, group: int = 0, of: str = "lr") -> Callable[[Any], Any]:
+        """The closed form with all but the step looked up, which is a number or a tensor of steps, as for `value`.
+
+        A number takes 1 us. With `value` it is 4 to 20, and hundreds where that has to trace a Python function.
+        """
+        form = self._checked(group, of)
+        names, of_numbers = compiled(form[0])
+        numbers = [float(form[1][name]) for name in names]
+        return lambda step: evaluate(form, step) if isinstance(step, Tensor) else of_numbers(step, *numbers)
 
     def latex(self, group: int = 0, of: str = "lr") -> str:
         r"""The formula of a param group in LaTeX, such as ``\eta_{t} = 0.1 \cdot {0.9}^{t}``."""

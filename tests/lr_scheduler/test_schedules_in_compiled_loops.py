@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 from schedule_cases import CASES, LRS
 
 import compiled_optim
 from compiled_optim import lr_scheduler
+from compiled_optim.testing import assert_compiles
 
 
 # torch's own, of the loss that lives on over the break at backward()
@@ -19,13 +19,7 @@ from compiled_optim import lr_scheduler
 @pytest.mark.parametrize("tensor", [False, True], ids=["float lr", "tensor lr"])
 @pytest.mark.parametrize("build", CASES.values(), ids=CASES.keys())
 def test_no_recompiles(build: Any, tensor: bool, attach: bool) -> None:
-    torch._dynamo.reset()
-    graphs: list[Any] = []
-
-    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+    torch.compiler.reset()
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)).double()
     rates = [torch.tensor(lr, dtype=torch.float64) if tensor else lr for lr in LRS]
     groups = [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(model, rates, strict=True)]
@@ -34,7 +28,7 @@ def test_no_recompiles(build: Any, tensor: bool, attach: bool) -> None:
     if attach:
         optimizer.attach(schedule)
 
-    @torch.compile(backend=count)
+    @torch.compile(backend="eager")
     def train(x: torch.Tensor) -> torch.Tensor:
         loss = model(x).square().mean()
         loss.backward()
@@ -42,12 +36,14 @@ def test_no_recompiles(build: Any, tensor: bool, attach: bool) -> None:
         optimizer.zero_grad()
         return loss
 
-    x = torch.randn(4, 3, dtype=torch.float64)
-    for i in range(12):
-        train(x)
-        if not attach:
-            schedule.step()
-        if i == 1:
-            traced = len(graphs)
-    assert traced > 0
-    assert len(graphs) == traced
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            train(torch.randn(4, 3, dtype=torch.float64))
+            if not attach:
+                schedule.step()
+
+    with assert_compiles() as first:
+        run(2)
+    assert first.graphs > 0
+    with assert_compiles(0):
+        run(10)
