@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from time import perf_counter
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
@@ -39,14 +39,14 @@ class Transformer(nn.Module):
 
 def mlp() -> tuple[nn.Module, Tensor, Tensor]:
     widths = [64, 128, 128, 10]
-    layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())][:-1]
+    layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())][:-1]
     return nn.Sequential(*layers), torch.randn(64, 64), torch.randint(10, (64,))
 
 
 def conv_net() -> tuple[nn.Module, Tensor, Tensor]:
     widths = [3, 16, 32, 64]
     blocks: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         blocks += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
     model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     return model, torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
@@ -57,26 +57,43 @@ def transformer() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 MODELS = {"MLP": mlp, "conv net": conv_net, "transformer": transformer}
-WAYS = ["torch outside", "torch fused outside", "torch inside", "ours inside", "ours inside, compiled"]
 
 
-def build(model_name: str, way: str, one_graph: bool = False, backend: Any = "inductor") -> Loop:
-    """A scheduled training step. "outside" of the compiled function are the optimizer, and torch's scheduler always."""
+class Way(NamedTuple):
+    """Where the optimizer stands. ``one_graph``: with trace_autograd_ops; ``cold``: whether first steps are timed."""
+
+    name: str
+    ours: bool
+    options: dict[str, Any]
+    inside: bool = True
+    one_graph: bool = False
+    cold: bool = True
+
+
+WAYS = [
+    Way("torch outside", False, {}, inside=False),
+    Way("torch fused outside", False, {"fused": True}, inside=False, cold=False),
+    Way("torch inside", False, {}),
+    Way("ours inside", True, {}),
+    Way("ours inside, compiled", True, {"compiled": True}),
+    Way("ours inside, one graph", True, {}, one_graph=True),
+    Way("ours inside, compiled, one graph", True, {"compiled": True}, one_graph=True),
+]
+
+
+def build(model_name: str, way: Way) -> Loop:
+    """A scheduled training step. torch's scheduler cannot be traced: it stands outside."""
     import compiled_optim
     from compiled_optim import lr_scheduler
 
     torch.manual_seed(0)
     model, x, y = MODELS[model_name]()
-    ours, inside = way.startswith("ours"), "inside" in way
-    optimizer: Any
-    if ours:
-        optimizer = compiled_optim.AdamW(model.parameters(), lr=1e-3, compiled="compiled" in way)
-    else:
-        # of a float inside the loop, each new value is a new graph; and capturable is refused on CPU
-        lr = torch.tensor(1e-3) if inside else 1e-3
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused="fused" in way or None)
-    module = lr_scheduler if ours else torch.optim.lr_scheduler
-    schedule = module.CosineAnnealingLR(optimizer, T_max=1000)
+    # of a float inside the loop, torch.optim makes a graph for each new value
+    lr = torch.tensor(1e-3) if way.inside and not way.ours else 1e-3
+    module: Any = compiled_optim if way.ours else torch.optim
+    optimizer = module.AdamW(model.parameters(), lr=lr, **way.options)
+    schedulers: Any = lr_scheduler if way.ours else torch.optim.lr_scheduler
+    schedule = schedulers.CosineAnnealingLR(optimizer, T_max=1000)
 
     def forward_backward() -> Tensor:
         loss = nn.functional.cross_entropy(model(x), y)
@@ -88,42 +105,43 @@ def build(model_name: str, way: str, one_graph: bool = False, backend: Any = "in
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if ours:
+        if way.ours:
             schedule.step()
         return loss.detach()
 
     # Dynamo keeps graphs by code object: another rival's would be asked first, in each call
-    function = train if inside else forward_backward
+    function = train if way.inside else forward_backward
     code = function.__code__.replace(co_name=f"loop_{next(_numbers)}")
     alone = FunctionType(code, globals(), code.co_name, None, function.__closure__)
-    compiled = torch.compile(alone, backend=backend, fullgraph=one_graph)
+    compiled = torch.compile(alone, fullgraph=way.one_graph)
 
     def loop() -> Tensor:
         loss = compiled().detach()
-        if not inside:
+        if not way.inside:
             optimizer.step()
             optimizer.zero_grad()
-        if not ours:
+        if not way.ours:
             schedule.step()
         return loss
 
     return loop
 
 
-def main(model_name: str, way: str, one_graph: bool) -> None:
-    """Of one way in a process of its own: seconds to the first step, and the graphs of 50 steps."""
+def main(model_name: str, way: Way) -> None:
+    """Seconds to the first step, and the graphs of 50 more."""
     from torch._dynamo.utils import counters
 
-    torch._dynamo.config.trace_autograd_ops = one_graph
+    torch._dynamo.config.trace_autograd_ops = way.one_graph
     begun = perf_counter()
-    loop = build(model_name, way, one_graph)
+    loop = build(model_name, way)
     loop()
     seconds = perf_counter() - begun
     graphs = counters["stats"]["unique_graphs"]
-    losses = [loop().item() for _ in range(STEPS)]
+    for _ in range(STEPS):
+        loop()
     recompiles = counters["stats"]["unique_graphs"] - graphs
-    print(json.dumps({"seconds": seconds, "graphs": graphs, "recompiles": recompiles, "loss": losses[-1]}))
+    print(json.dumps({"seconds": round(seconds, 2), "graphs": graphs, "recompiles": recompiles}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3] == "one")
+    main(sys.argv[1], next(way for way in WAYS if way.name == sys.argv[2]))

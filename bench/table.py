@@ -94,6 +94,27 @@ def first_step(results: Results) -> Iterator[str]:
     yield from table(["seconds to the first step, fresh process, without `import torch`", *names], rows)
 
 
+def loops(results: Results) -> Iterator[str]:
+    for label, info in results:
+        if rows := info.get("loops"):
+            outside, inside = rows["torch outside"]["seconds"], rows["torch inside"]["seconds"]
+            cells = []
+            for way, row in rows.items():
+                seconds = row.get("seconds")
+                more = None if seconds is None else max(seconds - outside, 0.0)
+                times = [number(seconds), number(more), number(row["milliseconds"])]
+                cells.append([way, *(str(row.get(k, "-")) for k in ("graphs", "recompiles")), *times])
+            head = [f"{label}", "graphs", "recompiles in 50 steps", "s to the first step", "s more than outside"]
+            yield from table([*head, "ms an iteration"], cells)
+            compiled = rows["ours inside, compiled"]["seconds"]
+            yield ""
+            yield (
+                f"First step, torch inside / ours inside, compiled: {ratio(inside / compiled)}; of what the optimizer "
+                f"adds to the model's own compilation, {number(inside - outside)} s against "
+                f"{number(max(compiled - outside, 0.0))} s."
+            )
+
+
 def tables(report: dict[str, Any]) -> str:
     results: Results = []
     for entry in report["benchmarks"]:
@@ -108,7 +129,7 @@ def tables(report: dict[str, Any]) -> str:
         f"Median milliseconds, float32, everything included; all columns of a row in one run, in rotation, on the same "
         f"tensors. {machine}, 2 cores, a copy moves {first('copy_gigabytes_per_second')} GB/s. torch 2.13.0, CPU.",
     ]
-    for part in (steps, lbfgs, sparse, averages, host, first_step):
+    for part in (steps, lbfgs, sparse, averages, loops, host, first_step):
         lines += part(results)
     extra = first("extra_bytes") / 1024
     lines += [

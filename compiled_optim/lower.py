@@ -229,9 +229,10 @@ def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
 
     That is a function, and what it calls is compiled as what surrounds it. Does not import Dynamo where there is none.
     """
+
     # `torch.compiler.disable` would silently run a closure and the model in it eagerly (#123479)
     @functools.wraps(function)
-    def outside(*args: Any) -> T:
+    def outside(*args: Any) -> Any:
         *others, closure = args
         compiling = set_eval_frame(None)
 
@@ -247,7 +248,8 @@ def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
         finally:
             set_eval_frame(compiling)
 
-    set_code_exec_strategy(outside.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
+    code: Any = outside.__code__  # type: ignore[attr-defined]
+    set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
     return outside
 

@@ -23,7 +23,9 @@ class Counts:
         states: the state of each parameter; the views take their places in it.
     """
 
-    def __init__(self, names: Sequence[str], dtype: torch.dtype, groups: list[int], states: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, names: Sequence[str], dtype: torch.dtype, groups: list[int], states: list[dict[str, Any]]
+    ) -> None:
         self._groups, self._states = groups, states
         self._vectors = {name: torch.zeros(len(states), dtype=dtype, device="cpu") for name in names}
         self._views = {name: vector.unbind() for name, vector in self._vectors.items()}

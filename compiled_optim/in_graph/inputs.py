@@ -35,7 +35,7 @@ class Handle(lower.OpaqueBase):
 
 
 lower.register_opaque(Handle, Handle.guarded)
-_library = torch.library.Library("compiled_optim", "DEF")
+_library: Any = torch.library.Library("compiled_optim", "DEF")  # type: ignore[no-untyped-call]
 
 
 def operator(fake: Callable[..., Any], *written: str) -> Callable[[Callable[..., T]], Callable[..., T]]:

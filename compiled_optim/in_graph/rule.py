@@ -31,11 +31,13 @@ class Layout(NamedTuple):
     """What the operator must know of a graph; graphs name it by number, for all optimizers alike.
 
     ``rows`` of the table: a param group, and a parameter whose scalars they are (-1: the hyperparameters themselves).
-    ``members``: the parameters that are counted on the host, by position, and ``row_of`` each.
+    ``members``: the parameters that are updated, by position; ``counted``: those whose steps the host counts, and
+    ``row_of`` each of these.
     """
 
     rows: tuple[tuple[int, int], ...]
     members: tuple[int, ...]
+    counted: tuple[int, ...]
     row_of: tuple[int, ...]
 
 
@@ -64,17 +66,17 @@ class RuleInputs(Inputs):
     to need is made when that is traced, and becomes the optimizer's when it runs.
     """
 
-    states: list[dict[str, Any]]
-
     def __init__(self, optimizer: Optimizer) -> None:
+        self.states: list[dict[str, Any]] = []
+        self._counts = Counts((), torch.float32, [], [])
         self._groups: list[int] = []  # of each parameter
-        self._live: list[dict[str, Any]] | None = None
+        self._live: list[dict[str, Any]] = []
         self._cannot = ""
         super().__init__(optimizer)
 
     def look(self) -> bool:
         optimizer = self.optimizer
-        changed = super().look() or self._live is None
+        changed = super().look()
         if changed or not (same([*optimizer.state.values()], self._live) and self._counts.are_in_place()):
             self._gather(optimizer)
         return changed
@@ -82,7 +84,7 @@ class RuleInputs(Inputs):
     def _gather(self, optimizer: Optimizer) -> None:
         groups, params = optimizer.param_groups, self.params
         self._groups = [i for i, group in enumerate(groups) for _ in group["params"]]
-        self.states = [optimizer.state[p] if p in optimizer.state else {} for p in params]
+        self.states = [optimizer.state.get(p, {}) for p in params]
         on_host = [i for i, g in enumerate(self._groups) if not groups[g].get("capturable")]
         names = optimizer.declaration.counts if on_host else ()
         dtype = optimizer._count_tensor(torch.empty(()), {}, 0.0).dtype
@@ -174,10 +176,10 @@ class RuleInputs(Inputs):
                 names = names or tuple(evaluate(type(optimizer), h, self._counts.next(i))[0])
             dtypes = tuple(self.states[i][name].dtype for name in buffers)
             parts.setdefault((p.device, p.dtype, dtypes, width, switches[g], buffers, hyper), []).append((i, row))
-        lists = [Part(*zip(*pairs, strict=True), *key[3:]) for key, pairs in parts.items()]
+        lists = [Part(*map(tuple, zip(*pairs, strict=True)), *key[3:]) for key, pairs in parts.items()]  # type: ignore[arg-type]
         state = (self.states[i][name] for part in lists for i in part.members for name in part.buffers)
         lower.mark_static([*self.params, *state])
-        layout = Layout(tuple(rows), tuple(i for i, _ in counted), tuple(row for _, row in counted))
+        layout = Layout(tuple(rows), tuple(members), tuple(i for i, _ in counted), tuple(row for _, row in counted))
         if layout not in _numbers:
             _numbers[layout] = len(_layouts)
             _layouts.append(layout)
@@ -198,7 +200,7 @@ class RuleInputs(Inputs):
             row = [float(v) if isinstance(v, Real) else 0.0 for v in values.values()]
             table.append(row + [0.0] * (columns - len(row)))
             carried.append(after)
-        self._counts.advance(layout.members, [carried[row] for row in layout.row_of] if any(carried) else ())
+        self._counts.advance(layout.counted, [carried[row] for row in layout.row_of] if any(carried) else ())
         if len(optimizer.state) < len(self.params):
             self._give(optimizer, layout.members)
         optimizer._stepped()
@@ -225,7 +227,8 @@ def _sources(declaration: Declaration, group: dict[str, Any], hyper: list[Tensor
     Of a tensor its place in ``hyper``, as an int; of another number its column in the table, in a tuple; and the value
     of an option, in a tuple of two.
     """
-    places, sources = {id(t): i for i, t in enumerate(hyper)}, []
+    places = {id(t): i for i, t in enumerate(hyper)}
+    sources: list[tuple[str, Any]] = []
     names = iter(declaration.hyper_type._fields)
     for option, field in declaration.options.items():
         value = group[option]
@@ -235,9 +238,7 @@ def _sources(declaration: Declaration, group: dict[str, Any], hyper: list[Tensor
     return tuple(sources)
 
 
-def _table(
-    handle: Any, token: Tensor, hyper: Any, layout: int, rows: int, columns: int, dtype: torch.dtype
-) -> Tensor:
+def _table(handle: Any, token: Tensor, hyper: Any, layout: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype, device="cpu")
 
 
@@ -286,4 +287,4 @@ def _scalars_on_device(
         state = {name: inputs.states[i][name] for name in counts}
         updates.append(Update(0, inputs.params[i], inputs.params[i], state, (), counts, False))
     found = eager.on_device(updates, lambda group, counts: evaluate(algorithm, h, counts))
-    return {k: v.tensors if isinstance(v, TensorList) else [v] * len(members) for k, v in found.items()}
+    return {k: list(v.tensors) if isinstance(v, TensorList) else [v] * len(members) for k, v in found.items()}

@@ -1,4 +1,4 @@
-"""What stands for ``step`` and ``zero_grad`` inside a user's ``torch.compile``d function. Dynamo traces these functions.
+"""What stands for ``step`` and ``zero_grad`` inside a user's ``torch.compile``d function, for Dynamo to trace.
 
 A compiled step is one operator, however many parameters there are. It takes gradients from ``.grad`` when it runs, so
 that one which is missing needs no other graph; but where the graph itself makes or changes gradients, it is given them.

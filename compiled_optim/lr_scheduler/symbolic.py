@@ -199,7 +199,7 @@ class _Step:
         if scheduler is not None and torch.compiler.is_compiling():
             return functools.partial(steps.trace_schedule, scheduler)
         if self._function is None:
-            return super(Scheduler, owner if scheduler is None else scheduler).step
+            return super(Scheduler, owner if scheduler is None else scheduler).step  # type: ignore[misc]
         return self._function.__get__(scheduler, owner)
 
 
@@ -210,7 +210,7 @@ class Scheduler(lr_scheduler.LRScheduler):
     """
 
     schedules: tuple[str, ...] = ("lr",)
-    step = _Step()  # type: ignore[assignment]
+    step = _Step()
     _inputs: Inputs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -219,7 +219,7 @@ class Scheduler(lr_scheduler.LRScheduler):
             # so that a learning rate that requires grad can be filled, and copies of it are detached
             cls.__init__ = torch.no_grad()(cls.__init__)  # type: ignore[method-assign]
         if "step" in vars(cls):
-            cls.step = _Step(vars(cls)["step"])  # type: ignore[assignment, method-assign]
+            cls.step = _Step(vars(cls)["step"])
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Scheduler:
         scheduler = super().__new__(cls)

@@ -27,7 +27,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(20, 6, sparse=True) if sparse else None
         self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
         self.to(dtype)
-        self.trained = [p for p in (self.embedding or self.layers).parameters()]
+        self.trained = list((self.embedding or self.layers).parameters())
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.layers(x if self.embedding is None else self.embedding(x))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import ALL, CLASSES, autograd_traced, batch, build, compile_alone, train
+from loops import CLASSES, autograd_traced, batch, build, compile_alone, train
 
 from compiled_optim import lr_scheduler
 from compiled_optim.testing import assert_compiles
@@ -33,7 +33,7 @@ def curves(cls: Any, options: dict[str, Any], step: Any, steps: int = STEPS) -> 
 def assert_curves_agree(ours: list[float], theirs: list[float]) -> None:
     # rounding of float32 in the losses, and what it grows to over 50 steps
     assert ours == pytest.approx(theirs, rel=2e-5)
-    assert ours[-1] < ours[0]
+    assert sum(ours[-7:]) < sum(ours[:7])  # of the same batches
 
 
 @both

