@@ -319,6 +319,11 @@ def change_is_pending(objects: Iterable[Any]) -> bool:
     return any(effects.is_modified(v) for v in variables if v is not None)
 
 
+def break_graph() -> None:
+    """Ends the graph that Dynamo is tracing; traced."""
+    torch._dynamo.graph_break()
+
+
 def mark_static(tensors: Iterable[torch.Tensor]) -> None:
     """Tells CUDA graphs that these stay where they are, or each replay would copy them."""
     for tensor in tensors:

@@ -23,6 +23,7 @@ LAYERS = [
     ("lr_scheduler.compose", "lr_scheduler.plateau", "lr_scheduler.plot"),
     ("lr_scheduler.schedules", "lr_scheduler.cycles"),
     ("lr_scheduler.symbolic",),
+    ("lr_scheduler.code",),
     ("testing",),
     ("report",),
     ("lbfgs.__init__",),
@@ -32,6 +33,9 @@ LAYERS = [
     tuple(f"algorithms.{file.stem}" for file in (PACKAGE / "algorithms").glob("*.py") if file.stem != "__init__"),
     ("optimizer",),
     ("attached",),
+    ("in_graph.steps",),
+    ("in_graph.rule",),
+    ("in_graph.inputs", "in_graph.counts"),
     ("execution",),
     ("launch.plan",),
     ("kernels",),
@@ -48,7 +52,7 @@ LAYERS = [
     ("cache.store",),
     ("cache.build",),
     ("settings",),
-    ("version", "launch.__init__", "cache.__init__"),
+    ("version", "launch.__init__", "cache.__init__", "in_graph.__init__"),
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 
@@ -118,7 +122,7 @@ def test_size_of_the_package() -> None:
     files = [*FILES, *PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]
     lines = sum(code_lines(file) for file in files if file.name != "demo.py")
     print(f"{lines} lines of code")
-    assert lines < 5000
+    assert lines < 5500
 
 
 @pytest.mark.parametrize("name", compiled_optim.algorithms.__all__)

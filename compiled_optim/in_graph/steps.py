@@ -26,7 +26,7 @@ def inputs_of(optimizer: Any) -> Inputs:
 def _enter(owner: Any) -> Any:
     owner._enter_graph()
     if owner._inputs.change_is_pending():
-        torch._dynamo.graph_break()
+        lower.break_graph()
     return owner._inputs
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import sympy as sp  # type: ignore[import-untyped]
 from torch.optim import lr_scheduler
 
+from compiled_optim.lr_scheduler.code import Form, base_lr, parameters, t
 from compiled_optim.lr_scheduler.schedules import SWALR, MultiplicativeLR
-from compiled_optim.lr_scheduler.symbolic import Form, Relative, Scheduler, base_lr, parameters, t
+from compiled_optim.lr_scheduler.symbolic import Relative, Scheduler
 
 
 @functools.lru_cache(maxsize=256)

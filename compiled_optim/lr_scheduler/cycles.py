@@ -11,17 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from compiled_optim.lr_scheduler.symbolic import (
-    Absolute,
-    Form,
-    assigned,
-    base_lr,
-    compiled,
-    number,
-    parameters,
-    t,
-    traced,
-)
+from compiled_optim.lr_scheduler.code import Form, base_lr, compiled, parameters, t, traced
+from compiled_optim.lr_scheduler.symbolic import Absolute, assigned, number
 
 
 class _Cycle(Absolute):

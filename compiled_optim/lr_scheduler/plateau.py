@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler
 
-from compiled_optim.lr_scheduler.symbolic import Form, Scheduler
+from compiled_optim.lr_scheduler.code import Form
+from compiled_optim.lr_scheduler.symbolic import Scheduler
 
 
 class ReduceLROnPlateau(Scheduler, lr_scheduler.ReduceLROnPlateau):

@@ -18,18 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler, swa_utils
 
-from compiled_optim.lr_scheduler.symbolic import (
-    Absolute,
-    Form,
-    Relative,
-    Scheduler,
-    base_lr,
-    compiled,
-    parameters,
-    scaled,
-    t,
-    traced,
-)
+from compiled_optim.lr_scheduler.code import Form, base_lr, compiled, parameters, t, traced
+from compiled_optim.lr_scheduler.symbolic import Absolute, Relative, Scheduler, scaled
 
 gamma, step_size, factor, start_factor, end_factor = parameters("gamma step_size factor start_factor end_factor")
 iterations, power, T_max, T_0, T_i, T_mult = parameters("iterations power T_max T_0 T_i T_mult")

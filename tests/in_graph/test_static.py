@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CLASSES, rich_options, with_all_numbers
+from lockstep import assert_same
 from loops import batch, build, compile_alone, train
 from torch import Tensor
 
@@ -94,5 +95,5 @@ def test_values_of_capturable_steps(cls: Any, tensors: bool, monkeypatch: pytest
             group["lr"] = group["lr"].mul_(0.9) if isinstance(group["lr"], Tensor) else group["lr"] * 0.9
         runs.append((params, buffers(optimizer)))
     (p, state), (q, expected) = runs
-    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(state, expected, rtol=1e-6, atol=1e-9, check_dtype=False)
+    for actual, value in zip([*p, *state], [*q, *expected], strict=True):
+        assert_same(actual, value, 1e-5)  # with the counts of some algorithms in float32

@@ -13,7 +13,7 @@ import torch
 from schedule_cases import CASES, make_optimizer, near, scheduled, step, theirs
 
 from compiled_optim import lr_scheduler as ours
-from compiled_optim.lr_scheduler.symbolic import evaluate, t
+from compiled_optim.lr_scheduler.code import evaluate, t
 
 
 @pytest.mark.parametrize(
