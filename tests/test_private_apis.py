@@ -6,6 +6,7 @@ Everything private is used in compiled_optim/lower.py, and by launch/tensors.h.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -65,18 +66,72 @@ def test_stance_is_where_it_was() -> None:
     assert lower.compiling_disabled() is None
 
 
-def test_a_step_inside_a_compiled_function_runs_outside_its_graphs() -> None:
+def test_a_function_runs_outside_graphs_and_its_closure_is_compiled() -> None:
     seen = []
 
-    def inside(x: torch.Tensor) -> torch.Tensor:
-        seen.append(torch.compiler.is_compiling())
-        return x + 1
+    def inside(x: torch.Tensor, closure: Any) -> Any:
+        seen.append((torch.compiler.is_compiling(), lower.compiles_frames()))
+        return closure(x) + 1
 
     outside = lower.outside_graphs(inside)
-    compiled = torch.compile(lambda x: outside(x * 2) * 3, backend="eager")
-    with assert_compiles(graphs=2):
-        assert compiled(torch.ones(1)).item() == 9
-    assert seen == [False]
+    compiled = torch.compile(lambda x: outside(x * 2, lambda y: y * 5) * 3, backend="eager")
+    with assert_compiles(graphs=3):
+        assert compiled(torch.ones(1)).item() == 33
+    assert seen == [(False, False)]
+    assert not lower.compiles_frames()
+
+
+class Owner(torch.optim.SGD):
+    """An optimizer that is asked about while a graph is traced."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.answers: list[Any] = []
+
+    @lower.constant_in_graphs
+    def ask(self) -> int:
+        lower.join_trace(type(self))
+        params = self.param_groups[0]["params"]
+        self.answers.append((lower.gradients_are_traced(params), lower.change_is_pending([self.param_groups[0]])))
+        return len(self.answers)
+
+
+def test_what_a_trace_is_asked() -> None:
+    """An optimizer is traced as any object, and its real methods are called while that happens."""
+    owners = [Owner([torch.ones(2, requires_grad=True)]) for _ in range(2)]
+
+    def asked(owner: Owner, x: torch.Tensor) -> torch.Tensor:
+        count = owner.ask()
+        owner.param_groups[0]["lr"] = 0.5
+        for p in owner.param_groups[0]["params"]:
+            p.grad = x
+        return x * (count + owner.ask())
+
+    compiled = torch.compile(asked, backend="eager", fullgraph=True)
+    assert compiled(owners[0], torch.ones(2)).tolist() == [3, 3]
+    assert owners[0].answers == [(False, False), (True, True)]
+    with assert_compiles(0):
+        assert compiled(owners[1], torch.ones(2)).tolist() == [3, 3]
+    assert owners[1].answers == []
+
+
+def test_constants_that_graphs_share_carry_no_source_over() -> None:
+    """Where one of them has a source, Dynamo reads it there; in another graph there stands something else."""
+    from torch._dynamo.source import ConstantSource
+    from torch._dynamo.variables.constant import ConstantVariable
+
+    assert ConstantVariable.create(None) is ConstantVariable.create(None), "each graph has its own None: nothing to do"
+    ConstantVariable.create(None).source = ConstantSource("of another graph")
+    owner = Owner([torch.ones(2, requires_grad=True)])
+    torch.compile(lambda owner, x: x * owner.ask(), backend="eager")(owner, torch.ones(1))
+    assert ConstantVariable.create(None).source is None
+
+
+def test_static_addresses_are_marked_as_torch_marks_them() -> None:
+    ours, stock = torch.ones(1), torch.ones(1)
+    lower.mark_static([ours])
+    torch._dynamo.mark_static_address(stock, guard=False)
+    assert vars(ours) == vars(stock)
 
 
 def test_dynamo_counts_its_graphs() -> None:
