@@ -76,7 +76,7 @@ WAYS = [
     Way("torch inside", False, {}),
     Way("ours inside", True, {}),
     Way("ours inside, compiled", True, {"compiled": True}),
-    Way("ours inside, one graph", True, {}, one_graph=True),
+    Way("ours inside, one graph", True, {}, one_graph=True, cold=False),
     Way("ours inside, compiled, one graph", True, {"compiled": True}, one_graph=True),
 ]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from loops import CLASSES, autograd_traced, batch, build, compile_alone, train
 
-from compiled_optim import lr_scheduler
+from compiled_optim import SGD, AdamW, SparseAdam, lr_scheduler
 from compiled_optim.testing import assert_compiles
 
 STEPS = 50
@@ -53,7 +53,12 @@ def test_one_graph_where_autograd_is_traced(cls: Any, compiled: bool) -> None:
             assert_curves_agree(*curves(cls, {"compiled": compiled}, step))
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls",
+    # each takes Inductor seconds
+    [c if c in (AdamW, SGD, SparseAdam) else pytest.param(c, marks=pytest.mark.slow) for c in CLASSES],
+    ids=lambda cls: cls.__name__,
+)
 def test_by_inductor(cls: Any) -> None:
     step = compile_alone(train, backend="inductor")
     with assert_compiles(graphs=2, kernels=0):

@@ -12,13 +12,16 @@ import torch
 from cases import CLASSES, numbers_of, sample
 from loops import autograd_traced, batch, build, compile_alone, train
 
-from compiled_optim import SGD, Adam, AdamW, RMSprop, lr_scheduler
+from compiled_optim import ASGD, SGD, Adam, AdamW, RMSprop, lr_scheduler
 from compiled_optim.declare import Number
 from compiled_optim.testing import assert_compiles
 
 DENSE = [cls for cls in CLASSES if cls.accepts_dense]
 both = pytest.mark.parametrize("compiled", [False, True], ids=["traced", "compiled"])
-each_class = pytest.mark.parametrize("cls", DENSE, ids=lambda cls: cls.__name__)
+# in one graph all that differs is where gradients come from
+EACH = [(cls, False) for cls in DENSE] + [(cls, True) for cls in (SGD, AdamW, ASGD)]
+IDS = [f"{cls.__name__}-{'one graph' if one_graph else 'two graphs'}" for cls, one_graph in EACH]
+each = pytest.mark.parametrize(("cls", "one_graph"), EACH, ids=IDS, indirect=["one_graph"])
 
 
 @pytest.fixture(params=[False, True], ids=["two graphs", "one graph"])
@@ -70,7 +73,7 @@ def options_of(cls: Any, compiled: bool) -> dict[str, Any]:
 
 
 @both
-@each_class
+@each
 def test_every_hyperparameter_changes(cls: Any, compiled: bool, one_graph: bool) -> None:
     pair = Pair(cls, options_of(cls, compiled), one_graph)
     pair.step(2)
@@ -99,7 +102,7 @@ def test_tensors_change(cls: Any, compiled: bool, one_graph: bool) -> None:
 
 
 @both
-@each_class
+@each
 def test_load_state_dict(cls: Any, compiled: bool, one_graph: bool) -> None:
     pair = Pair(cls, {"compiled": compiled, "lr": 0.05}, one_graph)
     pair.step(2)
@@ -118,7 +121,7 @@ def test_load_state_dict(cls: Any, compiled: bool, one_graph: bool) -> None:
 
 
 @both
-@each_class
+@each
 def test_instances(cls: Any, compiled: bool, one_graph: bool) -> None:
     """More than the eight that Dynamo would compile at most."""
     step = compile_alone(train, fullgraph=one_graph)
