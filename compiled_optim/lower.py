@@ -225,10 +225,7 @@ def compiling_disabled() -> str | None:
 
 
 def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
-    """``function`` kept out of a surrounding ``torch.compile``, but for its last argument.
-
-    That is a function, and what it calls is compiled as what surrounds it. Does not import Dynamo where there is none.
-    """
+    """``function`` kept out of a surrounding ``torch.compile``, but not its last argument, a function."""
 
     # `torch.compiler.disable` would silently run a closure and the model in it eagerly (#123479)
     @functools.wraps(function)
@@ -252,6 +249,11 @@ def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
     set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
     return outside
+
+
+def never_traced(function: Callable[..., T]) -> Callable[..., T]:
+    """``function``, and all it calls, kept out of a surrounding ``torch.compile``."""
+    return torch._disable_dynamo(function)  # type: ignore[attr-defined]
 
 
 def compiles_frames() -> bool:

@@ -182,6 +182,7 @@ class AveragedModel(swa_utils.AveragedModel):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_launcher": None}
 
+    @lower.never_traced
     def update_parameters(self, model: Module) -> None:
         """Takes the weights of ``model`` into the average, in place; the first time it copies them.
 

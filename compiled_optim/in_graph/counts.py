@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_, itemgetter
+from operator import is_
 from typing import Any
 
 import torch
@@ -51,8 +51,9 @@ class Counts:
         self._seen = None
 
     def are_in_place(self) -> bool:
-        """Whether none was replaced by another tensor."""
-        return all(all(map(is_, map(itemgetter(k), self._holders), held)) for k, held in self._held.items())
+        """Whether none was replaced by another tensor, or taken away."""
+        holders = self._holders
+        return all(all(map(is_, [state.get(k) for state in holders], held)) for k, held in self._held.items())
 
     def next(self, i: int) -> Count:
         """What `scalars` is given for a parameter in the coming step."""

@@ -90,7 +90,7 @@ class RuleInputs(Inputs):
         dtype = optimizer._count_tensor(torch.empty(()), {}, 0.0).dtype
         self._counts = Counts(names, dtype, self._groups, self.states)
         for i in on_host:
-            if self.states[i]:
+            if self.states[i] and all(self.states[i].get(name) is not None for name in names):
                 self._counts.place(i)
         self._live = [*optimizer.state.values()]
         self._cannot = "" if set(map(type, params)) <= _PLAIN else "a tensor subclass"

@@ -14,6 +14,7 @@ from loops import Model, autograd_traced, batch, build, compile_alone
 from torch import Tensor
 
 from compiled_optim import SGD, AdamW, lr_scheduler
+from compiled_optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from compiled_optim.testing import assert_compiles
 
 both = pytest.mark.parametrize("compiled", [False, True], ids=["traced", "compiled"])
@@ -254,3 +255,27 @@ def test_a_metric_of_the_graph_moves_a_plateau(one_graph: bool) -> None:
         for i in range(6):
             step(model, optimizer, *batch(i))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+@both
+def test_an_average_after_the_step(compiled: bool) -> None:
+    """It is updated outside of graphs: one break, and the weights that the step made."""
+    model, optimizer = build(AdamW, options={"compiled": compiled})
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), compiled=compiled)
+    expected = [p.detach().clone() for p in model.parameters()]
+
+    def loop(model: Model, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        return loss.detach()
+
+    step = compile_alone(loop)
+    for i in range(4):
+        step(model, optimizer, *batch(i))
+        weights = [p.detach() for p in model.parameters()]
+        expected = [e.lerp(w, 0.1) if i else w.clone() for e, w in zip(expected, weights, strict=True)]
+    for p, e in zip(average.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.detach(), e)
