@@ -182,13 +182,18 @@ class AveragedModel(swa_utils.AveragedModel):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_launcher": None}
 
-    @lower.never_traced
     def update_parameters(self, model: Module) -> None:
         """Takes the weights of ``model`` into the average, in place; the first time it copies them.
 
         Raises:
             CompileError: in strict mode, if this average cannot be compiled although it was to be.
         """
+        if torch.compiler.is_compiling():
+            _update_outside_graphs(self, model)
+        else:
+            self._update(model)
+
+    def _update(self, model: Module) -> None:
         on_host = self.n_averaged.device.type == "cpu"  # or reading the count would wait for the device
         if not (self.compiled and on_host and int(self.n_averaged)) or switched_off():
             super().update_parameters(model)
@@ -224,6 +229,9 @@ class AveragedModel(swa_utils.AveragedModel):
             for average, buffer in zip(my_buffers, their_buffers, strict=True):
                 average.copy_(buffer)
         self.n_averaged += 1
+
+
+_update_outside_graphs = lower.never_traced(AveragedModel._update)
 
 
 def _tensors(module: Module) -> tuple[list[Tensor], list[Tensor]]:

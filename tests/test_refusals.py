@@ -11,7 +11,6 @@ from lockstep import Lockstep, tensors
 from torch import Tensor
 
 from compiled_optim import SGD, Adam, CompileError, CompileFallbackWarning, explain, foreach
-from compiled_optim.tensor_list import TensorList
 
 SHAPES: list[tuple[int, ...]] = [(5, 7), (3, 4, 2, 2), (), (131,)]
 lenient = pytest.mark.usefixtures("lenient")
@@ -225,8 +224,8 @@ def test_a_failed_foreach_graph_is_finished_eagerly(monkeypatch: pytest.MonkeyPa
         def graph(params: Any, grads: Any, state: Any, scalars: Any) -> None:
             if next(calls) == fails_at:
                 raise ValueError("planted")
-            values = {k: TensorList([v]) for k, v in zip(names, scalars, strict=True)}
-            foreach.run_value(algorithm, on, [TensorList(t) for t in (params, grads, *state)], buffers, values)
+            values = {k: [v] for k, v in zip(names, scalars, strict=True)}
+            foreach.update_lists(algorithm, on, params, grads, dict(zip(buffers, state, strict=True)), values)
 
         return graph
 
