@@ -250,11 +250,11 @@ def count(
     return inputs.run(lambda: inputs.count(_layouts[layout], columns, dtype), (hyper, inputs.hyper))  # type: ignore[no-any-return]
 
 
-def trace(optimizer: Optimizer, inputs: RuleInputs) -> None:
-    """The step; traced by Dynamo."""
+def trace(optimizer: Optimizer, inputs: RuleInputs) -> bool:
+    """The step, if there is any gradient; traced by Dynamo."""
     present = tuple([p.grad is not None for p in inputs.params])
     if not any(present):
-        return
+        return False
     layout, rows, columns, dtype, names, parts = inputs.prepare(present)
     table = torch.ops.compiled_optim.count(inputs.id, TOKEN, inputs.hyper, layout, rows, columns, dtype)
     for members, row_of, width, switches, buffers, hyper in parts:
@@ -268,6 +268,7 @@ def trace(optimizer: Optimizer, inputs: RuleInputs) -> None:
         else:
             scalars = _scalars_on_device(optimizer, inputs, members, cells[row_of[0]], hyper)
         eager.update_lists(type(optimizer), on, params, grads, state, scalars)
+    return True
 
 
 def _scalars_on_device(

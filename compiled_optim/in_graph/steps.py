@@ -30,15 +30,26 @@ def _enter(owner: Any) -> Any:
     return owner._inputs
 
 
+@lower.never_traced
+def _step_outside_graphs(optimizer: Any) -> None:
+    optimizer._run_step(None)
+
+
+@lower.never_traced
+def _schedule_outside_graphs(schedule: Any, args: tuple[Any, ...]) -> None:
+    schedule.step(*args)
+
+
 def trace_step(optimizer: Any) -> None:
     """A step of an optimizer that declares a rule."""
+    if optimizer.defaults.get("differentiable"):
+        _step_outside_graphs(optimizer)  # operators record no derivatives
+        return
     inputs = _enter(optimizer)
     with torch.no_grad():
-        if optimizer._compiled or inputs.refuses():
+        if optimizer._compiled or inputs.refuses() or not rule.trace(optimizer, inputs):
             grads = [p.grad for p in inputs.params] if inputs.gradients_are_traced() else []
             torch.ops.compiled_optim.step(inputs.id, TOKEN, inputs.params, grads, inputs.hyper)
-        else:
-            rule.trace(optimizer, inputs)
 
 
 def trace_closure(optimizer: Any, closure: Callable[[], Any]) -> Any:
@@ -81,6 +92,9 @@ def trace_zero_grad(optimizer: Any, set_to_none: bool) -> None:
 
 def trace_schedule(schedule: Any, *args: Any) -> None:
     """A step of a schedule; ``args``: nothing, or a metric as a tensor."""
+    if args and not isinstance(args[0], Tensor):
+        _schedule_outside_graphs(schedule, args)  # a number, such as an epoch, would be a constant
+        return
     inputs = _enter(schedule)
     metric = args[0].detach() if args else None
     torch.ops.compiled_optim.schedule(inputs.id, TOKEN, inputs.hyper, metric)

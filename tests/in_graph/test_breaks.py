@@ -1,0 +1,148 @@
+"""Where a graph ends before a step, and what runs there is what runs outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from loops import autograd_traced, batch, build, compile_alone, train
+from torch import Tensor
+
+from compiled_optim import SGD, AdamW, lr_scheduler
+from compiled_optim.testing import assert_compiles
+
+both = pytest.mark.parametrize("compiled", [False, True], ids=["traced", "compiled"])
+
+
+def update(optimizer: Any, x: Tensor) -> Tensor:
+    optimizer.step()
+    return x + 1
+
+
+def test_a_differentiable_step_is_no_part_of_a_graph() -> None:
+    p = torch.ones(2, requires_grad=True)
+    q = p.clone()
+    optimizer = SGD([q], lr=0.1, differentiable=True)
+    q.grad = p * 3
+    compile_alone(update)(optimizer, torch.ones(1))
+    (gradient,) = torch.autograd.grad(q.sum(), p)
+    torch.testing.assert_close(gradient, torch.full((2,), 0.7))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compile_alone(update, fullgraph=True)(SGD([p.clone()], lr=0.1, differentiable=True), torch.ones(1))
+
+
+@both
+def test_a_step_without_gradients_moves_what_is_attached(compiled: bool) -> None:
+    optimizer = SGD([torch.ones(2, requires_grad=True)], lr=0.1, compiled=compiled)
+    optimizer.attach(lr_scheduler.ExponentialLR(optimizer, 0.5))
+    compile_alone(update, fullgraph=True)(optimizer, torch.ones(1))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+@both
+def test_an_epoch_that_is_named(compiled: bool) -> None:
+    model, optimizer = build(SGD, options={"lr": 0.1, "compiled": compiled})
+    schedule = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10)
+
+    def loop(model: Any, x: Tensor, y: Tensor) -> Tensor:
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step(3)
+        return loss.detach()
+
+    compile_alone(loop)(model, *batch(0))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(schedule.value(3))
+
+
+@both
+def test_hooks_run_once_in_each_step(compiled: bool) -> None:
+    model, optimizer = build(AdamW, dtype=torch.float64, options={"compiled": compiled})
+    stock, reference = build(torch.optim.AdamW, dtype=torch.float64)
+    calls: list[str] = []
+    step = compile_alone(train)
+    handles: list[Any] = []
+    for i in range(6):
+        if i == 2:
+            handles.append(optimizer.register_step_pre_hook(lambda *_: calls.append("before")))
+            handles.append(optimizer.register_step_post_hook(lambda *_: calls.append("after")))
+        if i == 4:
+            for handle in handles:
+                handle.remove()
+        step(model, optimizer, None, *batch(i, dtype=torch.float64))
+        train(stock, reference, None, *batch(i, dtype=torch.float64))
+    assert calls == ["before", "after"] * 2
+    for p, q in zip(model.trained, stock.trained, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@both
+def test_scaled_gradients(compiled: bool) -> None:
+    """As GradScaler leaves them to the step of an optimizer that can unscale."""
+    p = torch.ones(2, requires_grad=True)
+    optimizer = SGD([p], lr=0.1, compiled=compiled)
+    step = compile_alone(update)
+    for found, scale, expected in [(0.0, 2.0, 0.9), (1.0, 2.0, 0.9), (0.0, 4.0, 0.85)]:
+        p.grad = torch.full_like(p, 2.0)
+        optimizer.found_inf, optimizer.grad_scale = torch.tensor(found), torch.tensor(scale)
+        step(optimizer, torch.ones(1))
+        torch.testing.assert_close(p.detach(), torch.full((2,), expected))
+
+
+@both
+def test_a_step_that_fails_changes_nothing(compiled: bool) -> None:
+    model, optimizer = build(AdamW, options={"compiled": compiled})
+    step = compile_alone(train)
+    step(model, optimizer, None, *batch(0))
+    before = [p.detach().clone() for p in model.trained]
+    state = {k: v.clone() for k, v in optimizer.state[model.trained[0]].items()}
+    optimizer.param_groups[0]["betas"] = (1.0, 0.999)  # of which the bias correction divides by zero
+    with pytest.raises(ZeroDivisionError):
+        step(model, optimizer, None, *batch(1))
+    assert all(torch.equal(p, b) for p, b in zip(model.trained, before, strict=True))
+    assert all(torch.equal(optimizer.state[model.trained[0]][k], v) for k, v in state.items())
+    optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+    optimizer.zero_grad()
+    with assert_compiles(0):
+        step(model, optimizer, None, *batch(1))
+    assert int(optimizer.state[model.trained[0]]["step"]) == 2
+
+
+@both
+@pytest.mark.parametrize("cls", [AdamW, SGD], ids=lambda cls: cls.__name__)
+def test_steps_inside_and_outside_mix(cls: Any, compiled: bool) -> None:
+    options = {"lr": 0.05, **({"momentum": 0.9, "dampening": 0.5} if cls is SGD else {})}
+    model, optimizer = build(cls, dtype=torch.float64, options={**options, "compiled": compiled})
+    stock, reference = build(getattr(torch.optim, cls.__name__), dtype=torch.float64, options=options)
+    step = compile_alone(train)
+    for i in range(9):
+        (train if i % 4 == 3 else step)(model, optimizer, None, *batch(i, dtype=torch.float64))
+        train(stock, reference, None, *batch(i, dtype=torch.float64))
+    for p, q in zip(model.trained, stock.trained, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+        for name, value in reference.state[q].items():
+            torch.testing.assert_close(optimizer.state[p][name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_state_that_a_user_replaces_is_what_the_next_step_takes() -> None:
+    model, optimizer = build(AdamW, dtype=torch.float64)
+    stock, reference = build(torch.optim.AdamW, dtype=torch.float64)
+    step = compile_alone(train, fullgraph=True)
+    changes: list[Any] = [
+        lambda o, p: o.state[p].update(exp_avg=torch.full_like(p, 0.5)),
+        lambda o, p: o.state[p].update(step=torch.tensor(20.0)),
+        lambda o, p: o.state[p]["step"].fill_(3.0),
+        lambda o, p: o.state.pop(p),
+        lambda o, p: o.state[p].clear(),
+    ]
+    with autograd_traced():
+        for i, change in enumerate([None, None, *changes]):
+            if change is not None:
+                change(optimizer, model.trained[0])
+                change(reference, stock.trained[0])
+            step(model, optimizer, None, *batch(i, dtype=torch.float64))
+            train(stock, reference, None, *batch(i, dtype=torch.float64))
+            for p, q in zip(model.trained, stock.trained, strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
