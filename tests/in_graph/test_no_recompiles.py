@@ -18,10 +18,14 @@ from compiled_optim.testing import assert_compiles
 
 DENSE = [cls for cls in CLASSES if cls.accepts_dense]
 both = pytest.mark.parametrize("compiled", [False, True], ids=["traced", "compiled"])
-# in one graph all that differs is where gradients come from
-EACH = [(cls, False) for cls in DENSE] + [(cls, True) for cls in (SGD, AdamW, ASGD)]
-IDS = [f"{cls.__name__}-{'one graph' if one_graph else 'two graphs'}" for cls, one_graph in EACH]
-each = pytest.mark.parametrize(("cls", "one_graph"), EACH, ids=IDS, indirect=["one_graph"])
+# A compiled step is one operator whatever the algorithm; in one graph only the place that gradients come from differs.
+EACH = [(cls, False, False) for cls in DENSE]
+EACH += [(cls, *ways) for cls in (SGD, AdamW, ASGD) for ways in ((True, False), (False, True), (True, True))]
+IDS = [
+    f"{cls.__name__}-{'one graph' if one_graph else 'two graphs'}-{'compiled' if compiled else 'traced'}"
+    for cls, compiled, one_graph in EACH
+]
+each = pytest.mark.parametrize(("cls", "compiled", "one_graph"), EACH, ids=IDS, indirect=["one_graph"])
 
 
 @pytest.fixture(params=[False, True], ids=["two graphs", "one graph"])
@@ -72,7 +76,6 @@ def options_of(cls: Any, compiled: bool) -> dict[str, Any]:
     return {**numbers, "lr": 0.05, "compiled": compiled}
 
 
-@both
 @each
 def test_every_hyperparameter_changes(cls: Any, compiled: bool, one_graph: bool) -> None:
     pair = Pair(cls, options_of(cls, compiled), one_graph)
@@ -101,7 +104,6 @@ def test_tensors_change(cls: Any, compiled: bool, one_graph: bool) -> None:
     pair.compare()
 
 
-@both
 @each
 def test_load_state_dict(cls: Any, compiled: bool, one_graph: bool) -> None:
     pair = Pair(cls, {"compiled": compiled, "lr": 0.05}, one_graph)
@@ -120,7 +122,6 @@ def test_load_state_dict(cls: Any, compiled: bool, one_graph: bool) -> None:
     pair.compare()
 
 
-@both
 @each
 def test_instances(cls: Any, compiled: bool, one_graph: bool) -> None:
     """More than the eight that Dynamo would compile at most."""
