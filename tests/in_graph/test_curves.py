@@ -8,7 +8,7 @@ import pytest
 import torch
 from loops import CLASSES, autograd_traced, batch, build, compile_alone, train
 
-from compiled_optim import SGD, AdamW, SparseAdam, lr_scheduler
+from compiled_optim import ASGD, SGD, AdamW, SparseAdam, lr_scheduler
 from compiled_optim.testing import assert_compiles
 
 STEPS = 50
@@ -46,7 +46,7 @@ def test_two_graphs(cls: Any, compiled: bool) -> None:
 
 @pytest.mark.parametrize(
     ("cls", "compiled"),
-    [*((c, False) for c in CLASSES if c.accepts_dense), (AdamW, True), (SGD, True)],
+    [(AdamW, False), (AdamW, True), (SGD, False), (SGD, True), (ASGD, False)],
     ids=lambda v: getattr(v, "__name__", "compiled" if v else "traced"),
 )
 def test_one_graph_where_autograd_is_traced(cls: Any, compiled: bool) -> None:

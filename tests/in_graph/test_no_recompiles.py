@@ -20,7 +20,7 @@ DENSE = [cls for cls in CLASSES if cls.accepts_dense]
 both = pytest.mark.parametrize("compiled", [False, True], ids=["traced", "compiled"])
 # A compiled step is one operator whatever the algorithm; in one graph only the place that gradients come from differs.
 EACH = [(cls, False, False) for cls in DENSE]
-EACH += [(cls, *ways) for cls in (SGD, AdamW, ASGD) for ways in ((True, False), (False, True), (True, True))]
+EACH += [(AdamW, True, False), (AdamW, False, True), (AdamW, True, True)]
 IDS = [
     f"{cls.__name__}-{'one graph' if one_graph else 'two graphs'}-{'compiled' if compiled else 'traced'}"
     for cls, compiled, one_graph in EACH
@@ -136,7 +136,7 @@ def test_instances(cls: Any, compiled: bool, one_graph: bool) -> None:
     assert [step(*again, None, *batch(i)).item() for i in range(3)] == losses
 
 
-@pytest.mark.parametrize("cls", DENSE, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [SGD, AdamW, ASGD], ids=lambda cls: cls.__name__)
 def test_gradients_rotate(cls: Any) -> None:
     """Of a compiled optimizer: which of its gradients is missing differs from step to step."""
     model, ours = build(cls, dtype=torch.float64, options={"compiled": True})

@@ -18,6 +18,12 @@ from compiled_optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from compiled_optim.testing import assert_compiles
 
 both = pytest.mark.parametrize("compiled", [False, True], ids=["traced", "compiled"])
+each_backend = pytest.mark.parametrize(
+    ("backend", "one_graph"),
+    [("aot_eager", False), ("inductor", True)],
+    ids=["aot_eager-two graphs", "inductor-one graph"],
+    indirect=["one_graph"],
+)
 Loop = Callable[[Model, Any, Tensor, Tensor], Tensor]
 
 
@@ -57,7 +63,7 @@ def forward_backward(model: Model, x: Tensor, y: Tensor) -> Tensor:
 
 
 @both
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@each_backend
 def test_clipped_gradients(compiled: bool, backend: str, one_graph: bool) -> None:
     def loop(model: Model, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
         loss = (model(x) - y).square().mean()
@@ -124,7 +130,7 @@ def test_gradients_zeroed_first(compiled: bool, one_graph: bool) -> None:
 
 
 @both
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@each_backend
 def test_parameters_changed_around_the_step(compiled: bool, backend: str, one_graph: bool) -> None:
     def loop(model: Model, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
         loss = (model(x) - y).square().mean()
@@ -143,7 +149,7 @@ def test_parameters_changed_around_the_step(compiled: bool, backend: str, one_gr
 
 
 @both
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@each_backend
 def test_a_tensor_lr_changed_before_the_step(compiled: bool, backend: str, one_graph: bool) -> None:
     lr = torch.tensor(0.1)  # in float64 torch 2.13 loses such a write
 

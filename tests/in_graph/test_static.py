@@ -11,11 +11,10 @@ from lockstep import assert_same
 from loops import batch, build, compile_alone, train
 from torch import Tensor
 
-from compiled_optim import AdamW
+from compiled_optim import ASGD, SGD, AdamW
 from compiled_optim.testing import assert_compiles
 
 CAPTURABLE = [cls for cls in CLASSES if "capturable" in cls.declaration.options]
-DENSE = [cls for cls in CLASSES if cls.accepts_dense]
 each_capturable = pytest.mark.parametrize("cls", CAPTURABLE, ids=lambda cls: cls.__name__)
 
 
@@ -30,7 +29,9 @@ def buffers(optimizer: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("cls", "compiled"), [*((cls, False) for cls in DENSE), (AdamW, True)], ids=lambda v: getattr(v, "__name__", str(v))
+    ("cls", "compiled"),
+    [(SGD, False), (AdamW, False), (ASGD, False), (AdamW, True)],
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_addresses_stay(cls: Any, compiled: bool) -> None:
     model, optimizer = build(cls, options={**rich_options(cls), "compiled": compiled})
