@@ -122,7 +122,8 @@ def test_load_state_dict(cls: Any, compiled: bool, one_graph: bool) -> None:
     pair.compare()
 
 
-@each
+@both
+@pytest.mark.parametrize("cls", [SGD, AdamW], ids=lambda cls: cls.__name__)
 def test_instances(cls: Any, compiled: bool, one_graph: bool) -> None:
     """More than the eight that Dynamo would compile at most."""
     step = compile_alone(train, fullgraph=one_graph)
