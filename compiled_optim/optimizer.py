@@ -131,10 +131,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             The loss of ``closure``, or None.
         """
         if torch.compiler.is_compiling():
-            if closure is None:
-                steps.trace_step(self)
-                return None
-            return steps.trace_closure(self, closure)
+            return steps.trace_step(self) if closure is None else steps.trace_closure(self, closure)
         if closure is not None and lower.compiles_frames():  # which the closure broke
             return steps.resume_closure(self, closure)
         return self._run_step(closure)
@@ -164,11 +161,6 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         self._opt_called = True
         for attached in self._attached:
             attached.advance()
-
-    @lower.constant_in_graphs
-    def _enter_graph(self) -> None:
-        self._inputs.look()
-        lower.join_trace(type(self))
 
     def attach(self, schedule: Any) -> None:
         """Lets a schedule move with the steps of this optimizer, so that it needs no ``step()`` of its own.

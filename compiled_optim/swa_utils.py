@@ -7,7 +7,6 @@ its gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from operator import is_
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from compiled_optim import lower
 from compiled_optim.declare import number
 from compiled_optim.execution import COMPILE_ERRORS, switched_off
 from compiled_optim.fallback import fall_back
+from compiled_optim.in_graph.inputs import same
 from compiled_optim.launch.plan import Plan, Row, make_plan
 from compiled_optim.lr_scheduler import SWALR
 from compiled_optim.optimizer import Optimizer
@@ -125,7 +125,7 @@ class _Launcher:
         self.warned: set[str] = set()
 
     def fits(self, averaged: list[Tensor], fn: Any) -> bool:
-        return self.fn is fn and len(averaged) == len(self.averaged) and all(map(is_, averaged, self.averaged))
+        return self.fn is fn and same(averaged, self.averaged)
 
     def run(self, model_of: dict[Tensor, Tensor], weight: float) -> list[Tensor]:
         """Updates the averages in place; returns those that no kernel takes, which are left as they are."""

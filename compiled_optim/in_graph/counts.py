@@ -29,8 +29,7 @@ class Counts:
         self._groups, self._states = groups, states
         self._vectors = {name: torch.zeros(len(states), dtype=dtype, device="cpu") for name in names}
         self._views = {name: vector.unbind() for name, vector in self._vectors.items()}
-        self._placed: list[int] = []
-        self._holders: list[dict[str, Any]] = []  # their states
+        self.placed: dict[int, dict[str, Any]] = {}  # the parameters whose counts these are, and their state
         self._held: dict[str, list[Tensor]] = {name: [] for name in names}
         self.fresh: set[int] = set()  # parameters whose buffers are new
         self._equal: list[Count | None] = []  # of each param group; None if they differ
@@ -45,15 +44,14 @@ class Counts:
                 views[i].fill_(state[name])
                 state[name] = views[i]
                 self._held[name].append(views[i])
-        if i not in self._placed:
-            self._placed.append(i)
-            self._holders.append(state)
+        self.placed[i] = state
         self._seen = None
 
     def are_in_place(self) -> bool:
         """Whether none was replaced by another tensor, or taken away."""
-        holders = self._holders
-        return all(all(map(is_, [state.get(k) for state in holders], held)) for k, held in self._held.items())
+        states = self.placed.values()
+        taken = not all(states)
+        return not taken and all(all(map(is_, [s.get(k) for s in states], held)) for k, held in self._held.items())
 
     def next(self, i: int) -> Count:
         """What `scalars` is given for a parameter in the coming step."""
@@ -75,7 +73,7 @@ class Counts:
         else:
             self._each = [(1.0,) if i in self.fresh else (2.0,) for i in range(len(self._states))]
         found: list[set[Count]] = [set() for _ in range(max(self._groups, default=-1) + 1)]
-        for i in self._placed:
+        for i in self.placed:
             found[self._groups[i]].add(self._each[i])
         self._equal = [counts.pop() if len(counts) == 1 else None if counts else () for counts in found]
         self._seen = version

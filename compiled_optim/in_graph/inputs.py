@@ -87,9 +87,25 @@ class Inputs:
 
     def guarded(self) -> list[Any]:
         """What else a graph depends on."""
-        return []
+        return [self._changes_gradients()]
+
+    def _changes_gradients(self) -> bool:
+        scaled = vars(self.optimizer)
+        scaling = scaled.get("grad_scale") is not None or scaled.get("found_inf") is not None
+        return scaling or lower.step_has_hooks(self.optimizer)
 
     # Asked while a graph is traced; the answers are constants in it.
+
+    @lower.constant_in_graphs
+    def enter(self) -> None:
+        """The first of these."""
+        self.look()
+        lower.join_trace(type(self._owner()))
+
+    @lower.constant_in_graphs
+    def changes_gradients(self) -> bool:
+        """Whether a step may change gradients, by hooks or by scaling: no operator says that it writes them."""
+        return self._changes_gradients()
 
     @lower.constant_in_graphs
     def gradients_are_traced(self) -> bool:

@@ -17,14 +17,13 @@ from compiled_optim import eager, lower, updates
 from compiled_optim.declare import Declaration, Number
 from compiled_optim.in_graph.counts import Counts
 from compiled_optim.in_graph.inputs import TOKEN, Handle, Inputs, operator, same
+from compiled_optim.launch.plan import PLAIN
 from compiled_optim.rule import Namespace, arithmetic_dtype, evaluate
 from compiled_optim.tensor_list import TensorList
 from compiled_optim.updates import Update
 
 if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer
-
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 class Layout(NamedTuple):
@@ -63,7 +62,7 @@ class RuleInputs(Inputs):
     """Of an optimizer that is not compiled: its state, too.
 
     ``states`` are the dicts of the optimizer's own state, in the order of the parameters. One that a graph is the first
-    to need is made when that is traced, and becomes the optimizer's when it runs.
+    to need is made when that is traced, and becomes the optimizer's when it runs; until then it stands in ``_made``.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -71,20 +70,27 @@ class RuleInputs(Inputs):
         self._counts = Counts((), torch.float32, [], [])
         self._groups: list[int] = []  # of each parameter
         self._live: list[dict[str, Any]] = []
+        self._empty: list[dict[str, Any]] = []  # those of the optimizer's that a step outside may fill
+        self._made: set[int] = set()
         self._cannot = ""
         super().__init__(optimizer)
 
     def look(self) -> bool:
         optimizer = self.optimizer
         changed = super().look()
-        if changed or not (same([*optimizer.state.values()], self._live) and self._counts.are_in_place()):
+        had = () if changed else self._counts.placed
+        as_before = same([*optimizer.state.values()], self._live) and not any(self._empty)
+        if changed or not (as_before and self._counts.are_in_place()):
             self._gather(optimizer)
+            for i in had:  # what was taken away is made again, for graphs take it in
+                self._make(i, _switches(optimizer)[self._groups[i]])
         return changed
 
     def _gather(self, optimizer: Optimizer) -> None:
         groups, params = optimizer.param_groups, self.params
         self._groups = [i for i, group in enumerate(groups) for _ in group["params"]]
-        self.states = [optimizer.state.get(p, {}) for p in params]
+        self.states = [optimizer.state.get(p) or {} for p in params]
+        self._made = set()
         on_host = [i for i, g in enumerate(self._groups) if not groups[g].get("capturable")]
         names = optimizer.declaration.counts if on_host else ()
         dtype = optimizer._count_tensor(torch.empty(()), {}, 0.0).dtype
@@ -92,40 +98,35 @@ class RuleInputs(Inputs):
         for i in on_host:
             if self.states[i] and all(self.states[i].get(name) is not None for name in names):
                 self._counts.place(i)
-        self._live = [*optimizer.state.values()]
-        self._cannot = "" if set(map(type, params)) <= _PLAIN else "a tensor subclass"
+        self._watch(optimizer)
+        self._cannot = "" if set(map(type, params)) <= set(PLAIN) else "a tensor subclass"
         if len(set(map(id, params))) < len(params):
             self._cannot = "a parameter listed twice"
 
+    def _watch(self, optimizer: Optimizer) -> None:
+        self._live = [*optimizer.state.values()]
+        self._empty = [state for state in self._live if not state]
+
     def guarded(self) -> list[Any]:
-        optimizer = self.optimizer
+        optimizer, switches = self.optimizer, _switches(self.optimizer)
         if not any(self.states):
             # a graph of another instance, perhaps, which takes in the state of all that is trained
             for i, p in enumerate(self.params):
                 if p.requires_grad:
-                    self._make(i)
+                    self._make(i, switches[self._groups[i]])
         capturable = [bool(group.get("capturable")) for group in optimizer.param_groups]
-        return [self._refusal(optimizer), _switches(optimizer), capturable, self._counts.are_equal()]
+        return [*super().guarded(), self._cannot, switches, capturable, self._counts.are_equal()]
 
-    def _refusal(self, optimizer: Optimizer) -> str:
-        """Why a step is an operator although the optimizer is not compiled, or an empty string."""
-        if not optimizer.accepts_dense:
-            return "sparse gradients"
-        if lower.step_has_hooks(optimizer):
-            return "hooks"
-        attributes = vars(optimizer)
-        if attributes.get("grad_scale") is not None or attributes.get("found_inf") is not None:
-            return "scaled gradients"
-        return self._cannot
-
-    def _make(self, i: int) -> None:
+    def _make(self, i: int, switches: tuple[bool, ...]) -> None:
         """Makes the state that a parameter lacks."""
-        optimizer, p, group = self.optimizer, self.params[i], self._groups[i]
-        options, on = optimizer.param_groups[group], _switches(optimizer)[group]
-        made = optimizer.make_state(p, options, optimizer.declaration.switch_type(*on))
+        optimizer = self.optimizer
+        options = optimizer.param_groups[self._groups[i]]
+        made = optimizer.make_state(self.params[i], options, optimizer.declaration.switch_type(*switches))
         made = {name: value for name, value in made.items() if self.states[i].get(name) is None}
         if not made:
             return
+        if not self.states[i]:
+            self._made.add(i)
         self.states[i].update(made)
         if any(name in optimizer.declaration.buffers for name in made):
             self._counts.fresh.add(i)
@@ -136,7 +137,8 @@ class RuleInputs(Inputs):
     def refuses(self) -> bool:
         """Whether this step cannot be traced, and is an operator nevertheless."""
         optimizer = self.optimizer
-        if self._refusal(optimizer) or any(p.grad is not None and p.grad.is_sparse for p in self.params):
+        sparse = not optimizer.accepts_dense or any(p.grad is not None and p.grad.is_sparse for p in self.params)
+        if sparse or self._cannot:
             return True
         try:
             updates.refuse(optimizer, optimizer.choices(keep_tensors=True))
@@ -155,7 +157,7 @@ class RuleInputs(Inputs):
         declaration, switches = optimizer.declaration, _switches(optimizer)
         members = [i for i, yes in enumerate(present) if yes]
         for i in members:
-            self._make(i)
+            self._make(i, switches[self._groups[i]])
         equal = self._counts.are_equal()
         rows: dict[tuple[int, int], int] = {}
         firsts: dict[int, int] = {}
@@ -172,8 +174,9 @@ class RuleInputs(Inputs):
                 hyper, width = None, arithmetic_dtype(p.dtype).to_real()
                 row = rows.setdefault((g, firsts.setdefault(g, i) if equal[g] else i), len(rows))
                 counted.append((i, row))
-                h = declaration.choose(groups[g]).hyper
-                names = names or tuple(evaluate(type(optimizer), h, self._counts.next(i))[0])
+                if not names:
+                    h = declaration.choose(groups[g]).hyper
+                    names = tuple(evaluate(type(optimizer), h, self._counts.next(i))[0])
             dtypes = tuple(self.states[i][name].dtype for name in buffers)
             parts.setdefault((p.device, p.dtype, dtypes, width, switches[g], buffers, hyper), []).append((i, row))
         lists = [Part(*map(tuple, zip(*pairs, strict=True)), *key[3:]) for key, pairs in parts.items()]  # type: ignore[arg-type]
@@ -201,17 +204,17 @@ class RuleInputs(Inputs):
             table.append(row + [0.0] * (columns - len(row)))
             carried.append(after)
         self._counts.advance(layout.counted, [carried[row] for row in layout.row_of] if any(carried) else ())
-        if len(optimizer.state) < len(self.params):
+        if self._made:
             self._give(optimizer, layout.members)
         optimizer._stepped()
         return torch.tensor(table, dtype=dtype)
 
     def _give(self, optimizer: Optimizer, members: tuple[int, ...]) -> None:
         """The state that was made becomes the optimizer's."""
-        for i in members:
-            if self.states[i] and self.params[i] not in optimizer.state:
-                optimizer.state[self.params[i]] = self.states[i]
-        self._live = [*optimizer.state.values()]
+        for i in self._made.intersection(members):
+            optimizer.state[self.params[i]] = self.states[i]
+        self._made.difference_update(members)
+        self._watch(optimizer)
 
 
 def _switches(optimizer: Optimizer) -> list[tuple[bool, ...]]:

@@ -24,10 +24,11 @@ def inputs_of(optimizer: Any) -> Inputs:
 
 
 def _enter(owner: Any) -> Any:
-    owner._enter_graph()
-    if owner._inputs.change_is_pending():
+    inputs = owner._inputs
+    inputs.enter()
+    if inputs.change_is_pending():
         lower.break_graph()
-    return owner._inputs
+    return inputs
 
 
 @lower.never_traced
@@ -42,10 +43,10 @@ def _schedule_outside_graphs(schedule: Any, args: tuple[Any, ...]) -> None:
 
 def trace_step(optimizer: Any) -> None:
     """A step of an optimizer that declares a rule."""
-    if optimizer.defaults.get("differentiable"):
-        _step_outside_graphs(optimizer)  # operators record no derivatives
-        return
     inputs = _enter(optimizer)
+    if optimizer.defaults.get("differentiable") or inputs.changes_gradients():
+        _step_outside_graphs(optimizer)  # operators record no derivatives, and write no gradients
+        return
     with torch.no_grad():
         if optimizer._compiled or inputs.refuses() or not rule.trace(optimizer, inputs):
             grads = [p.grad for p in inputs.params] if inputs.gradients_are_traced() else []

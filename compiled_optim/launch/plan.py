@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
 _STEP_DTYPES = (torch.float32, torch.float64)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp
 
 # a param group and the counts of a step; with its scalars, and what is carried on
@@ -152,11 +152,11 @@ def _examine(
     refusal = None
     if occurrences > 1:
         refusal = "it is listed more than once"
-    elif type(p) not in _PLAIN:
+    elif type(p) not in PLAIN:
         refusal = f"its type is {type(p).__name__}"
     elif p.device.type != "cpu" or p.dtype not in DTYPES:
         refusal = f"it is {p.dtype} on {p.device.type}"
-    elif grad is not None and not (type(grad) in _PLAIN and grad.layout is torch.strided):
+    elif grad is not None and not (type(grad) in PLAIN and grad.layout is torch.strided):
         refusal = _sparse_refusal(optimizer, p, grad, choice)
     if refusal:
         return _Member(group, p, {}, {}, refusal, None, grad)
@@ -169,7 +169,7 @@ def _examine(
 
 
 def _sparse_refusal(optimizer: Optimizer, p: Tensor, grad: Tensor, choice: Choice) -> str | None:
-    if type(grad) not in _PLAIN or grad.layout is not torch.sparse_coo:
+    if type(grad) not in PLAIN or grad.layout is not torch.sparse_coo:
         return f"its gradient is a {type(grad).__name__} with layout {grad.layout}"
     if not optimizer.keeps_untouched_rows(choice.switches):
         return "its gradient is sparse and these options update every row"

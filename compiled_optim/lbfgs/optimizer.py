@@ -94,11 +94,6 @@ class LBFGS(torch.optim.LBFGS):
     step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it, and torch.compile traces the wrapper
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # so do schedulers; they need `_opt_called`
 
-    @lower.constant_in_graphs
-    def _enter_graph(self) -> None:
-        self._inputs.look()
-        lower.join_trace(type(self))
-
     def _run_step(self, closure: Callable[[], Any]) -> Any:
         self._opt_called = True
         # A step overridden in a subclass was wrapped by torch, which has run the hooks.

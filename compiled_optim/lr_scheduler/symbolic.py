@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from compiled_optim import lower
 from compiled_optim.in_graph import steps
 from compiled_optim.in_graph.inputs import Inputs
 from compiled_optim.lr_scheduler.code import Form, base_lr, compiled, evaluate, t
@@ -84,11 +83,6 @@ class Scheduler(lr_scheduler.LRScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_inputs"}
-
-    @lower.constant_in_graphs
-    def _enter_graph(self) -> None:
-        self._inputs.look()
-        lower.join_trace(type(self))
 
     def expression(self, group: int = 0, of: str = "lr") -> sp.Expr:
         """The schedule of a param group as a sympy expression in ``t``, which is ``Symbol("t", nonnegative=True)``.

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from loops import CLASSES, autograd_traced, batch, build, compile_alone, train
+from cases import CLASSES
+from loops import autograd_traced, batch, build, compile_alone, train
 
 from compiled_optim import ASGD, SGD, AdamW, SparseAdam, lr_scheduler
 from compiled_optim.testing import assert_compiles

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import CLASSES, numbers_of, sample
-from loops import autograd_traced, batch, build, compile_alone, train
+from loops import Pair, autograd_traced, batch, build, compile_alone, train
 
 from compiled_optim import ASGD, SGD, Adam, AdamW, RMSprop, lr_scheduler
 from compiled_optim.declare import Number
@@ -32,42 +32,6 @@ each = pytest.mark.parametrize(("cls", "compiled", "one_graph"), EACH, ids=IDS, 
 def one_graph(request: Any) -> Iterator[bool]:
     with autograd_traced(request.param):
         yield request.param
-
-
-class Pair:
-    """Our optimizer in a compiled loop, and torch's in an uncompiled one, in double precision."""
-
-    def __init__(self, cls: Any, options: dict[str, Any], fullgraph: bool = False) -> None:
-        self.models, self.optimizers = zip(
-            build(cls, dtype=torch.float64, options=options),
-            build(
-                getattr(torch.optim, cls.__name__),
-                dtype=torch.float64,
-                options={k: v for k, v in options.items() if k != "compiled"},
-            ),
-            strict=True,
-        )
-        self._steps = (compile_alone(train, fullgraph=fullgraph), train)
-        self._count = 0
-
-    @property
-    def ours(self) -> Any:
-        return self.optimizers[0]
-
-    def step(self, count: int = 1) -> None:
-        for _ in range(count):
-            data = batch(self._count, dtype=torch.float64)
-            for step, model, optimizer in zip(self._steps, self.models, self.optimizers, strict=True):
-                step(model, optimizer, None, *data)
-            self._count += 1
-
-    def both(self, action: Callable[[Any], None]) -> None:
-        for optimizer in self.optimizers:
-            action(optimizer)
-
-    def compare(self, rtol: float = 1e-6) -> None:  # torch keeps some scalars of some algorithms in float32
-        for p, q in zip(self.models[0].trained, self.models[1].trained, strict=True):
-            torch.testing.assert_close(p, q, rtol=rtol, atol=1e-9)
 
 
 def options_of(cls: Any, compiled: bool) -> dict[str, Any]:

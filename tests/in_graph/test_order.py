@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import Model, autograd_traced, batch, build, compile_alone
+from loops import Model, autograd_traced, batch, build, compile_alone, train
 from torch import Tensor
 
 from compiled_optim import SGD, AdamW, lr_scheduler
@@ -228,18 +228,10 @@ def test_a_schedule_that_is_attached(compiled: bool, one_graph: bool) -> None:
     model, optimizer = build(SGD, options={"lr": 0.1, "compiled": compiled})
     schedule = lr_scheduler.ExponentialLR(optimizer, 0.5)
     optimizer.attach(schedule)
-
-    def loop(model: Model, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    step = compile_alone(loop, fullgraph=one_graph)
+    step = compile_alone(train, fullgraph=one_graph)
     with assert_compiles(graphs=1 if one_graph else 2):
         for i in range(4):
-            step(model, optimizer, *batch(i))
+            step(model, optimizer, None, *batch(i))
             assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5 ** (i + 1))
 
 
