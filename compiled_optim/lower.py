@@ -267,7 +267,7 @@ def constant_in_graphs(method: Callable[..., T]) -> Callable[..., T]:
     return method
 
 
-def register_opaque(cls: type[OpaqueBase], guard: Callable[[Any], list[Any]]) -> None:
+def register_opaque(cls: type[OpaqueBase], guard: Callable[[Any], list[Any]] | None = None) -> None:
     """Lets graphs take objects of this class as inputs, by reference; one is right for what ``guard`` answers only."""
     register_opaque_type(cls, typ="reference", guard_fn=guard)
 

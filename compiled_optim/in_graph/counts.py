@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor
 
 Count = tuple[float, ...]  # as `Update.next_counts` has it
 
@@ -29,10 +27,10 @@ class Counts:
         self._groups, self._states = groups, states
         self._vectors = {name: torch.zeros(len(states), dtype=dtype, device="cpu") for name in names}
         self._views = {name: vector.unbind() for name, vector in self._vectors.items()}
-        self.placed: dict[int, dict[str, Any]] = {}  # the parameters whose counts these are, and their state
-        self._held: dict[str, list[Tensor]] = {name: [] for name in names}
+        self.placed: set[int] = set()  # the parameters whose counts these are
         self.fresh: set[int] = set()  # parameters whose buffers are new
         self._equal: list[Count | None] = []  # of each param group; None if they differ
+        self._are_equal: tuple[bool, ...] = ()
         self._each: list[Count] = []
         self._seen: int | None = None
 
@@ -43,15 +41,8 @@ class Counts:
             if state[name] is not views[i]:
                 views[i].fill_(state[name])
                 state[name] = views[i]
-                self._held[name].append(views[i])
-        self.placed[i] = state
+        self.placed.add(i)
         self._seen = None
-
-    def are_in_place(self) -> bool:
-        """Whether none was replaced by another tensor, or taken away."""
-        states = self.placed.values()
-        taken = not all(states)
-        return not taken and all(all(map(is_, [s.get(k) for s in states], held)) for k, held in self._held.items())
 
     def next(self, i: int) -> Count:
         """What `scalars` is given for a parameter in the coming step."""
@@ -61,10 +52,10 @@ class Counts:
     def are_equal(self) -> tuple[bool, ...]:
         """Of each param group, whether one count holds for all its parameters."""
         self._read()
-        return tuple(count is not None for count in self._equal)
+        return self._are_equal
 
     def _read(self) -> None:
-        version = sum(vector._version for vector in self._vectors.values())
+        version = sum([vector._version for vector in self._vectors.values()])
         if version == self._seen:
             return
         if self._vectors:
@@ -76,6 +67,7 @@ class Counts:
         for i in self.placed:
             found[self._groups[i]].add(self._each[i])
         self._equal = [counts.pop() if len(counts) == 1 else None if counts else () for counts in found]
+        self._are_equal = tuple(count is not None for count in self._equal)
         self._seen = version
 
     def advance(self, members: Sequence[int], carried: Sequence[Sequence[float]]) -> None:
@@ -94,6 +86,6 @@ class Counts:
             step[index] += 1
         for vector, values in zip(others, zip(*carried, strict=True), strict=True):
             vector[index] = torch.tensor(values, dtype=vector.dtype)
-        if everyone and not others and self._seen is not None and None not in self._equal:
+        if everyone and not others and self._seen is not None and all(self._are_equal):
             self._equal = [tuple(c + 1 for c in count) for count in self._equal if count is not None]
             self._seen = step._version

@@ -19,21 +19,23 @@ TOKEN = torch.zeros((), device="cpu")
 _NUMBERS = {float, int, bool, type(None), list, str}  # the types that param groups hold most
 
 
-class Handle(lower.OpaqueBase):
+class Name(lower.OpaqueBase):
     """Stands for an optimizer or a schedule among the arguments of an operator."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = weakref.ref(owner)
 
+
+class Handle(Name):
+    """One by which a graph learns that it is not right: of its inputs, which are looked up then."""
+
     def guarded(self) -> list[Any]:
         """Asked before each call of a graph, which is right for this answer only."""
         owner = self.owner()
-        if owner is None:
-            return []
-        owner._inputs.look()
-        return owner._inputs.guarded()  # type: ignore[no-any-return]
+        return [] if owner is None else owner._inputs.guarded()
 
 
+lower.register_opaque(Name)
 lower.register_opaque(Handle, Handle.guarded)
 _library: Any = torch.library.Library("compiled_optim", "DEF")  # type: ignore[no-untyped-call]
 
@@ -64,8 +66,10 @@ class Inputs:
 
     def __init__(self, owner: Any) -> None:
         self._owner = weakref.ref(owner)
+        self._is_schedule = not isinstance(owner, torch.optim.Optimizer)
         # Dynamo asks the guards of shorter names first, and this one brings the lists up to date
         self.id = Handle(owner)
+        self.name = Name(owner)
         self.params: list[Tensor] = []
         self.hyper: list[Tensor] = []  # the hyperparameters that are tensors
 
@@ -73,7 +77,7 @@ class Inputs:
     def optimizer(self) -> Any:
         owner = self._owner()
         assert owner is not None, "the operators of a graph outlived their optimizer"
-        return getattr(owner, "optimizer", owner)
+        return owner.optimizer if self._is_schedule else owner
 
     def look(self) -> bool:
         """Brings the lists up to date; whether there are other parameters than before."""
@@ -86,13 +90,15 @@ class Inputs:
         return True
 
     def guarded(self) -> list[Any]:
-        """What else a graph depends on."""
+        """Brings the lists up to date; what else a graph depends on."""
+        self.look()
         return [self._changes_gradients()]
 
     def _changes_gradients(self) -> bool:
-        scaled = vars(self.optimizer)
+        optimizer = self.optimizer
+        scaled = vars(optimizer)
         scaling = scaled.get("grad_scale") is not None or scaled.get("found_inf") is not None
-        return scaling or lower.step_has_hooks(self.optimizer)
+        return scaling or lower.step_has_hooks(optimizer)
 
     # Asked while a graph is traced; the answers are constants in it.
 
@@ -106,6 +112,11 @@ class Inputs:
     def changes_gradients(self) -> bool:
         """Whether a step may change gradients, by hooks or by scaling: no operator says that it writes them."""
         return self._changes_gradients()
+
+    @lower.constant_in_graphs
+    def are_those_of_the_optimizer(self) -> bool:
+        """Whether a graph of a schedule can take in what one of its optimizer does, and ask its guard only."""
+        return isinstance(getattr(self.optimizer, "_inputs", None), Inputs)
 
     @lower.constant_in_graphs
     def gradients_are_traced(self) -> bool:

@@ -7,6 +7,7 @@ Where ``capturable``, the operator returns the hyperparameters only, and step co
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,8 +70,9 @@ class RuleInputs(Inputs):
         self.states: list[dict[str, Any]] = []
         self._counts = Counts((), torch.float32, [], [])
         self._groups: list[int] = []  # of each parameter
+        # the optimizer's, and what they held last of a few names: whoever replaces, empties or fills one changes that
         self._live: list[dict[str, Any]] = []
-        self._empty: list[dict[str, Any]] = []  # those of the optimizer's that a step outside may fill
+        self._held: dict[str, list[Any]] = {}
         self._made: set[int] = set()
         self._cannot = ""
         super().__init__(optimizer)
@@ -78,13 +80,21 @@ class RuleInputs(Inputs):
     def look(self) -> bool:
         optimizer = self.optimizer
         changed = super().look()
-        had = () if changed else self._counts.placed
-        as_before = same([*optimizer.state.values()], self._live) and not any(self._empty)
-        if changed or not (as_before and self._counts.are_in_place()):
+        if changed or not self._is_as_left(optimizer):
+            had = set() if changed else self._counts.placed
             self._gather(optimizer)
-            for i in had:  # what was taken away is made again, for graphs take it in
-                self._make(i, _switches(optimizer)[self._groups[i]])
+            self._make(had, _switches(optimizer))  # what was taken away is made again, for graphs take it in
         return changed
+
+    def _is_as_left(self, optimizer: Optimizer) -> bool:
+        live = [*optimizer.state.values()]
+        watched = self._held.items()
+        return same(live, self._live) and all(same([state.get(name) for state in live], held) for name, held in watched)
+
+    def _watch(self, optimizer: Optimizer) -> None:
+        live = self._live = [*optimizer.state.values()]
+        names = optimizer.declaration.counts or tuple(optimizer.declaration.buffers)
+        self._held = {name: [state.get(name) for state in live] for name in names}
 
     def _gather(self, optimizer: Optimizer) -> None:
         groups, params = optimizer.param_groups, self.params
@@ -98,28 +108,27 @@ class RuleInputs(Inputs):
         for i in on_host:
             if self.states[i] and all(self.states[i].get(name) is not None for name in names):
                 self._counts.place(i)
-        self._watch(optimizer)
         self._cannot = "" if set(map(type, params)) <= set(PLAIN) else "a tensor subclass"
         if len(set(map(id, params))) < len(params):
             self._cannot = "a parameter listed twice"
 
-    def _watch(self, optimizer: Optimizer) -> None:
-        self._live = [*optimizer.state.values()]
-        self._empty = [state for state in self._live if not state]
-
     def guarded(self) -> list[Any]:
-        optimizer, switches = self.optimizer, _switches(self.optimizer)
+        guarded, optimizer = super().guarded(), self.optimizer
+        switches = _switches(optimizer)
         if not any(self.states):
             # a graph of another instance, perhaps, which takes in the state of all that is trained
-            for i, p in enumerate(self.params):
-                if p.requires_grad:
-                    self._make(i, switches[self._groups[i]])
+            self._make([i for i, p in enumerate(self.params) if p.requires_grad], switches)
         capturable = [bool(group.get("capturable")) for group in optimizer.param_groups]
-        return [*super().guarded(), self._cannot, switches, capturable, self._counts.are_equal()]
+        return [*guarded, self._cannot, switches, capturable, self._counts.are_equal()]
 
-    def _make(self, i: int, switches: tuple[bool, ...]) -> None:
-        """Makes the state that a parameter lacks."""
+    def _make(self, members: Iterable[int], switches: list[tuple[bool, ...]]) -> None:
+        """Makes the state that these parameters lack."""
         optimizer = self.optimizer
+        for i in members:
+            self._make_one(optimizer, i, switches[self._groups[i]])
+        self._watch(optimizer)
+
+    def _make_one(self, optimizer: Optimizer, i: int, switches: tuple[bool, ...]) -> None:
         options = optimizer.param_groups[self._groups[i]]
         made = optimizer.make_state(self.params[i], options, optimizer.declaration.switch_type(*switches))
         made = {name: value for name, value in made.items() if self.states[i].get(name) is None}
@@ -156,8 +165,7 @@ class RuleInputs(Inputs):
         optimizer, groups = self.optimizer, self.optimizer.param_groups
         declaration, switches = optimizer.declaration, _switches(optimizer)
         members = [i for i, yes in enumerate(present) if yes]
-        for i in members:
-            self._make(i, switches[self._groups[i]])
+        self._make(members, switches)
         equal = self._counts.are_equal()
         rows: dict[tuple[int, int], int] = {}
         firsts: dict[int, int] = {}
@@ -200,7 +208,7 @@ class RuleInputs(Inputs):
         for group, i in layout.rows:
             hyper = choices[group].hyper
             values, after = evaluate(algorithm, hyper, self._counts.next(i)) if i >= 0 else (hyper._asdict(), ())
-            row = [float(v) if isinstance(v, Real) else 0.0 for v in values.values()]
+            row = [v if type(v) is float else float(v) if isinstance(v, Real) else 0.0 for v in values.values()]
             table.append(row + [0.0] * (columns - len(row)))
             carried.append(after)
         self._counts.advance(layout.counted, [carried[row] for row in layout.row_of] if any(carried) else ())

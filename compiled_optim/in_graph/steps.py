@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compiled_optim import lower
 from compiled_optim.in_graph import rule
-from compiled_optim.in_graph.inputs import TOKEN, Handle, Inputs, operator
+from compiled_optim.in_graph.inputs import TOKEN, Handle, Inputs, Name, operator
 
 
 def inputs_of(optimizer: Any) -> Inputs:
@@ -96,9 +96,11 @@ def trace_schedule(schedule: Any, *args: Any) -> None:
     if args and not isinstance(args[0], Tensor):
         _schedule_outside_graphs(schedule, args)  # a number, such as an epoch, would be a constant
         return
-    inputs = _enter(schedule)
+    inputs = own = _enter(schedule)
+    if own.are_those_of_the_optimizer():
+        inputs = schedule.optimizer._inputs
     metric = args[0].detach() if args else None
-    torch.ops.compiled_optim.schedule(inputs.id, TOKEN, inputs.hyper, metric)
+    torch.ops.compiled_optim.schedule(own.name, inputs.id, TOKEN, inputs.hyper, metric)
 
 
 def _nothing(*arguments: Any) -> None: ...
@@ -124,7 +126,7 @@ def zero_grad(handle: Handle, token: Tensor) -> None:
 
 
 @operator(_nothing, "token", "hyper")
-def schedule(handle: Handle, token: Tensor, hyper: list[Tensor], metric: Tensor | None) -> None:
-    owner: Any = handle.owner()
-    inputs = owner._inputs
+def schedule(name: Name, handle: Handle, token: Tensor, hyper: list[Tensor], metric: Tensor | None) -> None:
+    owner: Any = name.owner()
+    inputs = handle.owner()._inputs  # type: ignore[union-attr]
     inputs.run(lambda: owner.step(*(() if metric is None else (metric,))), (hyper, inputs.hyper))
