@@ -22,7 +22,7 @@ demo: .venv/.stamp ## train a small network four ways, print a table, write demo
 	$(BIN)/python -m compiled_optim.demo
 
 test: .venv/.stamp ## run the tests (the slow ones too: .venv/bin/pytest -m "")
-	$(BIN)/python -m pytest -n auto --dist loadfile -p no:benchmark
+	$(BIN)/python -m pytest -n auto --dist worksteal -p no:benchmark
 
 lint: .venv/.stamp ## check style, formatting and types
 	$(BIN)/ruff check .

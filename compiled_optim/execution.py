@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compiled_optim import eager, foreach, lower, settings
+from compiled_optim import eager, foreach, kernels, lower, settings
 from compiled_optim.cache.build import BuildError
 from compiled_optim.cache.libraries import NoCompilerError
 from compiled_optim.fallback import CompileError, fall_back
-from compiled_optim.launch.plan import Counts, Plan, Row, make_plan
+from compiled_optim.launch.plan import Counts, Plan, Row, expected, make_plan
 from compiled_optim.rule import evaluate, first_counts
 from compiled_optim.updates import collect, discard, refuse
 
@@ -40,6 +40,17 @@ def step(optimizer: Optimizer) -> None:
     if state is None:
         state = optimizer._execution = Execution()
     state.step(optimizer)
+
+
+def begin(optimizer: Optimizer) -> None:
+    """Starts to compile what the next step needs, if it is known yet; the step says what went wrong with that."""
+    state = optimizer._execution = optimizer._execution or Execution()
+    state.begin(optimizer)
+
+
+def _scalar_names(algorithm: type[Optimizer], choices: list[Choice]) -> list[tuple[str, ...]]:
+    firsts = [evaluate(algorithm, c.hyper, first_counts(algorithm, c.hyper)) for c in choices]
+    return [tuple(values) for values, _ in firsts]
 
 
 class Execution:
@@ -72,6 +83,14 @@ class Execution:
             self._step_foreach(optimizer)
         else:
             self._step_multi_tensor(optimizer)
+
+    def begin(self, optimizer: Optimizer) -> None:
+        reason = switched_off() or self._given_up or lower.unsupported_version()
+        if reason or self.plan is not None or not optimizer.elementwise:
+            return
+        if self._choose_lowering(optimizer) == "multi_tensor":
+            choices = optimizer.choices()
+            kernels.begin(expected(optimizer, choices, _scalar_names(type(optimizer), choices)))
 
     def _unavailable(self) -> str:
         if self.plan is not None:
@@ -145,9 +164,7 @@ class Execution:
         """None if the step was done otherwise."""
         self.plan, self._pairs = None, []
         refuse(optimizer, self._choices)
-        algorithm = type(optimizer)
-        firsts = [evaluate(algorithm, c.hyper, first_counts(algorithm, c.hyper)) for c in self._choices]
-        self._scalar_names = [tuple(values) for values, _ in firsts]
+        self._scalar_names = _scalar_names(type(optimizer), self._choices)
 
         def refused(p: Tensor, why: str) -> None:
             reason = f"a parameter of shape {tuple(p.shape)} is updated eagerly, because {why}"

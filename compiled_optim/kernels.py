@@ -11,7 +11,7 @@ import inspect
 import os
 import sysconfig
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -56,6 +56,7 @@ _LAUNCH = _PACKAGE / "launch"
 _kernels: dict[Signature, Kernel] = {}
 _counts = {"hits": 0, "disk_hits": 0, "misses": 0}
 _host: ModuleType | None = None
+_ahead: set[Signature] = set()  # obtained before they were asked for
 _lock = threading.RLock()
 
 
@@ -68,6 +69,7 @@ def forget() -> None:
     """Empties the cache in memory and its counts. Optimizers that hold a kernel keep it."""
     with _lock:
         _kernels.clear()
+        _ahead.clear()
         _counts.update(dict.fromkeys(_counts, 0))
 
 
@@ -77,19 +79,46 @@ def obtain(signatures: Sequence[Signature]) -> tuple[ModuleType, dict[Signature,
     Raises:
         libraries.NoCompilerError, build.BuildError, lower.LoweringError: see there.
     """
-    global _host
     with _lock:
-        host = _begin_host() if _host is None else None
-        # in one order everywhere: two processes that begin the same kernels wait for each other's locks
-        wanted = sorted(dict.fromkeys(signatures), key=repr)
-        pending = {s: _begin(s) for s in wanted if s not in _kernels}
-        if host is not None:
-            _host = host.result().value
-        for signature, library in pending.items():
-            _kernels[signature] = _finish(signature, library.result())
-        _counts["hits"] += len(wanted) - len(pending)
+        wanted = dict.fromkeys(signatures)
+        new = _load(wanted) | _ahead.intersection(wanted)
+        _ahead.difference_update(new)
+        _counts["hits"] += len(wanted) - len(new)
         assert _host is not None
-        return _host, {s: k if s in pending else replace(k, origin="memory") for s in wanted for k in (_kernels[s],)}
+        return _host, {s: k if s in new else replace(k, origin="memory") for s in wanted for k in (_kernels[s],)}
+
+
+def begin(signatures: Sequence[Signature]) -> None:
+    """Begins what `obtain` will be asked for, and returns while it is compiled; raises nothing, as `obtain` will."""
+    begun = threading.Event()
+
+    def run() -> None:
+        try:
+            with _lock:
+                _ahead.update(_load(signatures, begun.set))
+        except Exception as error:
+            settings.logger.info("%s could not be obtained ahead: %s", [s.name for s in signatures], error)
+        finally:
+            begun.set()
+
+    # a thread of its own, which waits for the compiler; and the caller may be tracing, which lowering is no part of
+    threading.Thread(target=run, name="compiled_optim", daemon=True).start()
+    begun.wait()  # Inductor lowers one thing at a time
+
+
+def _load(signatures: Iterable[Signature], begun: Callable[[], None] = lambda: None) -> set[Signature]:
+    """Loads the host module and the kernels that are not loaded; which they are. Calls ``begun`` once all are begun."""
+    global _host
+    host = _begin_host() if _host is None else None
+    # in one order everywhere: two processes that begin the same kernels wait for each other's locks
+    wanted = sorted(dict.fromkeys(signatures), key=repr)
+    pending = {s: _begin(s) for s in wanted if s not in _kernels}
+    begun()
+    if host is not None:
+        _host = host.result().value
+    for signature, library in pending.items():
+        _kernels[signature] = _finish(signature, library.result())
+    return set(pending)
 
 
 def host_module() -> ModuleType:

@@ -13,8 +13,9 @@ import torch._inductor.config  # takes CXX from the environment when it is impor
 
 # before anything reads them, and for the subprocesses of tests too
 os.environ["COMPILED_OPTIM_STRICT"] = "1"
-_cache = tempfile.TemporaryDirectory(prefix="compiled_optim-tests-")
-os.environ["COMPILED_OPTIM_CACHE_DIR"] = str(Path(_cache.name) / "cache")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the directory, so that no kernel is compiled twice
+    _cache = tempfile.TemporaryDirectory(prefix="compiled_optim-tests-")
+    os.environ["COMPILED_OPTIM_CACHE_DIR"] = str(Path(_cache.name) / "cache")
 # said explicitly, or torch warns of it when one of its own optimizers makes a sparse tensor
 torch.sparse.check_sparse_tensor_invariants.disable()
 

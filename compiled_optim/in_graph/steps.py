@@ -47,6 +47,8 @@ def trace_step(optimizer: Any) -> None:
     if optimizer.defaults.get("differentiable") or inputs.changes_gradients():
         _step_outside_graphs(optimizer)  # operators record no derivatives, and write no gradients
         return
+    if optimizer._compiled:
+        inputs.begin_kernels()
     with torch.no_grad():
         if optimizer._compiled or inputs.refuses() or not rule.trace(optimizer, inputs):
             grads = [p.grad for p in inputs.params] if inputs.gradients_are_traced() else []

@@ -109,12 +109,7 @@ def make_plan(
     Raises:
         What `kernels.obtain` and ``refused`` raise.
     """
-    occurrences = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
-    members = [
-        _examine(optimizer, i, p, choices[i], scalar_names[i], occurrences[id(p)])
-        for i, group in enumerate(optimizer.param_groups)
-        for p in group["params"]
-    ]
+    members = _members(optimizer, choices, scalar_names)
     host, found = kernels.obtain([m.signature for m in members if m.active and m.signature])
     declaration = optimizer.declaration
     plan = Plan(host, host.make(declaration.slots, len(declaration.counts)), [c.switches for c in choices])
@@ -142,6 +137,22 @@ def make_plan(
         host.add_group(plan.native, group)
     host.seal(plan.native, optimizer.state)
     return plan
+
+
+def expected(optimizer: Optimizer, choices: list[Choice], scalar_names: list[tuple[str, ...]]) -> list[Signature]:
+    """The kernels of a step in which these parameters have a gradient, or all that are trained if none has one yet."""
+    members = _members(optimizer, choices, scalar_names)
+    active = [m for m in members if m.active] or [m for m in members if m.param.requires_grad]
+    return [m.signature for m in active if m.signature]
+
+
+def _members(optimizer: Optimizer, choices: list[Choice], scalar_names: list[tuple[str, ...]]) -> list[_Member]:
+    occurrences = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    return [
+        _examine(optimizer, i, p, choices[i], scalar_names[i], occurrences[id(p)])
+        for i, group in enumerate(optimizer.param_groups)
+        for p in group["params"]
+    ]
 
 
 def _examine(
