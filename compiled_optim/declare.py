@@ -157,8 +157,8 @@ class Declaration:
         self.hyper_type: Any = namedtuple("Hyper", [n for n, _ in names])  # type: ignore[misc]
         self._numbers_at = [i for i, (_, field) in enumerate(names) if isinstance(field, Number)]
         self._switches_at = [i for i, (_, field) in enumerate(names) if field.switch]
-        pairs = [i for i, field in enumerate(self.options.values()) if isinstance(field.default, tuple)]
-        self._pair = pairs[0] if pairs else None  # such as betas; where it stands
+        # such as betas; the last first, so that to spread one moves no other
+        self._tuples_at = [i for i, f in enumerate(self.options.values()) if isinstance(f.default, tuple)][::-1]
 
     def _rule_names(self, option: str) -> list[str]:
         default = self.options[option].default
@@ -217,8 +217,9 @@ class Declaration:
             TypeError: for what is no number, before a step has changed anything.
         """
         read = self.read(group)
-        if self._pair is not None and type(read[self._pair]) is tuple:
-            read = (*read[: self._pair], *read[self._pair], *read[self._pair + 1 :])
+        for i in self._tuples_at:
+            if type(read[i]) is tuple:
+                read = (*read[:i], *read[i], *read[i + 1 :])
         has_tensors = False
         plain = len(read) == len(self.hyper_type._fields) and _PLAIN.issuperset(map(type, read))
         if not plain or None in [read[i] for i in self._numbers_at]:

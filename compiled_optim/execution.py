@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +44,7 @@ def step(optimizer: Optimizer) -> None:
 
 
 def begin(optimizer: Optimizer) -> None:
-    """Starts to compile what the next step needs, if it is known yet; the step says what went wrong with that."""
+    """Starts to compile what the next step needs, if that is known yet. Raises nothing: the step does."""
     state = optimizer._execution = optimizer._execution or Execution()
     state.begin(optimizer)
 
@@ -85,10 +86,10 @@ class Execution:
             self._step_multi_tensor(optimizer)
 
     def begin(self, optimizer: Optimizer) -> None:
-        reason = switched_off() or self._given_up or lower.unsupported_version()
-        if reason or self.plan is not None or not optimizer.elementwise:
+        off = switched_off() or self._given_up or lower.unsupported_version() or not optimizer.elementwise
+        if off or self.plan is not None or self._choose_lowering(optimizer) != "multi_tensor":
             return
-        if self._choose_lowering(optimizer) == "multi_tensor":
+        with suppress(Exception):  # of an option that is no number, say: the step raises it, and no trace is around it
             choices = optimizer.choices()
             kernels.begin(expected(optimizer, choices, _scalar_names(type(optimizer), choices)))
 

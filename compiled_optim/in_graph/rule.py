@@ -151,7 +151,7 @@ class RuleInputs(Inputs):
             return True
         try:
             updates.refuse(optimizer, optimizer.choices(keep_tensors=True))
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             return True  # and raises when it runs
         return False
 

@@ -141,22 +141,30 @@ def make_plan(
 
 def expected(optimizer: Optimizer, choices: list[Choice], scalar_names: list[tuple[str, ...]]) -> list[Signature]:
     """The kernels of a step in which these parameters have a gradient, or all that are trained if none has one yet."""
-    members = _members(optimizer, choices, scalar_names)
+    members = _members(optimizer, choices, scalar_names, allocate=False)
     active = [m for m in members if m.active] or [m for m in members if m.param.requires_grad]
     return [m.signature for m in active if m.signature]
 
 
-def _members(optimizer: Optimizer, choices: list[Choice], scalar_names: list[tuple[str, ...]]) -> list[_Member]:
+def _members(
+    optimizer: Optimizer, choices: list[Choice], scalar_names: list[tuple[str, ...]], *, allocate: bool = True
+) -> list[_Member]:
     occurrences = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
     return [
-        _examine(optimizer, i, p, choices[i], scalar_names[i], occurrences[id(p)])
+        _examine(optimizer, i, p, choices[i], scalar_names[i], occurrences[id(p)], allocate)
         for i, group in enumerate(optimizer.param_groups)
         for p in group["params"]
     ]
 
 
 def _examine(
-    optimizer: Optimizer, group: int, p: Tensor, choice: Choice, scalar_names: tuple[str, ...], occurrences: int
+    optimizer: Optimizer,
+    group: int,
+    p: Tensor,
+    choice: Choice,
+    scalar_names: tuple[str, ...],
+    occurrences: int,
+    allocate: bool,
 ) -> _Member:
     """What can be said before the host module is loaded, so that it and the kernels may be compiled side by side."""
     grad = optimizer.gradient(p)
@@ -171,7 +179,8 @@ def _examine(
         refusal = _sparse_refusal(optimizer, p, grad, choice)
     if refusal:
         return _Member(group, p, {}, {}, refusal, None, grad)
-    made = optimizer.make_state(p, optimizer.param_groups[group], choice.switches, allocate=grad is not None)
+    allocate = allocate and grad is not None
+    made = optimizer.make_state(p, optimizer.param_groups[group], choice.switches, allocate=allocate)
     state = {**optimizer.state.get(p, {}), **made}
     buffers = optimizer.declaration.kept(choice.switches)
     dtypes = tuple(d.to_real() for d in (p.dtype, *(p.dtype if state[b] is None else state[b].dtype for b in buffers)))

@@ -45,6 +45,27 @@ def test_a_parameter_without_a_gradient_has_none_compiled() -> None:
         compile_alone(train)(model, optimizer, None, *batch(0))
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["traced", "compiled"])
+def test_a_bad_option_raises_as_outside(compiled: bool) -> None:
+    model, optimizer = build(SGD, options={"lr": 0.1, "compiled": compiled})
+    optimizer.param_groups[0]["lr"] = "x"
+    with pytest.raises(TypeError, match="lr must be"):
+        compile_alone(train)(model, optimizer, None, *batch(0))
+
+
+def test_state_is_not_made_ahead() -> None:
+    made = []
+
+    class Counted(SGD):
+        def make_state(self, p: Any, group: Any, on: Any, *, allocate: bool = True) -> dict[str, Any]:
+            made.append(allocate)
+            return super().make_state(p, group, on, allocate=allocate)
+
+    model, optimizer = build(Counted, options={"lr": 0.1, "momentum": 0.9, "compiled": True})
+    compile_alone(train)(model, optimizer, None, *batch(0))
+    assert sum(made) == len(model.trained)
+
+
 @pytest.mark.usefixtures("lenient")
 def test_without_a_compiler_the_step_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
