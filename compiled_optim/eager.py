@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compiled_optim import lower
+from compiled_optim import torch_private
 from compiled_optim.rule import apply, arithmetic_dtype, evaluate, first_counts
 from compiled_optim.tensor_list import TensorList
 from compiled_optim.updates import Update, collect
@@ -144,10 +144,10 @@ def run_bucket(algorithm: type[Optimizer], members: list[Update], on: Any, value
         for piece in pieces([column[0] for column in columns]):
             run_value(algorithm, on, [TensorList([t]) for t in piece], first.buffers, values)
     else:
-        flat = [lower.flatten(column) for column in columns]
+        flat = [torch_private.flatten(column) for column in columns]
         run_value(algorithm, on, [TensorList([t]) for t in flat], first.buffers, values)
         for column, source in zip([columns[0], *columns[2:]], [flat[0], *flat[2:]], strict=True):
-            torch._foreach_copy_(column, lower.unflatten(source, column))
+            torch._foreach_copy_(column, torch_private.unflatten(source, column))
 
 
 def run_value(algorithm: type[Optimizer], on: Any, value: list[Any], buffers: tuple[str, ...], scalars: Any) -> None:

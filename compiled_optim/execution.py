@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compiled_optim import eager, foreach, kernels, lower, settings
+from compiled_optim import eager, foreach, kernels, lower, settings, torch_private
 from compiled_optim.cache.build import BuildError
 from compiled_optim.cache.libraries import NoCompilerError
 from compiled_optim.fallback import CompileError, fall_back
@@ -29,7 +29,7 @@ COMPILE_ERRORS = (NoCompilerError, BuildError, lower.LoweringError, OSError, Imp
 
 def switched_off() -> str:
     """Why nothing is to be compiled now, or an empty string."""
-    return lower.compiling_disabled() or ("COMPILED_OPTIM_DISABLE=1" if settings.disabled() else "")
+    return torch_private.compiling_disabled() or ("COMPILED_OPTIM_DISABLE=1" if settings.disabled() else "")
 
 
 def step(optimizer: Optimizer) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import dataclass_transform
 
-from compiled_optim import execution, lower
+from compiled_optim import execution, torch_private
 from compiled_optim.attached import Attached
 from compiled_optim.declare import FIELDS, Choice, Declaration, Flag, buffer, carried, coerce, counter, flag, number
 from compiled_optim.in_graph import steps
@@ -132,7 +132,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling():
             return steps.trace_step(self) if closure is None else steps.trace_closure(self, closure)
-        if closure is not None and lower.compiles_frames():  # which the closure broke
+        if closure is not None and torch_private.compiles_frames():  # which the closure broke
             return steps.resume_closure(self, closure)
         return self._run_step(closure)
 
@@ -142,7 +142,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     def _run_step(self, closure: Callable[[], Any] | None) -> Any:
         # A step overridden in a subclass was wrapped by torch, which has run the hooks.
-        if lower.step_is_observed(self) and type(self).step is Optimizer.step:
+        if torch_private.step_is_observed(self) and type(self).step is Optimizer.step:
             return _observed_step(self) if closure is None else _observed_step(self, closure=closure)
         return self._step(closure)
 
@@ -256,13 +256,13 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch.optim; numpy scalars among its options become Python's."""
-        lower.undecorated("add_param_group")(self, param_group)
+        torch_private.undecorated("add_param_group")(self, param_group)
         group = self.param_groups[-1]
         group.update({name: coerce(group[name]) for name in self.declaration.options})
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim's ``state_dict`` lays it out; either side loads the other's."""
-        return lower.undecorated("state_dict")(self)  # type: ignore[no-any-return]
+        return torch_private.undecorated("state_dict")(self)  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict`` of this class or of torch.optim's returned.
@@ -270,7 +270,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         A tensor learning rate stays the tensor it is, and takes the value that was saved.
         """
         kept = [{k: v for k, v in group.items() if isinstance(v, Tensor)} for group in self.param_groups]
-        lower.undecorated("load_state_dict")(self, state_dict)
+        torch_private.undecorated("load_state_dict")(self, state_dict)
         for group, tensors in zip(self.param_groups, kept, strict=True):
             for name, tensor in tensors.items():
                 if name in self.declaration.options and name in group:
@@ -283,7 +283,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         if torch.compiler.is_compiling():
             steps.trace_zero_grad(self, set_to_none)
         else:
-            lower.undecorated("zero_grad")(self, set_to_none)
+            torch_private.undecorated("zero_grad")(self, set_to_none)
 
 
 # with the hooks, and an entry in the profiler

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import swa_utils
 
-from compiled_optim import lower
+from compiled_optim import lower, torch_private
 from compiled_optim.declare import number
 from compiled_optim.execution import COMPILE_ERRORS, switched_off
 from compiled_optim.fallback import fall_back
@@ -231,7 +231,7 @@ class AveragedModel(swa_utils.AveragedModel):
         self.n_averaged += 1
 
 
-_update_outside_graphs = lower.never_traced(AveragedModel._update)
+_update_outside_graphs = torch_private.never_traced(AveragedModel._update)
 
 
 def _tensors(module: Module) -> tuple[list[Tensor], list[Tensor]]:

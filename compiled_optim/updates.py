@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from compiled_optim import lower
+from compiled_optim import torch_private
 
 if TYPE_CHECKING:
     from compiled_optim.declare import Choice
@@ -68,7 +68,7 @@ def refuse(optimizer: Optimizer, choices: list[Choice]) -> None:
                 if not optimizer.accepts_sparse:
                     raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
                 optimizer.keeps_untouched_rows(choice.switches)
-                lower.check_indices(p.grad)
+                torch_private.check_indices(p.grad)
             elif not optimizer.accepts_dense:
                 raise RuntimeError(f"{name} does not support dense gradients, please consider Adam instead")
             if group.get("capturable") and p.device.type == "cpu":

@@ -1,6 +1,6 @@
 """What compiled_optim takes from torch's private parts, one test each: a failure here says which upstream change broke.
 
-Everything private is used in compiled_optim/lower.py, and by launch/tensors.h.
+Everything private is used in compiled_optim/lower.py and torch_private.py, and by launch/tensors.h.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from compiled_optim import kernels, lower
+from compiled_optim import kernels, lower, torch_private
 from compiled_optim.algorithms import AdamW
 from compiled_optim.testing import assert_compiles
 from compiled_optim.trace import Signature, trace
@@ -43,42 +43,42 @@ def test_optimizer_methods_are_wrapped_so_that_they_unwrap() -> None:
 
 def test_hooks_of_optimizers_are_where_they_were() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    assert not lower.step_is_observed(optimizer)
+    assert not torch_private.step_is_observed(optimizer)
     handle = register_optimizer_step_pre_hook(lambda *_: None)
-    assert lower.step_is_observed(optimizer)
+    assert torch_private.step_is_observed(optimizer)
     handle.remove()
     optimizer.register_step_post_hook(lambda *_: None)
-    assert lower.step_is_observed(optimizer)
+    assert torch_private.step_is_observed(optimizer)
     assert callable(torch.optim.Optimizer.profile_hook_step)
 
 
 def test_profiler_state_can_be_asked() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     with torch.autograd.profiler.profile():
-        assert lower.step_is_observed(optimizer)
-    assert not lower.step_is_observed(optimizer)
+        assert torch_private.step_is_observed(optimizer)
+    assert not torch_private.step_is_observed(optimizer)
 
 
 def test_stance_is_where_it_was() -> None:
-    assert lower.compiling_disabled() is None
+    assert torch_private.compiling_disabled() is None
     with torch.compiler.set_stance("force_eager"):
-        assert "force_eager" in (lower.compiling_disabled() or "")
-    assert lower.compiling_disabled() is None
+        assert "force_eager" in (torch_private.compiling_disabled() or "")
+    assert torch_private.compiling_disabled() is None
 
 
 def test_a_function_runs_outside_graphs_and_its_closure_is_compiled() -> None:
     seen = []
 
     def inside(x: torch.Tensor, closure: Any) -> Any:
-        seen.append((torch.compiler.is_compiling(), lower.compiles_frames()))
+        seen.append((torch.compiler.is_compiling(), torch_private.compiles_frames()))
         return closure(x) + 1
 
-    outside = lower.outside_graphs(inside)
+    outside = torch_private.outside_graphs(inside)
     compiled = torch.compile(lambda x: outside(x * 2, lambda y: y * 5) * 3, backend="eager")
     with assert_compiles(graphs=3):
         assert compiled(torch.ones(1)).item() == 33
     assert seen == [(False, False)]
-    assert not lower.compiles_frames()
+    assert not torch_private.compiles_frames()
 
 
 class Owner(torch.optim.SGD):
@@ -88,11 +88,13 @@ class Owner(torch.optim.SGD):
         super().__init__(params, lr=0.1)
         self.answers: list[Any] = []
 
-    @lower.constant_in_graphs
+    @torch_private.constant_in_graphs
     def ask(self) -> int:
-        lower.join_trace(type(self))
+        torch_private.join_trace(type(self))
         params = self.param_groups[0]["params"]
-        self.answers.append((lower.gradients_are_traced(params), lower.change_is_pending([self.param_groups[0]])))
+        self.answers.append(
+            (torch_private.gradients_are_traced(params), torch_private.change_is_pending([self.param_groups[0]]))
+        )
         return len(self.answers)
 
 
@@ -129,17 +131,17 @@ def test_constants_that_graphs_share_carry_no_source_over() -> None:
 
 def test_static_addresses_are_marked_as_torch_marks_them() -> None:
     ours, stock = torch.ones(1), torch.ones(1)
-    lower.mark_static([ours])
+    torch_private.mark_static([ours])
     torch._dynamo.mark_static_address(stock, guard=False)
     assert vars(ours) == vars(stock)
 
 
 def test_dynamo_counts_its_graphs() -> None:
-    before = lower.graphs_compiled()
+    before = torch_private.graphs_compiled()
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
-    assert lower.graphs_compiled() == before + 1
+    assert torch_private.graphs_compiled() == before + 1
     torch.compiler.reset()
-    assert lower.graphs_compiled() == before + 1
+    assert torch_private.graphs_compiled() == before + 1
 
 
 def test_rules_trace_on_a_symbolic_length() -> None:
@@ -170,7 +172,7 @@ def test_flags_name_headers_that_exist() -> None:
 
 def test_line_search_takes_and_returns_what_lbfgs_expects() -> None:
     x, d = [torch.tensor([3.0])], torch.tensor([-6.0])
-    parameters = list(inspect.signature(lower.strong_wolfe).parameters)
+    parameters = list(inspect.signature(torch_private.strong_wolfe).parameters)
     assert parameters[:7] == ["obj_func", "x", "t", "d", "f", "g", "gtd"]
     assert "max_ls" in parameters
 
@@ -178,16 +180,16 @@ def test_line_search_takes_and_returns_what_lbfgs_expects() -> None:
         at = x[0] + t * d
         return at.square().sum().item(), 2 * at
 
-    loss, g, t, calls = lower.strong_wolfe(evaluate, x, 1.0, d, 9.0, -d, -(d @ d), max_ls=25)
+    loss, g, t, calls = torch_private.strong_wolfe(evaluate, x, 1.0, d, 9.0, -d, -(d @ d), max_ls=25)
     assert (loss, g.item(), float(t)) == pytest.approx((0.0, 0.0, 0.5), abs=1e-6)
     assert calls > 1
 
 
 def test_flatten_and_unflatten() -> None:
     tensors = [torch.randn(2, 3), torch.randn(()), torch.randn(4)]
-    flat = lower.flatten(tensors)
+    flat = torch_private.flatten(tensors)
     assert flat.shape == (11,)
-    assert all(torch.equal(a, b) for a, b in zip(lower.unflatten(flat, tensors), tensors, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(torch_private.unflatten(flat, tensors), tensors, strict=True))
 
 
 def test_tensors_are_laid_out_as_the_host_module_expects() -> None:

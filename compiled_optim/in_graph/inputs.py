@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from compiled_optim import execution, lower
+from compiled_optim import execution, torch_private
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ TOKEN = torch.zeros((), device="cpu")
 _NUMBERS = {float, int, bool, type(None), list, str}  # the types that param groups hold most
 
 
-class Name(lower.OpaqueBase):
+class Name(torch_private.OpaqueBase):
     """Stands for an optimizer or a schedule among the arguments of an operator."""
 
     def __init__(self, owner: Any) -> None:
@@ -35,8 +35,8 @@ class Handle(Name):
         return [] if owner is None else owner._inputs.guarded()
 
 
-lower.register_opaque(Name)
-lower.register_opaque(Handle, Handle.guarded)
+torch_private.register_opaque(Name)
+torch_private.register_opaque(Handle, Handle.guarded)
 _library: Any = torch.library.Library("compiled_optim", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -98,41 +98,41 @@ class Inputs:
         optimizer = self.optimizer
         scaled = vars(optimizer)
         scaling = scaled.get("grad_scale") is not None or scaled.get("found_inf") is not None
-        return scaling or lower.step_has_hooks(optimizer)
+        return scaling or torch_private.step_has_hooks(optimizer)
 
     # Asked while a graph is traced; the answers are constants in it.
 
-    @lower.constant_in_graphs
+    @torch_private.constant_in_graphs
     def enter(self) -> None:
         """The first of these."""
         self.look()
-        lower.join_trace(type(self._owner()))
+        torch_private.join_trace(type(self._owner()))
 
-    @lower.constant_in_graphs
+    @torch_private.constant_in_graphs
     def begin_kernels(self) -> None:
         """A kernel takes 4 s to compile, and what surrounds it as long."""
         execution.begin(self.optimizer)
 
-    @lower.constant_in_graphs
+    @torch_private.constant_in_graphs
     def changes_gradients(self) -> bool:
         """Whether a step may change gradients, by hooks or by scaling: no operator says that it writes them."""
         return self._changes_gradients()
 
-    @lower.constant_in_graphs
+    @torch_private.constant_in_graphs
     def are_those_of_the_optimizer(self) -> bool:
         """Whether a graph of a schedule can take in what one of its optimizer does, and ask its guard only."""
         return isinstance(getattr(self.optimizer, "_inputs", None), Inputs)
 
-    @lower.constant_in_graphs
+    @torch_private.constant_in_graphs
     def gradients_are_traced(self) -> bool:
         """Whether the graph so far reads or makes gradients: then they are not in ``.grad`` when it runs."""
-        return lower.gradients_are_traced(self.params)
+        return torch_private.gradients_are_traced(self.params)
 
-    @lower.constant_in_graphs
+    @torch_private.constant_in_graphs
     def change_is_pending(self) -> bool:
         """Whether the code so far changes what operators read on the host: that happens only after the graph."""
         groups = self.optimizer.param_groups
-        return lower.change_is_pending([groups, *groups, self._owner()])
+        return torch_private.change_is_pending([groups, *groups, self._owner()])
 
     def run(self, action: Callable[[], T], *given: tuple[Sequence[Tensor], Sequence[Tensor]]) -> T:
         """Runs an operator. ``given``: tensors that it was passed, and the real ones.

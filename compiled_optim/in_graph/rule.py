@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_optim import eager, lower, updates
+from compiled_optim import eager, torch_private, updates
 from compiled_optim.declare import Declaration, Number
 from compiled_optim.in_graph.counts import Counts
 from compiled_optim.in_graph.inputs import TOKEN, Handle, Inputs, operator, same
@@ -142,7 +142,7 @@ class RuleInputs(Inputs):
         if not options.get("capturable"):
             self._counts.place(i)
 
-    @lower.constant_in_graphs
+    @torch_private.constant_in_graphs
     def refuses(self) -> bool:
         """Whether this step cannot be traced, and is an operator nevertheless."""
         optimizer = self.optimizer
@@ -155,7 +155,7 @@ class RuleInputs(Inputs):
             return True  # and raises when it runs
         return False
 
-    @lower.constant_in_graphs
+    @torch_private.constant_in_graphs
     def prepare(self, present: tuple[bool, ...]) -> tuple[Any, ...]:
         """Makes what is missing for a graph in which these parameters have a gradient.
 
@@ -189,7 +189,7 @@ class RuleInputs(Inputs):
             parts.setdefault((p.device, p.dtype, dtypes, width, switches[g], buffers, hyper), []).append((i, row))
         lists = [Part(*map(tuple, zip(*pairs, strict=True)), *key[3:]) for key, pairs in parts.items()]  # type: ignore[arg-type]
         state = (self.states[i][name] for part in lists for i in part.members for name in part.buffers)
-        lower.mark_static([*self.params, *state])
+        torch_private.mark_static([*self.params, *state])
         layout = Layout(tuple(rows), tuple(members), tuple(i for i, _ in counted), tuple(row for _, row in counted))
         if layout not in _numbers:
             _numbers[layout] = len(_layouts)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_optim import lower
+from compiled_optim import torch_private
 from compiled_optim.in_graph import rule
 from compiled_optim.in_graph.inputs import TOKEN, Handle, Inputs, Name, operator
 
@@ -27,16 +27,16 @@ def _enter(owner: Any) -> Any:
     inputs = owner._inputs
     inputs.enter()
     if inputs.change_is_pending():
-        lower.break_graph()
+        torch_private.break_graph()
     return inputs
 
 
-@lower.never_traced
+@torch_private.never_traced
 def _step_outside_graphs(optimizer: Any) -> None:
     optimizer._run_step(None)
 
 
-@lower.never_traced
+@torch_private.never_traced
 def _schedule_outside_graphs(schedule: Any, args: tuple[Any, ...]) -> None:
     schedule.step(*args)
 
@@ -124,7 +124,7 @@ def step(handle: Handle, token: Tensor, params: list[Tensor], grads: list[Tensor
 
 @operator(_nothing, "token")
 def zero_grad(handle: Handle, token: Tensor) -> None:
-    lower.undecorated("zero_grad")(handle.owner(), set_to_none=False)
+    torch_private.undecorated("zero_grad")(handle.owner(), set_to_none=False)
 
 
 @operator(_nothing, "token", "hyper")

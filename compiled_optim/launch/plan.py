@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compiled_optim import kernels, lower
+from compiled_optim import kernels, torch_private
 from compiled_optim.trace import Signature
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Plan:
         stand_ins += [(p, _like_parameter(p, grad)) for p, grad in copied]
         for p in self.sparse:
             if p.grad is not None and p.grad.is_sparse:
-                values, indices = lower.sparse_parts(p.grad)
+                values, indices = torch_private.sparse_parts(p.grad)
                 stand_ins.append((p, values.contiguous(), indices))
             elif p.grad is not None and not optimizer.accepts_dense:
                 return "a gradient is dense"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from compiled_optim import lower
+from compiled_optim import torch_private
 from compiled_optim.declare import coerce
 from compiled_optim.execution import COMPILE_ERRORS, switched_off
 from compiled_optim.fallback import fall_back
@@ -138,7 +138,7 @@ class LBFGS(torch.optim.LBFGS):
             if line_search is not None:
                 state["t"] = 0.0  # while nothing has moved
                 evaluate = functools.partial(self._directional_evaluate, closure)
-                loss, g, t, calls = lower.strong_wolfe(
+                loss, g, t, calls = torch_private.strong_wolfe(
                     *(evaluate, self._clone_param(), t, d, loss, g, gtd),  # type: ignore[no-untyped-call]
                     max_ls=max_eval - evaluations,
                 )
@@ -189,7 +189,7 @@ class LBFGS(torch.optim.LBFGS):
 
     def _add_grad(self, step_size: Any, update: Tensor) -> None:
         reals = _reals(self._params)
-        torch._foreach_add_(reals, lower.unflatten(update, reals), alpha=float(step_size))
+        torch._foreach_add_(reals, torch_private.unflatten(update, reals), alpha=float(step_size))
 
     def _set_param(self, params_data: list[Tensor]) -> None:
         torch._foreach_copy_(self._params, params_data)
@@ -209,7 +209,7 @@ class LBFGS(torch.optim.LBFGS):
         """The state as torch.optim.LBFGS lays it out, with copies of the history; either side loads the other's."""
         live, self.state = self.state, self._state_of_torch()
         try:
-            return lower.undecorated("state_dict")(self)  # type: ignore[no-any-return]
+            return torch_private.undecorated("state_dict")(self)  # type: ignore[no-any-return]
         finally:
             self.state = live
 
@@ -226,7 +226,7 @@ class LBFGS(torch.optim.LBFGS):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict`` of this class or of torch.optim.LBFGS returned."""
-        lower.undecorated("load_state_dict")(self, state_dict)
+        torch_private.undecorated("load_state_dict")(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "state": self._state_of_torch(), "_compiled": self._compiled}
@@ -246,14 +246,14 @@ class LBFGS(torch.optim.LBFGS):
             raise ValueError(
                 "LBFGS: expected one param group, got a second one: it has no options of single parameters"
             )
-        lower.undecorated("add_param_group")(self, param_group)
+        torch_private.undecorated("add_param_group")(self, param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients, as in torch.optim."""
         if torch.compiler.is_compiling():
             steps.trace_zero_grad(self, set_to_none)
         else:
-            lower.undecorated("zero_grad")(self, set_to_none)
+            torch_private.undecorated("zero_grad")(self, set_to_none)
 
 
 class _Execution:
@@ -290,7 +290,7 @@ class _Execution:
 
 # with the hooks, and an entry in the profiler
 _observed_step = torch.optim.Optimizer.profile_hook_step(LBFGS._step)
-_step_outside_graphs = lower.outside_graphs(LBFGS._run_step)
+_step_outside_graphs = torch_private.outside_graphs(LBFGS._run_step)
 
 
 def _check_line_search(name: Any) -> None:
