@@ -22,6 +22,7 @@ from compiled_optim.in_graph.inputs import same
 from compiled_optim.launch.plan import Plan, Row, make_plan
 from compiled_optim.lr_scheduler import SWALR
 from compiled_optim.optimizer import Optimizer
+from compiled_optim.scalar import lerp
 
 __all__ = [
     "SWALR",
@@ -50,7 +51,7 @@ class _Average(_Rule):
 
     @staticmethod
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
-        return p + (g - p) * k.weight
+        return lerp(p, g, k.weight)
 
 
 def _custom(avg_fn: AvgFn) -> type[_Rule]:

@@ -75,6 +75,12 @@ class TensorList:
     def minimum(self, other: Any) -> TensorList:
         return self._with(torch._foreach_minimum, other)
 
+    def clamp_min(self, least: float) -> TensorList:
+        return self._with(torch._foreach_clamp_min, least)
+
+    def lerp(self, end: TensorList, weight: float) -> TensorList:
+        return TensorList(torch._foreach_lerp(self.tensors, end.tensors, weight))
+
     def sqrt(self) -> TensorList:
         return TensorList(torch._foreach_sqrt(self.tensors))
 

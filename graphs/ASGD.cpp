@@ -1,6 +1,6 @@
 // launches per step: 1, bytes per element: 20
 // ASGD()[float32]
-// inputs: param, grad, ax, shrink, eta, mu, one_minus_mu, weight_decay
+// inputs: param, grad, ax, shrink, eta, mu, weight_decay
 #include <torch/csrc/inductor/cpp_prefix.h>
 
 // Inductor points a process-wide flag at a local of each call; calls from several threads would race on it.
@@ -14,7 +14,6 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                        const float* in_ptr3,
                        const float* in_ptr4,
                        const float* in_ptr5,
-                       const float* in_ptr6,
                        float* out_ptr2,
                        float* out_ptr3,
                        const int64_t ks0)
@@ -31,21 +30,29 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                     auto tmp1 = in_ptr1[static_cast<int64_t>(0L)];
                     auto tmp4 = at::vec::Vectorized<float>::loadu(in_ptr2 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
                     auto tmp5 = in_ptr3[static_cast<int64_t>(0L)];
-                    auto tmp9 = at::vec::Vectorized<float>::loadu(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp10 = in_ptr5[static_cast<int64_t>(0L)];
-                    auto tmp13 = in_ptr6[static_cast<int64_t>(0L)];
+                    auto tmp9 = in_ptr4[static_cast<int64_t>(0L)];
+                    auto tmp14 = at::vec::Vectorized<float>::loadu(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
                     auto tmp2 = at::vec::Vectorized<float>(tmp1);
                     auto tmp3 = tmp0 * tmp2;
                     auto tmp6 = at::vec::Vectorized<float>(tmp5);
                     auto tmp7 = tmp4 * tmp6;
                     auto tmp8 = tmp3 - tmp7;
-                    auto tmp11 = at::vec::Vectorized<float>(tmp10);
-                    auto tmp12 = tmp9 * tmp11;
-                    auto tmp14 = at::vec::Vectorized<float>(tmp13);
-                    auto tmp15 = tmp8 * tmp14;
-                    auto tmp16 = tmp12 + tmp15;
+                    auto tmp10 = static_cast<float>(1.0);
+                    auto tmp11 = tmp9 < tmp10;
+                    auto tmp12 = static_cast<float>(0.5);
+                    auto tmp13 = tmp9 < tmp12;
+                    auto tmp15 = at::vec::VecMask<float,1>::from(tmp13);
+                    auto tmp16 = decltype(tmp14)::blendv(tmp8, tmp14, tmp15.template cast<float,1>());
+                    auto tmp17 = tmp8 - tmp14;
+                    auto tmp18 = float(tmp9 - tmp10);
+                    auto tmp19 = tmp13 ? tmp9 : tmp18;
+                    auto tmp20 = at::vec::Vectorized<float>(tmp19);
+                    auto tmp21 = tmp17 * tmp20;
+                    auto tmp22 = tmp16 + tmp21;
+                    auto tmp23 = at::vec::VecMask<float,1>::from(tmp11);
+                    auto tmp24 = decltype(tmp22)::blendv(tmp8, tmp22, tmp23.template cast<float,1>());
                     tmp8.store(out_ptr2 + static_cast<int64_t>(x0));
-                    tmp16.store(out_ptr3 + static_cast<int64_t>(x0));
+                    tmp24.store(out_ptr3 + static_cast<int64_t>(x0));
                 }
                 if(C10_UNLIKELY(x0 >= static_cast<int64_t>(8L*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))) && x0 < static_cast<int64_t>(ks0)))
                 {
@@ -53,21 +60,29 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                     auto tmp1 = in_ptr1[static_cast<int64_t>(0L)];
                     auto tmp4 = at::vec::Vectorized<float>::loadu(in_ptr2 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
                     auto tmp5 = in_ptr3[static_cast<int64_t>(0L)];
-                    auto tmp9 = at::vec::Vectorized<float>::loadu(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp10 = in_ptr5[static_cast<int64_t>(0L)];
-                    auto tmp13 = in_ptr6[static_cast<int64_t>(0L)];
+                    auto tmp9 = in_ptr4[static_cast<int64_t>(0L)];
+                    auto tmp14 = at::vec::Vectorized<float>::loadu(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
                     auto tmp2 = at::vec::Vectorized<float>(tmp1);
                     auto tmp3 = tmp0 * tmp2;
                     auto tmp6 = at::vec::Vectorized<float>(tmp5);
                     auto tmp7 = tmp4 * tmp6;
                     auto tmp8 = tmp3 - tmp7;
-                    auto tmp11 = at::vec::Vectorized<float>(tmp10);
-                    auto tmp12 = tmp9 * tmp11;
-                    auto tmp14 = at::vec::Vectorized<float>(tmp13);
-                    auto tmp15 = tmp8 * tmp14;
-                    auto tmp16 = tmp12 + tmp15;
+                    auto tmp10 = static_cast<float>(1.0);
+                    auto tmp11 = tmp9 < tmp10;
+                    auto tmp12 = static_cast<float>(0.5);
+                    auto tmp13 = tmp9 < tmp12;
+                    auto tmp15 = at::vec::VecMask<float,1>::from(tmp13);
+                    auto tmp16 = decltype(tmp14)::blendv(tmp8, tmp14, tmp15.template cast<float,1>());
+                    auto tmp17 = tmp8 - tmp14;
+                    auto tmp18 = float(tmp9 - tmp10);
+                    auto tmp19 = tmp13 ? tmp9 : tmp18;
+                    auto tmp20 = at::vec::Vectorized<float>(tmp19);
+                    auto tmp21 = tmp17 * tmp20;
+                    auto tmp22 = tmp16 + tmp21;
+                    auto tmp23 = at::vec::VecMask<float,1>::from(tmp11);
+                    auto tmp24 = decltype(tmp22)::blendv(tmp8, tmp22, tmp23.template cast<float,1>());
                     tmp8.store(out_ptr2 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    tmp16.store(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    tmp24.store(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
                 }
             }
         }
@@ -93,9 +108,9 @@ extern "C" void launch(int64_t tensors, void* const* table, const int64_t* begin
     for (int64_t t = std::upper_bound(begins, begins + tensors + 1, at) - begins - 1; at < end; t++) {
       const int64_t o = at - begins[t], n = std::min(begins[t + 1], end) - at;
       if (n == 0) continue;
-      float k[5];
-      for (int64_t i = 0; i < 5; i++) k[i] = scalars[rows[t] * columns + i];
-      kernel(Address{table[t * 3 + 0], o * 4}, &k[0], Address{table[t * 3 + 1], o * 4}, &k[1], Address{table[t * 3 + 2], o * 4}, &k[3], &k[2], Address{table[t * 3 + 0], o * 4}, Address{table[t * 3 + 2], o * 4}, n);
+      float k[4];
+      for (int64_t i = 0; i < 4; i++) k[i] = scalars[rows[t] * columns + i];
+      kernel(Address{table[t * 3 + 0], o * 4}, &k[0], Address{table[t * 3 + 1], o * 4}, &k[1], &k[2], Address{table[t * 3 + 2], o * 4}, Address{table[t * 3 + 0], o * 4}, Address{table[t * 3 + 2], o * 4}, n);
       at += n;
     }
   };
@@ -108,4 +123,4 @@ extern "C" void launch(int64_t tensors, void* const* table, const int64_t* begin
   }
 }
 
-extern "C" int64_t signature() { return 305; }
+extern "C" int64_t signature() { return 304; }

@@ -35,7 +35,7 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                     auto tmp4 = at::vec::Vectorized<float>::loadu(in_ptr2 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
                     auto tmp6 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
                     auto tmp7 = in_ptr4[static_cast<int64_t>(0L)];
-                    auto tmp12 = in_ptr5[static_cast<int64_t>(0L)];
+                    auto tmp11 = in_ptr5[static_cast<int64_t>(0L)];
                     auto tmp16 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
                     auto tmp17 = in_ptr7[static_cast<int64_t>(0L)];
                     auto tmp25 = in_ptr8[static_cast<int64_t>(0L)];
@@ -45,9 +45,9 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                     auto tmp8 = at::vec::Vectorized<float>(tmp7);
                     auto tmp9 = tmp6 * tmp8;
                     auto tmp10 = tmp5 + tmp9;
-                    auto tmp11 = tmp10 * tmp10;
-                    auto tmp13 = at::vec::Vectorized<float>(tmp12);
-                    auto tmp14 = tmp11 * tmp13;
+                    auto tmp12 = at::vec::Vectorized<float>(tmp11);
+                    auto tmp13 = tmp10 * tmp12;
+                    auto tmp14 = tmp13 * tmp10;
                     auto tmp15 = tmp3 + tmp14;
                     auto tmp18 = at::vec::Vectorized<float>(tmp17);
                     auto tmp19 = tmp16 + tmp18;
@@ -60,8 +60,8 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                     auto tmp27 = tmp24 * tmp26;
                     auto tmp28 = tmp6 - tmp27;
                     auto tmp29 = tmp16 * tmp2;
-                    auto tmp30 = tmp24 * tmp24;
-                    auto tmp31 = tmp30 * tmp13;
+                    auto tmp30 = tmp24 * tmp12;
+                    auto tmp31 = tmp30 * tmp24;
                     auto tmp32 = tmp29 + tmp31;
                     tmp28.store(out_ptr4 + static_cast<int64_t>(x0));
                     tmp32.store(out_ptr5 + static_cast<int64_t>(x0));
@@ -74,7 +74,7 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                     auto tmp4 = at::vec::Vectorized<float>::loadu(in_ptr2 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
                     auto tmp6 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
                     auto tmp7 = in_ptr4[static_cast<int64_t>(0L)];
-                    auto tmp12 = in_ptr5[static_cast<int64_t>(0L)];
+                    auto tmp11 = in_ptr5[static_cast<int64_t>(0L)];
                     auto tmp16 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
                     auto tmp17 = in_ptr7[static_cast<int64_t>(0L)];
                     auto tmp25 = in_ptr8[static_cast<int64_t>(0L)];
@@ -84,9 +84,9 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                     auto tmp8 = at::vec::Vectorized<float>(tmp7);
                     auto tmp9 = tmp6 * tmp8;
                     auto tmp10 = tmp5 + tmp9;
-                    auto tmp11 = tmp10 * tmp10;
-                    auto tmp13 = at::vec::Vectorized<float>(tmp12);
-                    auto tmp14 = tmp11 * tmp13;
+                    auto tmp12 = at::vec::Vectorized<float>(tmp11);
+                    auto tmp13 = tmp10 * tmp12;
+                    auto tmp14 = tmp13 * tmp10;
                     auto tmp15 = tmp3 + tmp14;
                     auto tmp18 = at::vec::Vectorized<float>(tmp17);
                     auto tmp19 = tmp16 + tmp18;
@@ -99,8 +99,8 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                     auto tmp27 = tmp24 * tmp26;
                     auto tmp28 = tmp6 - tmp27;
                     auto tmp29 = tmp16 * tmp2;
-                    auto tmp30 = tmp24 * tmp24;
-                    auto tmp31 = tmp30 * tmp13;
+                    auto tmp30 = tmp24 * tmp12;
+                    auto tmp31 = tmp30 * tmp24;
                     auto tmp32 = tmp29 + tmp31;
                     tmp28.store(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
                     tmp32.store(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));

@@ -1,6 +1,6 @@
 // launches per step: 1, bytes per element: 28
 // RAdam()[float32]
-// inputs: param, grad, exp_avg, exp_avg_sq, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, least, most, eps
+// inputs: param, grad, exp_avg, exp_avg_sq, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, rectification, eps
 #include <torch/csrc/inductor/cpp_prefix.h>
 
 // Inductor points a process-wide flag at a local of each call; calls from several threads would race on it.
@@ -18,7 +18,6 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                        const float* in_ptr7,
                        const float* in_ptr8,
                        const float* in_ptr9,
-                       const float* in_ptr10,
                        float* out_ptr3,
                        float* out_ptr4,
                        float* out_ptr5,
@@ -33,78 +32,94 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                 if(C10_LIKELY(x0 >= static_cast<int64_t>(0) && x0 < static_cast<int64_t>(8L*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L))))))
                 {
                     auto tmp0 = at::vec::Vectorized<float>::loadu(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp1 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp2 = at::vec::Vectorized<float>::loadu(in_ptr2 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp4 = in_ptr3[static_cast<int64_t>(0L)];
-                    auto tmp8 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp9 = in_ptr5[static_cast<int64_t>(0L)];
-                    auto tmp13 = in_ptr6[static_cast<int64_t>(0L)];
-                    auto tmp18 = in_ptr7[static_cast<int64_t>(0L)];
-                    auto tmp21 = in_ptr8[static_cast<int64_t>(0L)];
-                    auto tmp24 = in_ptr9[static_cast<int64_t>(0L)];
-                    auto tmp28 = in_ptr10[static_cast<int64_t>(0L)];
-                    auto tmp3 = tmp2 - tmp1;
-                    auto tmp5 = at::vec::Vectorized<float>(tmp4);
-                    auto tmp6 = tmp3 * tmp5;
-                    auto tmp7 = tmp1 + tmp6;
-                    auto tmp10 = at::vec::Vectorized<float>(tmp9);
-                    auto tmp11 = tmp8 * tmp10;
-                    auto tmp12 = tmp2 * tmp2;
-                    auto tmp14 = at::vec::Vectorized<float>(tmp13);
-                    auto tmp15 = tmp12 * tmp14;
-                    auto tmp16 = tmp11 + tmp15;
-                    auto tmp17 = tmp16.sqrt();
-                    auto tmp19 = at::vec::Vectorized<float>(tmp18);
-                    auto tmp20 = tmp17 + tmp19;
-                    auto tmp22 = at::vec::Vectorized<float>(tmp21);
-                    auto tmp23 = at::vec::maximum(tmp20, tmp22);
-                    auto tmp25 = at::vec::Vectorized<float>(tmp24);
-                    auto tmp26 = at::vec::minimum(tmp23, tmp25);
-                    auto tmp27 = tmp7 / tmp26;
+                    auto tmp1 = in_ptr1[static_cast<int64_t>(0L)];
+                    auto tmp4 = in_ptr2[static_cast<int64_t>(0L)];
+                    auto tmp7 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp8 = at::vec::Vectorized<float>::loadu(in_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp18 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp19 = in_ptr6[static_cast<int64_t>(0L)];
+                    auto tmp22 = in_ptr7[static_cast<int64_t>(0L)];
+                    auto tmp28 = in_ptr8[static_cast<int64_t>(0L)];
+                    auto tmp36 = in_ptr9[static_cast<int64_t>(0L)];
+                    auto tmp2 = static_cast<float>(0.0);
+                    auto tmp3 = tmp1 > tmp2;
+                    auto tmp5 = static_cast<float>(0.5);
+                    auto tmp6 = tmp4 < tmp5;
+                    auto tmp9 = at::vec::VecMask<float,1>::from(tmp6);
+                    auto tmp10 = decltype(tmp7)::blendv(tmp8, tmp7, tmp9.template cast<float,1>());
+                    auto tmp11 = tmp8 - tmp7;
+                    auto tmp12 = static_cast<float>(1.0);
+                    auto tmp13 = float(tmp4 - tmp12);
+                    auto tmp14 = tmp6 ? tmp4 : tmp13;
+                    auto tmp15 = at::vec::Vectorized<float>(tmp14);
+                    auto tmp16 = tmp11 * tmp15;
+                    auto tmp17 = tmp10 + tmp16;
+                    auto tmp20 = at::vec::Vectorized<float>(tmp19);
+                    auto tmp21 = tmp18 * tmp20;
+                    auto tmp23 = at::vec::Vectorized<float>(tmp22);
+                    auto tmp24 = tmp8 * tmp23;
+                    auto tmp25 = tmp24 * tmp8;
+                    auto tmp26 = tmp21 + tmp25;
+                    auto tmp27 = tmp26.sqrt();
                     auto tmp29 = at::vec::Vectorized<float>(tmp28);
-                    auto tmp30 = tmp27 * tmp29;
-                    auto tmp31 = tmp0 - tmp30;
-                    tmp31.store(out_ptr3 + static_cast<int64_t>(x0));
-                    tmp7.store(out_ptr4 + static_cast<int64_t>(x0));
-                    tmp16.store(out_ptr5 + static_cast<int64_t>(x0));
+                    auto tmp30 = tmp27 + tmp29;
+                    auto tmp31 = tmp17 / tmp30;
+                    auto tmp32 = at::vec::Vectorized<float>(tmp1);
+                    auto tmp33 = tmp31 * tmp32;
+                    auto tmp34 = at::vec::VecMask<float,1>::from(tmp3);
+                    auto tmp35 = decltype(tmp33)::blendv(tmp17, tmp33, tmp34.template cast<float,1>());
+                    auto tmp37 = at::vec::Vectorized<float>(tmp36);
+                    auto tmp38 = tmp35 * tmp37;
+                    auto tmp39 = tmp0 - tmp38;
+                    tmp39.store(out_ptr3 + static_cast<int64_t>(x0));
+                    tmp17.store(out_ptr4 + static_cast<int64_t>(x0));
+                    tmp26.store(out_ptr5 + static_cast<int64_t>(x0));
                 }
                 if(C10_UNLIKELY(x0 >= static_cast<int64_t>(8L*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))) && x0 < static_cast<int64_t>(ks0)))
                 {
                     auto tmp0 = at::vec::Vectorized<float>::loadu(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp1 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp2 = at::vec::Vectorized<float>::loadu(in_ptr2 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp4 = in_ptr3[static_cast<int64_t>(0L)];
-                    auto tmp8 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp9 = in_ptr5[static_cast<int64_t>(0L)];
-                    auto tmp13 = in_ptr6[static_cast<int64_t>(0L)];
-                    auto tmp18 = in_ptr7[static_cast<int64_t>(0L)];
-                    auto tmp21 = in_ptr8[static_cast<int64_t>(0L)];
-                    auto tmp24 = in_ptr9[static_cast<int64_t>(0L)];
-                    auto tmp28 = in_ptr10[static_cast<int64_t>(0L)];
-                    auto tmp3 = tmp2 - tmp1;
-                    auto tmp5 = at::vec::Vectorized<float>(tmp4);
-                    auto tmp6 = tmp3 * tmp5;
-                    auto tmp7 = tmp1 + tmp6;
-                    auto tmp10 = at::vec::Vectorized<float>(tmp9);
-                    auto tmp11 = tmp8 * tmp10;
-                    auto tmp12 = tmp2 * tmp2;
-                    auto tmp14 = at::vec::Vectorized<float>(tmp13);
-                    auto tmp15 = tmp12 * tmp14;
-                    auto tmp16 = tmp11 + tmp15;
-                    auto tmp17 = tmp16.sqrt();
-                    auto tmp19 = at::vec::Vectorized<float>(tmp18);
-                    auto tmp20 = tmp17 + tmp19;
-                    auto tmp22 = at::vec::Vectorized<float>(tmp21);
-                    auto tmp23 = at::vec::maximum(tmp20, tmp22);
-                    auto tmp25 = at::vec::Vectorized<float>(tmp24);
-                    auto tmp26 = at::vec::minimum(tmp23, tmp25);
-                    auto tmp27 = tmp7 / tmp26;
+                    auto tmp1 = in_ptr1[static_cast<int64_t>(0L)];
+                    auto tmp4 = in_ptr2[static_cast<int64_t>(0L)];
+                    auto tmp7 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp8 = at::vec::Vectorized<float>::loadu(in_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp18 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp19 = in_ptr6[static_cast<int64_t>(0L)];
+                    auto tmp22 = in_ptr7[static_cast<int64_t>(0L)];
+                    auto tmp28 = in_ptr8[static_cast<int64_t>(0L)];
+                    auto tmp36 = in_ptr9[static_cast<int64_t>(0L)];
+                    auto tmp2 = static_cast<float>(0.0);
+                    auto tmp3 = tmp1 > tmp2;
+                    auto tmp5 = static_cast<float>(0.5);
+                    auto tmp6 = tmp4 < tmp5;
+                    auto tmp9 = at::vec::VecMask<float,1>::from(tmp6);
+                    auto tmp10 = decltype(tmp7)::blendv(tmp8, tmp7, tmp9.template cast<float,1>());
+                    auto tmp11 = tmp8 - tmp7;
+                    auto tmp12 = static_cast<float>(1.0);
+                    auto tmp13 = float(tmp4 - tmp12);
+                    auto tmp14 = tmp6 ? tmp4 : tmp13;
+                    auto tmp15 = at::vec::Vectorized<float>(tmp14);
+                    auto tmp16 = tmp11 * tmp15;
+                    auto tmp17 = tmp10 + tmp16;
+                    auto tmp20 = at::vec::Vectorized<float>(tmp19);
+                    auto tmp21 = tmp18 * tmp20;
+                    auto tmp23 = at::vec::Vectorized<float>(tmp22);
+                    auto tmp24 = tmp8 * tmp23;
+                    auto tmp25 = tmp24 * tmp8;
+                    auto tmp26 = tmp21 + tmp25;
+                    auto tmp27 = tmp26.sqrt();
                     auto tmp29 = at::vec::Vectorized<float>(tmp28);
-                    auto tmp30 = tmp27 * tmp29;
-                    auto tmp31 = tmp0 - tmp30;
-                    tmp31.store(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    tmp7.store(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    tmp16.store(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp30 = tmp27 + tmp29;
+                    auto tmp31 = tmp17 / tmp30;
+                    auto tmp32 = at::vec::Vectorized<float>(tmp1);
+                    auto tmp33 = tmp31 * tmp32;
+                    auto tmp34 = at::vec::VecMask<float,1>::from(tmp3);
+                    auto tmp35 = decltype(tmp33)::blendv(tmp17, tmp33, tmp34.template cast<float,1>());
+                    auto tmp37 = at::vec::Vectorized<float>(tmp36);
+                    auto tmp38 = tmp35 * tmp37;
+                    auto tmp39 = tmp0 - tmp38;
+                    tmp39.store(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    tmp17.store(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    tmp26.store(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
                 }
             }
         }
@@ -130,9 +145,9 @@ extern "C" void launch(int64_t tensors, void* const* table, const int64_t* begin
     for (int64_t t = std::upper_bound(begins, begins + tensors + 1, at) - begins - 1; at < end; t++) {
       const int64_t o = at - begins[t], n = std::min(begins[t + 1], end) - at;
       if (n == 0) continue;
-      float k[8];
-      for (int64_t i = 0; i < 8; i++) k[i] = scalars[rows[t] * columns + i];
-      kernel(Address{table[t * 4 + 0], o * 4}, Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 1], o * 4}, &k[1], Address{table[t * 4 + 3], o * 4}, &k[2], &k[3], &k[7], &k[5], &k[6], &k[4], Address{table[t * 4 + 0], o * 4}, Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 3], o * 4}, n);
+      float k[7];
+      for (int64_t i = 0; i < 7; i++) k[i] = scalars[rows[t] * columns + i];
+      kernel(Address{table[t * 4 + 0], o * 4}, &k[5], &k[1], Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 1], o * 4}, Address{table[t * 4 + 3], o * 4}, &k[2], &k[3], &k[6], &k[4], Address{table[t * 4 + 0], o * 4}, Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 3], o * 4}, n);
       at += n;
     }
   };
@@ -145,4 +160,4 @@ extern "C" void launch(int64_t tensors, void* const* table, const int64_t* begin
   }
 }
 
-extern "C" int64_t signature() { return 408; }
+extern "C" int64_t signature() { return 407; }

@@ -1,6 +1,6 @@
 // launches per step: 1, bytes per element: 28
 // SparseAdam(maximize)[float32]
-// inputs: param, grad, exp_avg, exp_avg_sq, one_minus_beta1, one_minus_beta2, step_size, eps
+// inputs: param, grad, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, step_size, eps
 #include <torch/csrc/inductor/cpp_prefix.h>
 
 // Inductor points a process-wide flag at a local of each call; calls from several threads would race on it.
@@ -16,6 +16,7 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                        const float* in_ptr5,
                        const float* in_ptr6,
                        const float* in_ptr7,
+                       const float* in_ptr8,
                        float* out_ptr3,
                        float* out_ptr4,
                        float* out_ptr5,
@@ -30,64 +31,82 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                 if(C10_LIKELY(x0 >= static_cast<int64_t>(0) && x0 < static_cast<int64_t>(8L*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L))))))
                 {
                     auto tmp0 = at::vec::Vectorized<float>::loadu(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp1 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp2 = at::vec::Vectorized<float>::loadu(in_ptr2 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp5 = in_ptr3[static_cast<int64_t>(0L)];
-                    auto tmp9 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp12 = in_ptr5[static_cast<int64_t>(0L)];
-                    auto tmp17 = in_ptr6[static_cast<int64_t>(0L)];
-                    auto tmp21 = in_ptr7[static_cast<int64_t>(0L)];
-                    auto tmp3 = tmp2.neg();
-                    auto tmp4 = tmp3 - tmp1;
-                    auto tmp6 = at::vec::Vectorized<float>(tmp5);
-                    auto tmp7 = tmp4 * tmp6;
-                    auto tmp8 = tmp1 + tmp7;
-                    auto tmp10 = tmp3 * tmp3;
-                    auto tmp11 = tmp10 - tmp9;
+                    auto tmp1 = in_ptr1[static_cast<int64_t>(0L)];
+                    auto tmp4 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp5 = at::vec::Vectorized<float>::loadu(in_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp16 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp17 = in_ptr5[static_cast<int64_t>(0L)];
+                    auto tmp20 = in_ptr6[static_cast<int64_t>(0L)];
+                    auto tmp26 = in_ptr7[static_cast<int64_t>(0L)];
+                    auto tmp30 = in_ptr8[static_cast<int64_t>(0L)];
+                    auto tmp2 = static_cast<float>(0.5);
+                    auto tmp3 = tmp1 < tmp2;
+                    auto tmp6 = tmp5.neg();
+                    auto tmp7 = at::vec::VecMask<float,1>::from(tmp3);
+                    auto tmp8 = decltype(tmp4)::blendv(tmp6, tmp4, tmp7.template cast<float,1>());
+                    auto tmp9 = tmp6 - tmp4;
+                    auto tmp10 = static_cast<float>(1.0);
+                    auto tmp11 = float(tmp1 - tmp10);
+                    auto tmp12 = tmp3 ? tmp1 : tmp11;
                     auto tmp13 = at::vec::Vectorized<float>(tmp12);
-                    auto tmp14 = tmp11 * tmp13;
-                    auto tmp15 = tmp9 + tmp14;
-                    auto tmp16 = tmp15.sqrt();
+                    auto tmp14 = tmp9 * tmp13;
+                    auto tmp15 = tmp8 + tmp14;
                     auto tmp18 = at::vec::Vectorized<float>(tmp17);
-                    auto tmp19 = tmp16 + tmp18;
-                    auto tmp20 = tmp8 / tmp19;
-                    auto tmp22 = at::vec::Vectorized<float>(tmp21);
-                    auto tmp23 = tmp20 * tmp22;
-                    auto tmp24 = tmp0 - tmp23;
-                    tmp24.store(out_ptr3 + static_cast<int64_t>(x0));
-                    tmp8.store(out_ptr4 + static_cast<int64_t>(x0));
-                    tmp15.store(out_ptr5 + static_cast<int64_t>(x0));
+                    auto tmp19 = tmp16 * tmp18;
+                    auto tmp21 = at::vec::Vectorized<float>(tmp20);
+                    auto tmp22 = tmp6 * tmp21;
+                    auto tmp23 = tmp22 * tmp6;
+                    auto tmp24 = tmp19 + tmp23;
+                    auto tmp25 = tmp24.sqrt();
+                    auto tmp27 = at::vec::Vectorized<float>(tmp26);
+                    auto tmp28 = tmp25 + tmp27;
+                    auto tmp29 = tmp15 / tmp28;
+                    auto tmp31 = at::vec::Vectorized<float>(tmp30);
+                    auto tmp32 = tmp29 * tmp31;
+                    auto tmp33 = tmp0 - tmp32;
+                    tmp33.store(out_ptr3 + static_cast<int64_t>(x0));
+                    tmp15.store(out_ptr4 + static_cast<int64_t>(x0));
+                    tmp24.store(out_ptr5 + static_cast<int64_t>(x0));
                 }
                 if(C10_UNLIKELY(x0 >= static_cast<int64_t>(8L*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))) && x0 < static_cast<int64_t>(ks0)))
                 {
                     auto tmp0 = at::vec::Vectorized<float>::loadu(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp1 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp2 = at::vec::Vectorized<float>::loadu(in_ptr2 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp5 = in_ptr3[static_cast<int64_t>(0L)];
-                    auto tmp9 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp12 = in_ptr5[static_cast<int64_t>(0L)];
-                    auto tmp17 = in_ptr6[static_cast<int64_t>(0L)];
-                    auto tmp21 = in_ptr7[static_cast<int64_t>(0L)];
-                    auto tmp3 = tmp2.neg();
-                    auto tmp4 = tmp3 - tmp1;
-                    auto tmp6 = at::vec::Vectorized<float>(tmp5);
-                    auto tmp7 = tmp4 * tmp6;
-                    auto tmp8 = tmp1 + tmp7;
-                    auto tmp10 = tmp3 * tmp3;
-                    auto tmp11 = tmp10 - tmp9;
+                    auto tmp1 = in_ptr1[static_cast<int64_t>(0L)];
+                    auto tmp4 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp5 = at::vec::Vectorized<float>::loadu(in_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp16 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp17 = in_ptr5[static_cast<int64_t>(0L)];
+                    auto tmp20 = in_ptr6[static_cast<int64_t>(0L)];
+                    auto tmp26 = in_ptr7[static_cast<int64_t>(0L)];
+                    auto tmp30 = in_ptr8[static_cast<int64_t>(0L)];
+                    auto tmp2 = static_cast<float>(0.5);
+                    auto tmp3 = tmp1 < tmp2;
+                    auto tmp6 = tmp5.neg();
+                    auto tmp7 = at::vec::VecMask<float,1>::from(tmp3);
+                    auto tmp8 = decltype(tmp4)::blendv(tmp6, tmp4, tmp7.template cast<float,1>());
+                    auto tmp9 = tmp6 - tmp4;
+                    auto tmp10 = static_cast<float>(1.0);
+                    auto tmp11 = float(tmp1 - tmp10);
+                    auto tmp12 = tmp3 ? tmp1 : tmp11;
                     auto tmp13 = at::vec::Vectorized<float>(tmp12);
-                    auto tmp14 = tmp11 * tmp13;
-                    auto tmp15 = tmp9 + tmp14;
-                    auto tmp16 = tmp15.sqrt();
+                    auto tmp14 = tmp9 * tmp13;
+                    auto tmp15 = tmp8 + tmp14;
                     auto tmp18 = at::vec::Vectorized<float>(tmp17);
-                    auto tmp19 = tmp16 + tmp18;
-                    auto tmp20 = tmp8 / tmp19;
-                    auto tmp22 = at::vec::Vectorized<float>(tmp21);
-                    auto tmp23 = tmp20 * tmp22;
-                    auto tmp24 = tmp0 - tmp23;
-                    tmp24.store(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    tmp8.store(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    tmp15.store(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp19 = tmp16 * tmp18;
+                    auto tmp21 = at::vec::Vectorized<float>(tmp20);
+                    auto tmp22 = tmp6 * tmp21;
+                    auto tmp23 = tmp22 * tmp6;
+                    auto tmp24 = tmp19 + tmp23;
+                    auto tmp25 = tmp24.sqrt();
+                    auto tmp27 = at::vec::Vectorized<float>(tmp26);
+                    auto tmp28 = tmp25 + tmp27;
+                    auto tmp29 = tmp15 / tmp28;
+                    auto tmp31 = at::vec::Vectorized<float>(tmp30);
+                    auto tmp32 = tmp29 * tmp31;
+                    auto tmp33 = tmp0 - tmp32;
+                    tmp33.store(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    tmp15.store(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    tmp24.store(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
                 }
             }
         }
@@ -113,9 +132,9 @@ extern "C" void launch(int64_t tensors, void* const* table, const int64_t* begin
     for (int64_t t = std::upper_bound(begins, begins + tensors + 1, at) - begins - 1; at < end; t++) {
       const int64_t o = at - begins[t], n = std::min(begins[t + 1], end) - at;
       if (n == 0) continue;
-      float k[4];
-      for (int64_t i = 0; i < 4; i++) k[i] = scalars[rows[t] * columns + i];
-      kernel(Address{table[t * 4 + 0], o * 4}, Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 1], o * 4}, &k[0], Address{table[t * 4 + 3], o * 4}, &k[1], &k[3], &k[2], Address{table[t * 4 + 0], o * 4}, Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 3], o * 4}, n);
+      float k[5];
+      for (int64_t i = 0; i < 5; i++) k[i] = scalars[rows[t] * columns + i];
+      kernel(Address{table[t * 4 + 0], o * 4}, &k[0], Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 1], o * 4}, Address{table[t * 4 + 3], o * 4}, &k[1], &k[2], &k[4], &k[3], Address{table[t * 4 + 0], o * 4}, Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 3], o * 4}, n);
       at += n;
     }
   };
@@ -128,4 +147,4 @@ extern "C" void launch(int64_t tensors, void* const* table, const int64_t* begin
   }
 }
 
-extern "C" int64_t signature() { return 404; }
+extern "C" int64_t signature() { return 405; }

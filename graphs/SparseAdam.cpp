@@ -1,6 +1,6 @@
 // launches per step: 1, bytes per element: 28
 // SparseAdam()[float32]
-// inputs: param, grad, exp_avg, exp_avg_sq, one_minus_beta1, one_minus_beta2, step_size, eps
+// inputs: param, grad, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, step_size, eps
 #include <torch/csrc/inductor/cpp_prefix.h>
 
 // Inductor points a process-wide flag at a local of each call; calls from several threads would race on it.
@@ -16,6 +16,7 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                        const float* in_ptr5,
                        const float* in_ptr6,
                        const float* in_ptr7,
+                       const float* in_ptr8,
                        float* out_ptr3,
                        float* out_ptr4,
                        float* out_ptr5,
@@ -30,62 +31,80 @@ extern "C"  void C10_ALWAYS_INLINE_ATTRIBUTE kernel(const float* in_ptr0,
                 if(C10_LIKELY(x0 >= static_cast<int64_t>(0) && x0 < static_cast<int64_t>(8L*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L))))))
                 {
                     auto tmp0 = at::vec::Vectorized<float>::loadu(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp1 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp2 = at::vec::Vectorized<float>::loadu(in_ptr2 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp4 = in_ptr3[static_cast<int64_t>(0L)];
-                    auto tmp8 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
-                    auto tmp11 = in_ptr5[static_cast<int64_t>(0L)];
-                    auto tmp16 = in_ptr6[static_cast<int64_t>(0L)];
-                    auto tmp20 = in_ptr7[static_cast<int64_t>(0L)];
-                    auto tmp3 = tmp2 - tmp1;
-                    auto tmp5 = at::vec::Vectorized<float>(tmp4);
-                    auto tmp6 = tmp3 * tmp5;
-                    auto tmp7 = tmp1 + tmp6;
-                    auto tmp9 = tmp2 * tmp2;
-                    auto tmp10 = tmp9 - tmp8;
+                    auto tmp1 = in_ptr1[static_cast<int64_t>(0L)];
+                    auto tmp4 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp5 = at::vec::Vectorized<float>::loadu(in_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp15 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(8));
+                    auto tmp16 = in_ptr5[static_cast<int64_t>(0L)];
+                    auto tmp19 = in_ptr6[static_cast<int64_t>(0L)];
+                    auto tmp25 = in_ptr7[static_cast<int64_t>(0L)];
+                    auto tmp29 = in_ptr8[static_cast<int64_t>(0L)];
+                    auto tmp2 = static_cast<float>(0.5);
+                    auto tmp3 = tmp1 < tmp2;
+                    auto tmp6 = at::vec::VecMask<float,1>::from(tmp3);
+                    auto tmp7 = decltype(tmp4)::blendv(tmp5, tmp4, tmp6.template cast<float,1>());
+                    auto tmp8 = tmp5 - tmp4;
+                    auto tmp9 = static_cast<float>(1.0);
+                    auto tmp10 = float(tmp1 - tmp9);
+                    auto tmp11 = tmp3 ? tmp1 : tmp10;
                     auto tmp12 = at::vec::Vectorized<float>(tmp11);
-                    auto tmp13 = tmp10 * tmp12;
-                    auto tmp14 = tmp8 + tmp13;
-                    auto tmp15 = tmp14.sqrt();
+                    auto tmp13 = tmp8 * tmp12;
+                    auto tmp14 = tmp7 + tmp13;
                     auto tmp17 = at::vec::Vectorized<float>(tmp16);
-                    auto tmp18 = tmp15 + tmp17;
-                    auto tmp19 = tmp7 / tmp18;
-                    auto tmp21 = at::vec::Vectorized<float>(tmp20);
-                    auto tmp22 = tmp19 * tmp21;
-                    auto tmp23 = tmp0 - tmp22;
-                    tmp23.store(out_ptr3 + static_cast<int64_t>(x0));
-                    tmp7.store(out_ptr4 + static_cast<int64_t>(x0));
-                    tmp14.store(out_ptr5 + static_cast<int64_t>(x0));
+                    auto tmp18 = tmp15 * tmp17;
+                    auto tmp20 = at::vec::Vectorized<float>(tmp19);
+                    auto tmp21 = tmp5 * tmp20;
+                    auto tmp22 = tmp21 * tmp5;
+                    auto tmp23 = tmp18 + tmp22;
+                    auto tmp24 = tmp23.sqrt();
+                    auto tmp26 = at::vec::Vectorized<float>(tmp25);
+                    auto tmp27 = tmp24 + tmp26;
+                    auto tmp28 = tmp14 / tmp27;
+                    auto tmp30 = at::vec::Vectorized<float>(tmp29);
+                    auto tmp31 = tmp28 * tmp30;
+                    auto tmp32 = tmp0 - tmp31;
+                    tmp32.store(out_ptr3 + static_cast<int64_t>(x0));
+                    tmp14.store(out_ptr4 + static_cast<int64_t>(x0));
+                    tmp23.store(out_ptr5 + static_cast<int64_t>(x0));
                 }
                 if(C10_UNLIKELY(x0 >= static_cast<int64_t>(8L*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))) && x0 < static_cast<int64_t>(ks0)))
                 {
                     auto tmp0 = at::vec::Vectorized<float>::loadu(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp1 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp2 = at::vec::Vectorized<float>::loadu(in_ptr2 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp4 = in_ptr3[static_cast<int64_t>(0L)];
-                    auto tmp8 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    auto tmp11 = in_ptr5[static_cast<int64_t>(0L)];
-                    auto tmp16 = in_ptr6[static_cast<int64_t>(0L)];
-                    auto tmp20 = in_ptr7[static_cast<int64_t>(0L)];
-                    auto tmp3 = tmp2 - tmp1;
-                    auto tmp5 = at::vec::Vectorized<float>(tmp4);
-                    auto tmp6 = tmp3 * tmp5;
-                    auto tmp7 = tmp1 + tmp6;
-                    auto tmp9 = tmp2 * tmp2;
-                    auto tmp10 = tmp9 - tmp8;
+                    auto tmp1 = in_ptr1[static_cast<int64_t>(0L)];
+                    auto tmp4 = at::vec::Vectorized<float>::loadu(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp5 = at::vec::Vectorized<float>::loadu(in_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp15 = at::vec::Vectorized<float>::loadu(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp16 = in_ptr5[static_cast<int64_t>(0L)];
+                    auto tmp19 = in_ptr6[static_cast<int64_t>(0L)];
+                    auto tmp25 = in_ptr7[static_cast<int64_t>(0L)];
+                    auto tmp29 = in_ptr8[static_cast<int64_t>(0L)];
+                    auto tmp2 = static_cast<float>(0.5);
+                    auto tmp3 = tmp1 < tmp2;
+                    auto tmp6 = at::vec::VecMask<float,1>::from(tmp3);
+                    auto tmp7 = decltype(tmp4)::blendv(tmp5, tmp4, tmp6.template cast<float,1>());
+                    auto tmp8 = tmp5 - tmp4;
+                    auto tmp9 = static_cast<float>(1.0);
+                    auto tmp10 = float(tmp1 - tmp9);
+                    auto tmp11 = tmp3 ? tmp1 : tmp10;
                     auto tmp12 = at::vec::Vectorized<float>(tmp11);
-                    auto tmp13 = tmp10 * tmp12;
-                    auto tmp14 = tmp8 + tmp13;
-                    auto tmp15 = tmp14.sqrt();
+                    auto tmp13 = tmp8 * tmp12;
+                    auto tmp14 = tmp7 + tmp13;
                     auto tmp17 = at::vec::Vectorized<float>(tmp16);
-                    auto tmp18 = tmp15 + tmp17;
-                    auto tmp19 = tmp7 / tmp18;
-                    auto tmp21 = at::vec::Vectorized<float>(tmp20);
-                    auto tmp22 = tmp19 * tmp21;
-                    auto tmp23 = tmp0 - tmp22;
-                    tmp23.store(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    tmp7.store(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
-                    tmp14.store(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    auto tmp18 = tmp15 * tmp17;
+                    auto tmp20 = at::vec::Vectorized<float>(tmp19);
+                    auto tmp21 = tmp5 * tmp20;
+                    auto tmp22 = tmp21 * tmp5;
+                    auto tmp23 = tmp18 + tmp22;
+                    auto tmp24 = tmp23.sqrt();
+                    auto tmp26 = at::vec::Vectorized<float>(tmp25);
+                    auto tmp27 = tmp24 + tmp26;
+                    auto tmp28 = tmp14 / tmp27;
+                    auto tmp30 = at::vec::Vectorized<float>(tmp29);
+                    auto tmp31 = tmp28 * tmp30;
+                    auto tmp32 = tmp0 - tmp31;
+                    tmp32.store(out_ptr3 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    tmp14.store(out_ptr4 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
+                    tmp23.store(out_ptr5 + static_cast<int64_t>(x0), static_cast<int64_t>(ks0 + (-8L)*(c10::div_floor_integer(static_cast<int64_t>(ks0), static_cast<int64_t>(8L)))));
                 }
             }
         }
@@ -111,9 +130,9 @@ extern "C" void launch(int64_t tensors, void* const* table, const int64_t* begin
     for (int64_t t = std::upper_bound(begins, begins + tensors + 1, at) - begins - 1; at < end; t++) {
       const int64_t o = at - begins[t], n = std::min(begins[t + 1], end) - at;
       if (n == 0) continue;
-      float k[4];
-      for (int64_t i = 0; i < 4; i++) k[i] = scalars[rows[t] * columns + i];
-      kernel(Address{table[t * 4 + 0], o * 4}, Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 1], o * 4}, &k[0], Address{table[t * 4 + 3], o * 4}, &k[1], &k[3], &k[2], Address{table[t * 4 + 0], o * 4}, Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 3], o * 4}, n);
+      float k[5];
+      for (int64_t i = 0; i < 5; i++) k[i] = scalars[rows[t] * columns + i];
+      kernel(Address{table[t * 4 + 0], o * 4}, &k[0], Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 1], o * 4}, Address{table[t * 4 + 3], o * 4}, &k[1], &k[2], &k[4], &k[3], Address{table[t * 4 + 0], o * 4}, Address{table[t * 4 + 2], o * 4}, Address{table[t * 4 + 3], o * 4}, n);
       at += n;
     }
   };
@@ -126,4 +145,4 @@ extern "C" void launch(int64_t tensors, void* const* table, const int64_t* begin
   }
 }
 
-extern "C" int64_t signature() { return 404; }
+extern "C" int64_t signature() { return 405; }

@@ -40,7 +40,7 @@ class Adadelta(Optimizer):
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
         if on.weight_decay:
             g = g + p * k.weight_decay
-        s.square_avg = s.square_avg * k.rho + g * g * k.one_minus_rho
+        s.square_avg = s.square_avg * k.rho + g * k.one_minus_rho * g
         delta = (s.acc_delta + k.eps).sqrt() / (s.square_avg + k.eps).sqrt() * g
-        s.acc_delta = s.acc_delta * k.rho + delta * delta * k.one_minus_rho
+        s.acc_delta = s.acc_delta * k.rho + delta * k.one_minus_rho * delta
         return p - delta * k.lr

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compiled_optim.declare import buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
+from compiled_optim.scalar import lerp
 
 
 class Adam(Optimizer):
@@ -53,8 +54,8 @@ class Adam(Optimizer):
             p = p * k.decay
         elif on.weight_decay:
             g = g + p * k.decay
-        s.exp_avg = s.exp_avg + (g - s.exp_avg) * k.one_minus_beta1
-        s.exp_avg_sq = v = s.exp_avg_sq * k.beta2 + g * g * k.one_minus_beta2
+        s.exp_avg = lerp(s.exp_avg, g, k.one_minus_beta1)
+        s.exp_avg_sq = v = s.exp_avg_sq * k.beta2 + g * k.one_minus_beta2 * g
         if on.amsgrad:
             s.max_exp_avg_sq = v = s.max_exp_avg_sq.maximum(v)
         return p - s.exp_avg / (v.sqrt() * k.correction2 + k.eps) * k.step_size

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compiled_optim.declare import buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
+from compiled_optim.scalar import lerp
 
 
 class Adamax(Optimizer):
@@ -45,6 +46,6 @@ class Adamax(Optimizer):
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
         if on.weight_decay:
             g = g + p * k.weight_decay
-        s.exp_avg = s.exp_avg + (g - s.exp_avg) * k.one_minus_beta1
+        s.exp_avg = lerp(s.exp_avg, g, k.one_minus_beta1)
         s.exp_inf = (s.exp_inf * k.beta2).maximum(g.abs() + k.eps)
         return p - s.exp_avg / s.exp_inf * k.step_size

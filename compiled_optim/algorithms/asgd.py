@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compiled_optim.declare import buffer, carried, counter, flag, number
 from compiled_optim.optimizer import Optimizer
-from compiled_optim.scalar import maximum
+from compiled_optim.scalar import lerp, maximum, where
 
 
 class ASGD(Optimizer):
@@ -43,7 +43,6 @@ class ASGD(Optimizer):
             "shrink": 1 - h.lambd * s.eta,
             "eta": s.eta,
             "mu": s.mu,
-            "one_minus_mu": 1 - s.mu,
             "weight_decay": h.weight_decay,
         }
         s.eta = h.lr / (1 + h.lambd * h.lr * step) ** h.alpha
@@ -55,5 +54,6 @@ class ASGD(Optimizer):
         if on.weight_decay:
             g = g + p * k.weight_decay
         p = p * k.shrink - g * k.eta
-        s.ax = s.ax * k.one_minus_mu + p * k.mu
+        # as long as the average is the parameter it takes nothing of what it was, which may not be finite
+        s.ax = where(k.mu < 1, lerp(s.ax, p, k.mu), p)
         return p

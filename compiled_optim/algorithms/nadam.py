@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compiled_optim.declare import buffer, carried, counter, flag, number
 from compiled_optim.optimizer import Optimizer
+from compiled_optim.scalar import lerp
 
 
 class NAdam(Optimizer):
@@ -57,7 +58,7 @@ class NAdam(Optimizer):
             p = p * k.decay
         elif on.weight_decay:
             g = g + p * k.decay
-        s.exp_avg = s.exp_avg + (g - s.exp_avg) * k.one_minus_beta1
-        s.exp_avg_sq = s.exp_avg_sq * k.beta2 + g * g * k.one_minus_beta2
+        s.exp_avg = lerp(s.exp_avg, g, k.one_minus_beta1)
+        s.exp_avg_sq = s.exp_avg_sq * k.beta2 + g * k.one_minus_beta2 * g
         step = g * k.gradient_step + s.exp_avg * k.momentum_step
         return p - step / (s.exp_avg_sq.sqrt() * k.correction2 + k.eps)

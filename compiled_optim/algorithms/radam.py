@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from math import inf
 from typing import Any
 
 from torch import Tensor
 
 from compiled_optim.declare import buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
-from compiled_optim.scalar import maximum, where
+from compiled_optim.scalar import lerp, maximum, where
 
 
 class RAdam(Optimizer):
@@ -51,10 +50,8 @@ class RAdam(Optimizer):
             "one_minus_beta1": 1 - h.beta1,
             "beta2": h.beta2,
             "one_minus_beta2": 1 - h.beta2,
-            "step_size": h.lr / (1 - h.beta1**step) * where(rectified, rectification, 1.0),
-            # the denominator's bounds: none, or both one
-            "least": where(rectified, 0.0, 1.0),
-            "most": where(rectified, inf, 1.0),
+            "step_size": h.lr / (1 - h.beta1**step),
+            "rectification": where(rectified, rectification, 0.0),
             "eps": h.eps,
         }
 
@@ -64,6 +61,7 @@ class RAdam(Optimizer):
             p = p * k.decay
         elif on.weight_decay:
             g = g + p * k.decay
-        s.exp_avg = s.exp_avg + (g - s.exp_avg) * k.one_minus_beta1
-        s.exp_avg_sq = s.exp_avg_sq * k.beta2 + g * g * k.one_minus_beta2
-        return p - s.exp_avg / (s.exp_avg_sq.sqrt() + k.eps).maximum(k.least).minimum(k.most) * k.step_size
+        s.exp_avg = lerp(s.exp_avg, g, k.one_minus_beta1)
+        s.exp_avg_sq = s.exp_avg_sq * k.beta2 + g * k.one_minus_beta2 * g
+        rectified = s.exp_avg / (s.exp_avg_sq.sqrt() + k.eps) * k.rectification
+        return p - where(k.rectification > 0, rectified, s.exp_avg) * k.step_size

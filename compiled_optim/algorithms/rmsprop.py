@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compiled_optim.declare import buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
+from compiled_optim.scalar import lerp
 
 
 class RMSprop(Optimizer):
@@ -52,10 +53,12 @@ class RMSprop(Optimizer):
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
         if on.weight_decay:
             g = g + p * k.weight_decay
-        s.square_avg = variance = s.square_avg * k.alpha + g * g * k.one_minus_alpha
+        s.square_avg = variance = s.square_avg * k.alpha + g * k.one_minus_alpha * g
         if on.centered:
-            s.grad_avg = s.grad_avg + (g - s.grad_avg) * k.one_minus_alpha
-            variance = variance - s.grad_avg * s.grad_avg
+            s.grad_avg = lerp(s.grad_avg, g, k.one_minus_alpha)
+            # the difference of squares in factors, for either square may be infinite; rounding can leave it below zero
+            deviation = variance.sqrt()
+            variance = ((deviation - s.grad_avg) * (deviation + s.grad_avg)).clamp_min(0)
         g = g / (variance.sqrt() + k.eps)
         if on.momentum:
             s.momentum_buffer = g = s.momentum_buffer * k.momentum + g

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compiled_optim.declare import buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
+from compiled_optim.scalar import lerp
 
 
 class SparseAdam(Optimizer):
@@ -58,6 +59,7 @@ class SparseAdam(Optimizer):
     def scalars(h: Any, step: Any) -> dict[str, Any]:
         return {
             "one_minus_beta1": 1 - h.beta1,
+            "beta2": h.beta2,
             "one_minus_beta2": 1 - h.beta2,
             "step_size": h.lr * (1 - h.beta2**step) ** 0.5 / (1 - h.beta1**step),
             "eps": h.eps,
@@ -65,6 +67,6 @@ class SparseAdam(Optimizer):
 
     @staticmethod
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
-        s.exp_avg = s.exp_avg + (g - s.exp_avg) * k.one_minus_beta1
-        s.exp_avg_sq = s.exp_avg_sq + (g * g - s.exp_avg_sq) * k.one_minus_beta2
+        s.exp_avg = lerp(s.exp_avg, g, k.one_minus_beta1)
+        s.exp_avg_sq = s.exp_avg_sq * k.beta2 + g * k.one_minus_beta2 * g
         return p - s.exp_avg / (s.exp_avg_sq.sqrt() + k.eps) * k.step_size
