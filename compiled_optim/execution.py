@@ -97,7 +97,7 @@ class Execution:
         if self.plan is not None:
             return ""
         unknown = lower.unsupported_version()
-        return self._give_up(unknown, "install a version that is") if unknown else ""
+        return self._give_up(unknown, "install a version that is known to work") if unknown else ""
 
     def _give_up(self, reason: str, remedy: str) -> str:
         fall_back(self._warned, f"the optimizer steps eagerly: {reason}", remedy)

@@ -1,6 +1,6 @@
 """Lowering: a rule traced on a symbolic length, and what Inductor makes of it.
 
-With torch_private.py the only file that touches the private parts of torch. Checked against torch 2.13;
+With torch_private.py the only file that touches the private parts of torch. Checked against torch 2.11 to 2.15;
 `tests/test_private_apis.py` says which upstream change broke when one of these moves. Inductor is imported by the
 functions that lower something, for a warm start must not pay 2 s for it.
 """
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compiled_optim import torch_private
 from compiled_optim.cache.build import BuildError, find_compiler
 
 if TYPE_CHECKING:
     from compiled_optim.trace import Traced
 
-SUPPORTED = ((2, 13), (2, 16))
+SUPPORTED = ((2, 11), (2, 16))
 
 # The length that lowering sees as a hint; no power of two and no small number, which would be specialised on.
 _HINT = 1_000_003
@@ -44,11 +45,11 @@ class Lowered:
 
 def unsupported_version() -> str | None:
     """None, or why this version of torch is not known to work."""
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     low, below = SUPPORTED
-    if low <= version < below:
-        return None
-    return f"torch {torch.__version__} is not known to work: compiled_optim was checked with torch>=2.13,<2.16"
+    if low <= torch_private.torch_version() < below:
+        return torch_private.MISSING or None
+    known = f">={low[0]}.{low[1]},<{below[0]}.{below[1]}"
+    return f"torch {torch.__version__} is not known to work: compiled_optim was checked with torch{known}"
 
 
 def trace_flat(
@@ -85,10 +86,20 @@ class _Recorder:
 @contextmanager
 def _inductor(settings: dict[str, Any]) -> Iterator[None]:
     """Inductor, one thread at a time, with these settings and the compiler that is used: it probes what that can do."""
+    compiler = find_compiler()  # Inductor's is from CXX when it was imported, and must be one word
+    with _lock:
+        try:
+            with _patched(settings | ({} if compiler is None else {"cpp.cxx": (compiler.path,)})):
+                yield
+        except Exception as error:  # of parts that are private, or a compiler that does not tell its version
+            raise BuildError(f"Inductor raised {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _patched(settings: dict[str, Any]) -> Iterator[None]:
     import torch._inductor.config as config
     from torch._inductor import cpu_vec_isa
 
-    compiler = find_compiler()  # Inductor's is from CXX when it was imported, and must be one word
     # torch knows its instruction set; Inductor compiles and loads a probe for each, in a directory that is not ours
     widest_first = [
         type("Known", (stock_isa,), {"__bool__": lambda self: True, "__hash__": stock_isa.__hash__})()
@@ -96,14 +107,12 @@ def _inductor(settings: dict[str, Any]) -> Iterator[None]:
     ]
     names = {"AVX512": widest_first, "AVX2": widest_first[1:]}
     known = names.get(torch.backends.cpu.get_cpu_capability())
-    with _lock, config.patch(settings | ({} if compiler is None else {"cpp.cxx": (compiler.path,)})):
+    with config.patch(settings):
         stock = cpu_vec_isa.valid_vec_isa_list
         if known is not None:
             cpu_vec_isa.valid_vec_isa_list = lambda: known  # type: ignore[assignment]
         try:
             yield
-        except Exception as error:  # of parts that are private, or a compiler that does not tell its version
-            raise BuildError(f"Inductor raised {type(error).__name__}: {error}") from error
         finally:
             cpu_vec_isa.valid_vec_isa_list = stock
 

@@ -1,7 +1,8 @@
 """What torch keeps private and an optimizer needs: Dynamo's state, its hooks, its methods without decorators.
 
 With lower.py the only file that touches the private parts of torch; `tests/test_private_apis.py` says which upstream
-change broke when one of these moves. Dynamo is imported by the functions that a trace calls only.
+change broke when one of these moves. Dynamo is imported by the functions that a trace calls only. Where a part is
+missing, steps are eager and outside of graphs, and say so.
 """
 
 from __future__ import annotations
@@ -11,22 +12,51 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    get_eval_frame_callback,
-    set_code_exec_strategy,
-    set_eval_frame,
-)
-from torch._library.opaque_object import register_opaque_type
-from torch._opaque_base import OpaqueBase as OpaqueBase  # an object of such a class can be an argument of an operator
-from torch.optim.lbfgs import _strong_wolfe
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+
+def torch_version() -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
+MISSING = ""  # which of these parts this version of torch lacks
+try:
+    from torch._C._dynamo.eval_frame import (
+        _FrameAction,
+        _FrameExecStrategy,
+        get_eval_frame_callback,
+        set_code_exec_strategy,
+        set_eval_frame,
+    )
+    from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+    from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
+    from torch.optim.lbfgs import _strong_wolfe
+    from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+    # An object of a class under this base can be an argument of an operator. torch 2.14 prints a warning of the old
+    # names when they are imported.
+    if TYPE_CHECKING or torch_version() < (2, 14):
+        from torch._library.opaque_object import register_opaque_type as _register_opaque
+        from torch._opaque_base import OpaqueBase as OpaqueBase
+
+        _BY_REFERENCE = "reference"
+    else:
+        from torch._custom_class_base import CustomClassBase as OpaqueBase
+        from torch._library.opaque_object import register_custom_class as _register_opaque
+
+        _BY_REFERENCE = "symbolic"
+except ImportError as error:
+    MISSING = f"torch {torch.__version__} lacks a part that compiled_optim needs: {error}"
+    OpaqueBase = object  # type: ignore[misc, assignment]
 
 T = TypeVar("T")
+
+
+def _missing(*args: Any, **options: Any) -> Any:
+    raise RuntimeError(MISSING)
 
 
 def compiling_disabled() -> str | None:
@@ -40,6 +70,8 @@ def compiling_disabled() -> str | None:
 
 def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
     """``function`` kept out of a surrounding ``torch.compile``, but not its last argument, a function."""
+    if MISSING:
+        return never_traced(function)
 
     # `torch.compiler.disable` would silently run a closure and the model in it eagerly (#123479)
     @functools.wraps(function)
@@ -67,12 +99,20 @@ def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
 
 def never_traced(function: Callable[..., T]) -> Callable[..., T]:
     """``function``, and all it calls, kept out of a surrounding ``torch.compile``."""
-    return torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    decorate = getattr(torch, "_disable_dynamo", None)
+    if decorate is not None:
+        return decorate(function)  # type: ignore[no-any-return]
+
+    @functools.wraps(function)
+    def outside(*args: Any, **options: Any) -> T:
+        return torch.compiler.disable(function)(*args, **options)  # type: ignore[no-untyped-call, no-any-return]
+
+    return outside
 
 
 def compiles_frames() -> bool:
     """Whether the caller was called by a function under ``torch.compile``, of whose graphs it is no part."""
-    return callable(get_eval_frame_callback())
+    return not MISSING and callable(get_eval_frame_callback())
 
 
 def constant_in_graphs(method: Callable[..., T]) -> Callable[..., T]:
@@ -83,27 +123,37 @@ def constant_in_graphs(method: Callable[..., T]) -> Callable[..., T]:
 
 def register_opaque(cls: type[OpaqueBase], guard: Callable[[Any], list[Any]] | None = None) -> None:
     """Lets graphs take objects of this class as inputs, by reference; one is right for what ``guard`` answers only."""
-    register_opaque_type(cls, typ="reference", guard_fn=guard)
+    _register_opaque(cls, typ=_BY_REFERENCE, guard_fn=guard)
 
 
-def join_trace(cls: type) -> None:
+def join_trace(cls: type) -> str:
     """While Dynamo traces: has it take objects of this class as any other, from now on and in this graph.
 
     Optimizers would be guarded by identity, so that each instance needs a graph, and a look at ``param_groups`` would
     make every number in them a constant.
-    """
-    from torch._dynamo.exc import RestartAnalysis
-    from torch._dynamo.variables.builder import VariableBuilder
-    from torch._dynamo.variables.constant import ConstantVariable
 
+    Returns:
+        Why that cannot be, or an empty string.
+    """
+    if MISSING:
+        return MISSING
+    try:
+        from torch._dynamo.exc import RestartAnalysis
+        from torch._dynamo.symbolic_convert import InstructionTranslator as InstructionTranslator  # of `_tracing`
+        from torch._dynamo.variables.builder import VariableBuilder
+        from torch._dynamo.variables.constant import ConstantVariable
+
+        handlers, as_object = VariableBuilder._type_dispatch(), VariableBuilder.wrap_user_defined
+    except (ImportError, AttributeError) as error:
+        return f"torch {torch.__version__} lacks a part that compiled_optim needs: {error}"
     # One object stands for each of these, in all graphs; and torch 2.13 notes in it where one was read, such as in a
     # missing gradient, to read it there again: `p.grad = None` in another graph then assigned that gradient.
     for constant in (None, True, False):
         ConstantVariable.create(constant).source = None
-    handlers = VariableBuilder._type_dispatch()
     if cls not in handlers and issubclass(cls, torch.optim.Optimizer):
-        handlers[cls] = VariableBuilder.wrap_user_defined
+        handlers[cls] = as_object
         raise RestartAnalysis(restart_reason=f"{cls.__name__} is traced as an object")
+    return ""
 
 
 def _tracing() -> Any:
@@ -156,7 +206,8 @@ def undecorated(name: str) -> Callable[..., Any]:
 def step_has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a hook is to run before or after a step."""
     return bool(
-        optimizer._optimizer_step_pre_hooks
+        MISSING  # then torch looks for itself
+        or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
@@ -165,7 +216,7 @@ def step_has_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a hook or a profiler wants to know of a step."""
-    return step_has_hooks(optimizer) or bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
+    return step_has_hooks(optimizer) or _profiler_enabled()
 
 
 def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +225,7 @@ def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # The line search of torch.optim.LBFGS: (evaluate, x, t, d, loss, grad, gtd, max_ls=) -> (loss, grad, t, evaluations)
-strong_wolfe: Callable[..., tuple[float, torch.Tensor, Any, int]] = _strong_wolfe
+strong_wolfe: Callable[..., tuple[float, torch.Tensor, Any, int]] = _missing if MISSING else _strong_wolfe
 
 
 def check_indices(tensor: torch.Tensor) -> None:
@@ -185,12 +236,18 @@ def check_indices(tensor: torch.Tensor) -> None:
 
 def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
     """One 1-D tensor with the elements of all."""
-    return torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call, no-any-return]
+    if MISSING:
+        return torch.cat([t.reshape(-1) for t in tensors])
+    return _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def unflatten(flat: torch.Tensor, like: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The parts of `flatten`'s result, with the shapes of ``like``."""
-    return torch._utils._unflatten_dense_tensors(flat, like)  # type: ignore[no-untyped-call, no-any-return]
+    if MISSING:
+        return tuple(
+            part.view_as(t) for part, t in zip(torch.split(flat, [t.numel() for t in like]), like, strict=True)
+        )
+    return _unflatten_dense_tensors(flat, like)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def graphs_compiled() -> int:

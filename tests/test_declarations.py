@@ -17,6 +17,7 @@ from compiled_optim.declare import Number
 
 NUMBERS = [(cls, name, field) for cls in CLASSES for name, field in numbers_of(cls).items()]
 TUPLES = [(cls, name, field) for cls, name, field in NUMBERS if isinstance(field.default, tuple)]
+LATER = {("ASGD", "lambd"), ("ASGD", "alpha")}  # torch 2.15 refuses what is negative, and we with every version
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 
 
@@ -118,7 +119,10 @@ def test_bounds_are_those_of_torch(cls: type[Optimizer], name: str, field: Numbe
     bounds = [bound for bound in (field.low, field.above, field.high, field.below) if bound is not None]
     for value in (*outside(field), *bounds):
         for whole in spread(field, float(value)):
-            assert accepted(cls, {name: whole}) == field.admits(value)
+            taken = accepted(cls, {name: whole})
+            if (cls.__name__, name) in LATER and taken:  # no bound in this version of torch
+                continue
+            assert taken == field.admits(value)
 
 
 @pytest.mark.parametrize(("cls", "name", "field"), NUMBERS, ids=ids(NUMBERS))

@@ -28,7 +28,7 @@ def test_version_is_in_the_range_that_was_checked() -> None:
     assert lower.unsupported_version() is None
 
 
-@pytest.mark.parametrize("version", ["2.12.1", "2.16.0+cpu", "3.0.0a0"])
+@pytest.mark.parametrize("version", ["2.10.0", "2.16.0+cpu", "3.0.0a0"])
 def test_other_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)
     assert version in (lower.unsupported_version() or "")
@@ -122,6 +122,9 @@ def test_constants_that_graphs_share_carry_no_source_over() -> None:
     from torch._dynamo.source import ConstantSource
     from torch._dynamo.variables.constant import ConstantVariable
 
+    if torch_private.torch_version() == (2, 11):
+        assert ConstantVariable.create(None) is not ConstantVariable.create(None)
+        pytest.skip("each graph has its own None: nothing to do")
     assert ConstantVariable.create(None) is ConstantVariable.create(None), "each graph has its own None: nothing to do"
     ConstantVariable.create(None).source = ConstantSource("of another graph")
     owner = Owner([torch.ones(2, requires_grad=True)])
@@ -159,7 +162,8 @@ def test_inductor_makes_one_serial_loop_and_its_arguments_are_found() -> None:
     assert "Vectorized" in lowered.source, "the loop is no longer vectorised"
     assert lowered.arguments.count(None) == 1, "the length is no longer one argument"
     assert {i for i in lowered.arguments if i is not None} == set(range(4 + len(signature().scalars)))
-    assert "inductor_cpu_integer_div_error_flag" in lowered.source, "launch/source.py renames this flag"
+    has_flag = torch_private.torch_version() >= (2, 13)
+    assert ("inductor_cpu_integer_div_error_flag" in lowered.source) == has_flag, "launch/source.py renames this flag"
 
 
 def test_flags_name_headers_that_exist() -> None:

@@ -23,8 +23,8 @@ class ASGD(Optimizer):
     """
 
     lr: float | Tensor = number(default=1e-2, low=0)
-    lambd: float = number(default=1e-4)
-    alpha: float = number(default=0.75)
+    lambd: float = number(default=1e-4, low=0)
+    alpha: float = number(default=0.75, low=0)
     t0: float = number(default=1e6)
     weight_decay: float = number(default=0, low=0, switch=True)
     foreach: bool | None = flag(default=None)

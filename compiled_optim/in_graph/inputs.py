@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from compiled_optim import execution, torch_private
+from compiled_optim.fallback import fall_back
 
 T = TypeVar("T")
 
 # Every operator says that it writes this, so that none is left out or moved past another: what they do is hidden.
 TOKEN = torch.zeros((), device="cpu")
+_warned: set[str] = set()
 _NUMBERS = {float, int, bool, type(None), list, str}  # the types that param groups hold most
 
 
@@ -35,8 +37,9 @@ class Handle(Name):
         return [] if owner is None else owner._inputs.guarded()
 
 
-torch_private.register_opaque(Name)
-torch_private.register_opaque(Handle, Handle.guarded)
+if not torch_private.MISSING:  # or there are no operators
+    torch_private.register_opaque(Name)
+    torch_private.register_opaque(Handle, Handle.guarded)
 _library: Any = torch.library.Library("compiled_optim", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -49,6 +52,8 @@ def operator(fake: Callable[..., Any], *written: str) -> Callable[[Callable[...,
 
     # torch.library.custom_op would take 25 us more in each call, for autograd and versions that no one reads in a graph
     def register(function: Callable[..., T]) -> Callable[..., T]:
+        if torch_private.MISSING:
+            return function
         name = function.__name__
         _library.define(name + torch.library.infer_schema(function, mutates_args=written))
         _library.impl(name, function, "CompositeExplicitAutograd")
@@ -103,10 +108,12 @@ class Inputs:
     # Asked while a graph is traced; the answers are constants in it.
 
     @torch_private.constant_in_graphs
-    def enter(self) -> None:
-        """The first of these."""
+    def enter(self) -> bool:
+        """The first of these: whether there can be a part of the graph."""
         self.look()
-        torch_private.join_trace(type(self._owner()))
+        if obstacle := torch_private.join_trace(type(self._owner())):
+            fall_back(_warned, f"steps run outside of graphs: {obstacle}", "install a version that is known to work")
+        return not obstacle
 
     @torch_private.constant_in_graphs
     def begin_kernels(self) -> None:

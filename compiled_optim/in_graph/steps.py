@@ -24,8 +24,10 @@ def inputs_of(optimizer: Any) -> Inputs:
 
 
 def _enter(owner: Any) -> Any:
+    """What its graphs take in; None where this version of torch allows for no part in them."""
     inputs = owner._inputs
-    inputs.enter()
+    if not inputs.enter():
+        return None
     if inputs.change_is_pending():
         torch_private.break_graph()
     return inputs
@@ -37,6 +39,11 @@ def _step_outside_graphs(optimizer: Any) -> None:
 
 
 @torch_private.never_traced
+def _zero_grad_outside_graphs(optimizer: Any, set_to_none: bool) -> None:
+    torch_private.undecorated("zero_grad")(optimizer, set_to_none)
+
+
+@torch_private.never_traced
 def _schedule_outside_graphs(schedule: Any, args: tuple[Any, ...]) -> None:
     schedule.step(*args)
 
@@ -44,7 +51,7 @@ def _schedule_outside_graphs(schedule: Any, args: tuple[Any, ...]) -> None:
 def trace_step(optimizer: Any) -> None:
     """A step of an optimizer that declares a rule."""
     inputs = _enter(optimizer)
-    if optimizer.defaults.get("differentiable") or inputs.changes_gradients():
+    if inputs is None or optimizer.defaults.get("differentiable") or inputs.changes_gradients():
         _step_outside_graphs(optimizer)  # operators record no derivatives, and write no gradients
         return
     if optimizer._compiled:
@@ -82,7 +89,9 @@ def _update(optimizer: Any, params: list[Tensor]) -> None:
 def trace_zero_grad(optimizer: Any, set_to_none: bool) -> None:
     """``zero_grad`` of any optimizer here."""
     inputs = _enter(optimizer)
-    if set_to_none:
+    if inputs is None:
+        _zero_grad_outside_graphs(optimizer, set_to_none)
+    elif set_to_none:
         for p in inputs.params:
             p.grad = None
     elif inputs.gradients_are_traced():
@@ -95,10 +104,10 @@ def trace_zero_grad(optimizer: Any, set_to_none: bool) -> None:
 
 def trace_schedule(schedule: Any, *args: Any) -> None:
     """A step of a schedule; ``args``: nothing, or a metric as a tensor."""
-    if args and not isinstance(args[0], Tensor):
+    inputs = own = _enter(schedule)
+    if own is None or (args and not isinstance(args[0], Tensor)):
         _schedule_outside_graphs(schedule, args)  # a number, such as an epoch, would be a constant
         return
-    inputs = own = _enter(schedule)
     if own.are_those_of_the_optimizer():
         inputs = schedule.optimizer._inputs
     metric = args[0].detach() if args else None
