@@ -28,6 +28,7 @@ LAYERS = [
     ("report",),
     ("lbfgs.__init__",),
     ("lbfgs.optimizer",),
+    ("lbfgs.checks",),
     ("lbfgs.history",),
     ("algorithms.__init__",),
     tuple(f"algorithms.{file.stem}" for file in (PACKAGE / "algorithms").glob("*.py") if file.stem != "__init__"),

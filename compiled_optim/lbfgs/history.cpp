@@ -2,9 +2,9 @@
 //
 // The pairs stand in two rings, y[slots][stride] and s[slots][stride]. Sums are vectorised in T over blocks, and of
 // doubles beyond that; nothing else is reassociated and there is no -ffast-math, so NaN and infinity keep their meaning.
+// Nothing is allocated here, so nothing throws: an exception that left a function called by address would end the process.
 #include <cstdint>
 #include <omp.h>
-#include <vector>
 
 namespace {
 
@@ -97,14 +97,12 @@ bool update(int64_t n, int64_t stride, int64_t slot, const T* g, const T* before
   return true;
 }
 
-// d = -H g, for the `m` pairs from slot `first` on, the oldest first. Returns the product of g and d.
+// d = -H g, for the `m` pairs from slot `first` on, the oldest first; `al` has room for m. Returns the product of g and d.
 //
 // Each pass changes d and takes the product with the vector that the next pass needs, so d is read and written once.
 template <typename T>
 double direction(int64_t n, int64_t stride, int64_t slots, int64_t first, int64_t m, const T* y_ring, const T* s_ring,
-                 const T* ro, const T* scale, const T* g, T* d, int threads) {
-  std::vector<double> alphas(m);
-  double* const al = alphas.data();
+                 const T* ro, const T* scale, double* al, const T* g, T* d, int threads) {
   Sums sums;
   double gd = 0;
 #pragma omp parallel num_threads(threads < kTeam ? threads : kTeam)
@@ -140,8 +138,9 @@ double direction(int64_t n, int64_t stride, int64_t slots, int64_t first, int64_
     return update(n, stride, slot, g, before, d, step, y, s, ro, scale, threads);                                    \
   }                                                                                                                  \
   extern "C" double direction_##name(int64_t n, int64_t stride, int64_t slots, int64_t first, int64_t m, const T* y, \
-                                     const T* s, const T* ro, const T* scale, const T* g, T* d, int threads) {       \
-    return direction(n, stride, slots, first, m, y, s, ro, scale, g, d, threads);                                    \
+                                     const T* s, const T* ro, const T* scale, double* al, const T* g, T* d,          \
+                                     int threads) {                                                                  \
+    return direction(n, stride, slots, first, m, y, s, ro, scale, al, g, d, threads);                                \
   }
 
 EXPORT(float, lbfgs_float32)

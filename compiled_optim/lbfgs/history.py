@@ -19,43 +19,70 @@ from torch import Tensor
 from compiled_optim import lower, settings
 from compiled_optim.cache import libraries
 
+_FIRST_SLOTS = 4  # of a ring
 CURVATURE = 1e-10  # a pair whose y.s is not above it is rejected, as in torch.optim (and in history.cpp)
 
 
 class History:
     """The newest ``size`` pairs of y, the change of the gradient, and s, the step that caused it.
 
-    They stand in rings of ``size + 1`` slots: the spare one takes the next pair, so that one which is rejected has
-    overwritten none. Memory is taken only as slots are first written.
+    They stand in rings, which double as pairs arrive, up to ``size + 1`` slots: the spare one takes the next pair, so
+    that one which is rejected has overwritten none. ``next``: that slot; ``count``: how many pairs there are.
 
     Args:
         size: how many pairs, at least 1.
         like: a flat gradient, which gives the number of elements, dtype and device.
     """
 
+    y: Tensor  # [slots, elements], and so is s
+    s: Tensor
+    ro: Tensor  # [slots]: 1 / y.s
+    alphas: Tensor  # [slots] of float64: scratch of the compiled direction
+    scale: Tensor  # y.s / y.y of the newest pair: the inverse Hessian before any pair is applied
+
+    @torch.inference_mode(False)  # or a later step could not write to them
     def __init__(self, size: int, like: Tensor) -> None:
         self.size = size
-        self.y, self.s = _ring(size + 1, like), _ring(size + 1, like)
-        self.ro = like.new_empty(size + 1)  # 1 / y.s
-        self.scale = like.new_ones(())  # y.s / y.y of the newest pair: the inverse Hessian before any pair is applied
         self.next = self.count = 0
+        self.scale = like.new_ones(())
+        self._allocate(min(size + 1, _FIRST_SLOTS), like)
+
+    def _allocate(self, slots: int, like: Tensor) -> None:
+        self.memory: list[tuple[int, torch.UntypedStorage, int]] = []  # of the kernels: addresses, and what they are in
+        self.y, self.s, self.ro, self.alphas = (
+            *(_ring(slots, like), _ring(slots, like)),
+            *(like.new_empty(slots), like.new_empty(slots, dtype=torch.float64)),
+        )
+
+    @torch.inference_mode(False)
+    def make_room(self) -> None:
+        """Doubles the rings if no slot is free. They have lost no pair then, so the oldest is in the first slot."""
+        if self.count < len(self.ro):
+            return
+        y, s, ro = self.y, self.s, self.ro
+        self._allocate(min(2 * self.count, self.size + 1), y[0])
+        self.ro[: self.count] = ro
+        for i in range(self.count):  # one by one: several threads, as a large copy has, do not survive a fork
+            self.y[i], self.s[i] = y[i], s[i]
+        self.next = self.count
 
     def slots(self) -> list[int]:
         """Where the pairs are, the oldest first."""
-        return [i % (self.size + 1) for i in range(self.next - self.count, self.next)]
+        return [i % len(self.ro) for i in range(self.next - self.count, self.next)]
 
     def keep(self) -> None:
         """Makes what was written to slot ``next`` the newest pair."""
-        self.next = (self.next + 1) % (self.size + 1)
+        self.next = (self.next + 1) % len(self.ro)
         self.count = min(self.count + 1, self.size)
 
     def update(self, g: Tensor, before: Tensor, d: Tensor, t: Any) -> None:
         """Adds the pair y = g - before, s = t d, unless its curvature is too small."""
+        self.make_room()
         y, s = torch.sub(g, before, out=self.y[self.next]), torch.mul(d, t, out=self.s[self.next])
         ys = y.dot(s)
         if ys > CURVATURE:
             self.ro[self.next] = 1.0 / ys
-            self.scale = ys / y.dot(y)
+            self.scale.copy_(ys / y.dot(y))
             self.keep()
 
     def direction(self, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,6 +111,7 @@ class History:
         history = cls(size, like)
         pairs = zip(*(lists.get(name) or () for name in ("old_dirs", "old_stps", "ro")), strict=True)
         for y, s, ro in list(pairs)[-size:]:
+            history.make_room()
             history.y[history.next].copy_(y)
             history.s[history.next].copy_(s)
             history.ro[history.next] = ro
@@ -130,32 +158,60 @@ class Kernels:
         self._update, self._direction = (getattr(library, f"{f}_{self.name}") for f in ("update", "direction"))
 
     def update(self, history: History, g: Tensor, before: Tensor, d: Tensor, t: Any) -> None:
-        rings = (history.y, history.s, history.ro, history.scale)
-        self._check(history, g, before, d)
+        history.make_room()
+        step = float(t)  # whatever may run Python comes before an address is read
+        held = self._vectors(history, {"the gradient": g, "prev_flat_grad": before, "d": d})
+        y, s, ro, scale, _ = self._rings(history)
         if self._update(
-            *(g.numel(), history.y.stride(0), history.next, g.data_ptr(), before.data_ptr(), d.data_ptr(), float(t)),
-            *(tensor.data_ptr() for tensor in rings),
-            _threads(g),
+            *(g.numel(), history.y.stride(0), history.next, g.data_ptr(), before.data_ptr(), d.data_ptr(), step),
+            *(y, s, ro, scale, _threads(g)),
         ):
             history.keep()
+        del held
 
     def direction(self, history: History, g: Tensor) -> tuple[Tensor, Tensor]:
-        self._check(history, g)
-        d, slots = torch.empty_like(g), history.size + 1
-        tensors = (history.y, history.s, history.ro, history.scale, g, d)
+        d, slots = torch.empty_like(g), len(history.ro)
+        held = self._vectors(history, {"the gradient": g})
+        first = (history.next - history.count) % slots
         gd = self._direction(
-            *(g.numel(), history.y.stride(0), slots, (history.next - history.count) % slots, history.count),
-            *(tensor.data_ptr() for tensor in tensors),
-            _threads(g),
+            *(g.numel(), history.y.stride(0), slots, first, history.count),
+            *(*self._rings(history), g.data_ptr(), d.data_ptr(), _threads(g)),
         )
-        return d, torch.tensor(gd, dtype=self.dtype)
+        del held
+        return d, torch.tensor(gd, dtype=self.dtype, device=g.device)
 
-    def _check(self, history: History, *tensors: Tensor) -> None:
-        """Raises ValueError for what the kernels cannot be given by address."""
-        kind = (Tensor, self.dtype, history.y.shape[1:], True, True)
-        for x in (history.y[0], *tensors):
-            if (type(x), x.dtype, x.shape, x.is_cpu, x.is_contiguous()) != kind:
-                raise ValueError(f"expected a contiguous {self.dtype} vector, got {x.dtype} of shape {tuple(x.shape)}")
+    def _vectors(self, history: History, vectors: dict[str, Tensor]) -> list[torch.UntypedStorage]:
+        """Their memory, to be held during a launch: another thread may give a tensor other memory meanwhile.
+
+        Raises:
+            ValueError: for a tensor that is not what the kernels take, or whose memory was taken away.
+        """
+        n, held = history.y.shape[1], []
+        for name, x in vectors.items():
+            kind = (type(x), x.dtype, x.shape, x.is_cpu, x.is_contiguous(), x.is_neg())
+            if kind != (Tensor, self.dtype, (n,), True, True, False) or not in_memory(x):
+                raise ValueError(
+                    f"LBFGS: {name} must be a contiguous {self.dtype} vector of {n} elements in the memory of the CPU, "
+                    f"got a {type(x).__name__} of {x.dtype}, shape {tuple(x.shape)}, on {x.device}"
+                )
+            held.append(x.untyped_storage())
+        return held
+
+    def _rings(self, history: History) -> list[int]:
+        """The addresses of y, s, ro, scale and alphas, in memory that the history keeps."""
+        rings = (history.y, history.s, history.ro, history.scale, history.alphas)
+        if not history.memory:
+            history.memory = [(x.data_ptr(), x.untyped_storage(), x.untyped_storage().nbytes()) for x in rings]
+        addresses = [x.data_ptr() for x in rings]
+        if any(at != x or s.nbytes() != size for x, (at, s, size) in zip(addresses, history.memory, strict=True)):
+            raise ValueError("LBFGS: the memory of the history was replaced or resized: drop state['history']")
+        return addresses
+
+
+def in_memory(vector: Tensor) -> bool:
+    """Whether a contiguous tensor still has the memory of its elements, which ``resize_`` of a storage takes away."""
+    end = (vector.storage_offset() + vector.numel()) * vector.itemsize
+    return vector.numel() == 0 or vector.untyped_storage().nbytes() >= end
 
 
 def _threads(vector: Tensor) -> int:
@@ -183,7 +239,7 @@ def _load(path: Path) -> ctypes.CDLL:
         update, direction = getattr(library, f"update_lbfgs_{name}"), getattr(library, f"direction_lbfgs_{name}")
         update.argtypes = [*integers[:3], *[address] * 3, ctypes.c_double, *[address] * 4, ctypes.c_int]
         update.restype = ctypes.c_bool
-        direction.argtypes = [*integers, *[address] * 6, ctypes.c_int]
+        direction.argtypes = [*integers, *[address] * 7, ctypes.c_int]
         direction.restype = ctypes.c_double
     return library
 

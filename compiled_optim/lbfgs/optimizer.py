@@ -13,13 +13,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from compiled_optim import torch_private
-from compiled_optim.declare import coerce
 from compiled_optim.execution import COMPILE_ERRORS, switched_off
 from compiled_optim.fallback import fall_back
 from compiled_optim.in_graph import steps
+from compiled_optim.lbfgs import checks
 from compiled_optim.lbfgs.history import DTYPES, History, Kernels
-
-_AT_LEAST = {"lr": 0.0, "max_iter": 0, "max_eval": 0, "history_size": 1}
 
 
 class LBFGS(torch.optim.LBFGS):
@@ -28,7 +26,7 @@ class LBFGS(torch.optim.LBFGS):
     D. C. Liu and J. Nocedal, "On the limited memory BFGS method for large scale optimization", Math. Programming 45,
     1989; J. Nocedal and S. Wright, "Numerical Optimization", 2nd ed., chapter 7.
 
-    The history of n real elements takes up to 2 * (history_size + 1) * n of them, as iterations fill it.
+    The history of n real elements takes up to 2 * (history_size + 1) * n of them: twice what iterations have filled.
 
     Args:
         params: parameters of one device, in one param group; complex ones count as pairs of reals.
@@ -39,10 +37,12 @@ class LBFGS(torch.optim.LBFGS):
         tolerance_change: so does a change of the loss, or of all parameters, below this.
         history_size: how many pairs of changes of gradient and parameters are remembered.
         line_search_fn: None, or "strong_wolfe".
+        maximize: ascend instead of descend, in torch.optim since torch 2.14.
         compiled: whether the vector work is compiled. It is for float32 and float64 on the CPU.
 
     Raises:
         ValueError: for an argument out of its range; the message names argument, value and range.
+        TypeError: for one that is no number.
         RuntimeError: for an unknown line search.
     """
 
@@ -61,20 +61,17 @@ class LBFGS(torch.optim.LBFGS):
         history_size: int = 100,
         line_search_fn: str | None = None,
         *,
+        maximize: bool = False,
         compiled: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"lr": lr, "max_iter": max_iter, "max_eval": max_eval, "history_size": history_size}
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"LBFGS: lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
-        for name, value in options.items():
-            if value is not None and not value >= _AT_LEAST[name]:
-                raise ValueError(f"LBFGS: {name} must be at least {_AT_LEAST[name]:g}, got {value}")
+        options: dict[str, Any] = {"lr": lr, "max_iter": max_iter, "max_eval": 0 if max_eval is None else max_eval}
+        options |= {"tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change}
+        options = checks.options({**options, "history_size": history_size, "line_search_fn": line_search_fn})
         if compiled not in (False, True):
             raise ValueError(f"LBFGS: compiled must be False or True, got {compiled!r}")
-        _check_line_search(line_search_fn)
-        tolerances = {"tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change}
-        options = {name: coerce(value) for name, value in {**options, **tolerances}.items()}
-        super().__init__(params, **options, line_search_fn=line_search_fn)
+        super().__init__(params, **{**options, "max_eval": None if max_eval is None else options["max_eval"]})
+        if maximize or "maximize" in self.defaults:  # older torch has no such option, and its groups are like torch's
+            self.defaults["maximize"] = self.param_groups[0]["maximize"] = bool(maximize)
         self._compiled = bool(compiled)
         self._inputs = steps.inputs_of(self)
 
@@ -102,40 +99,42 @@ class LBFGS(torch.optim.LBFGS):
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any]) -> Any:
         closure = torch.enable_grad()(closure)
-        group = self.param_groups[0]
-        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        max_iter, max_eval, line_search = group["max_iter"], group["max_eval"], group["line_search_fn"]
-        tolerance_grad, tolerance_change = group["tolerance_grad"], group["tolerance_change"]
-        _check_line_search(line_search)
+        if len(self.param_groups) != 1:
+            raise ValueError(f"LBFGS: expected one param group, got {len(self.param_groups)}")
+        options = checks.options(self.param_groups[0])
+        if not self._params:  # as in torch.optim since torch 2.14
+            return closure()
+        lr = options["lr"].reshape(()) if isinstance(options["lr"], Tensor) else options["lr"]
+        max_iter, max_eval, search = options["max_iter"], options["max_eval"], options["line_search_fn"]
+        tolerance_grad, tolerance_change = options["tolerance_grad"], options["tolerance_change"]
 
         first_loss = closure()
-        loss, evaluations = float(first_loss), 1
+        loss, evaluations = self._sign() * float(first_loss), 1
         g = self._gather_flat_grad()
-        work = self._choose_work(g)  # strict mode raises here, before anything is changed
-
-        state = self.state[self._params[0]]
-        state.setdefault("n_iter", 0)
-        state["func_evals"] = state.get("func_evals", 0) + 1
-        if _largest(g) <= tolerance_grad:
+        # What can raise comes before anything is changed; strict mode does.
+        self._real_params()
+        work, largest = self._choose_work(g), _largest(g)
+        state = self._checked_state(g, options["history_size"])
+        self.state[self._params[0]] = state
+        if largest <= tolerance_grad:
             return first_loss
-        history = self._history(state, g)
+        history: History = state["history"]
 
         # The state is complete whenever the closure is called, so that training can go on after one that raised.
         n_iter = 0
         while n_iter < max_iter:
             n_iter += 1
-            state["n_iter"] += 1
-            if state["n_iter"] > 1:
+            if state["n_iter"] > 0:
                 work.update(history, g, state["prev_flat_grad"], state["d"], state["t"])
             d, gtd = work.direction(history, g)
-            t: Any = 1.0 if state["n_iter"] > 1 else min(1.0, 1.0 / g.abs().sum())
+            t: Any = 1.0 if state["n_iter"] > 0 else min(1.0, 1.0 / g.abs().sum())
             t = t * lr
-            state.update(d=d, t=t, prev_flat_grad=g, prev_loss=loss)
+            state.update(n_iter=state["n_iter"] + 1, d=d, t=t, prev_flat_grad=g, prev_loss=loss)
             if gtd > -tolerance_change:
                 break
 
             calls = 0
-            if line_search is not None:
+            if search is not None:
                 state["t"] = 0.0  # while nothing has moved
                 evaluate = functools.partial(self._directional_evaluate, closure)
                 loss, g, t, calls = torch_private.strong_wolfe(
@@ -144,8 +143,8 @@ class LBFGS(torch.optim.LBFGS):
                 )
                 state["t"] = t
             self._add_grad(t, d)
-            if line_search is None and n_iter != max_iter:
-                loss, calls = float(closure()), 1
+            if search is None and n_iter != max_iter:
+                loss, calls = self._sign() * float(closure()), 1
                 g = self._gather_flat_grad()
             evaluations += calls
             state["func_evals"] += calls
@@ -166,29 +165,54 @@ class LBFGS(torch.optim.LBFGS):
         self._execution = self._execution or _Execution()
         return self._execution.kernels_for(g) or History
 
-    def _history(self, state: dict[str, Any], g: Tensor) -> History:
-        """The live history; made anew at first, and from lists after loading or a change of ``history_size``."""
-        history: History | None = state.get("history")
-        size = self.param_groups[0]["history_size"]
-        if history is None or history.size != size or state["n_iter"] == 0:
+    def _checked_state(self, g: Tensor, size: int) -> dict[str, Any]:
+        """A copy of the state with one more evaluation, and a history of ``size`` pairs that takes vectors like ``g``.
+
+        The history is made at first, and anew from lists after loading, and when its size or the gradient's dtype or
+        device has changed.
+
+        Raises:
+            ValueError: for state that a step cannot go on from.
+        """
+        old: Any = self.state.get(self._params[0], {})
+        checks.check_state(old, g.numel())
+        state: dict[str, Any] = {"n_iter": 0, **old, "func_evals": old.get("func_evals", 0) + 1}
+        history = state.get("history")
+        kept = history is not None and (history.size, history.ro.dtype, history.ro.device) == (size, g.dtype, g.device)
+        if not kept or state["n_iter"] == 0:
             lists = state if history is None else history.lists()
-            history = state["history"] = History.of_lists(lists if state["n_iter"] else {}, size, g)
-            for name in ("old_dirs", "old_stps", "ro", "H_diag", "al"):
+            state["history"] = History.of_lists(lists if state["n_iter"] else {}, size, g)
+            for name in (*checks.LISTS, "H_diag", "al"):
                 state.pop(name, None)
-            for name in ("d", "prev_flat_grad"):  # loading casts them to the dtype of the first parameter
-                if state.get(name) is not None:
-                    state[name] = state[name].to(g).contiguous()
-        return history
+        for name in ("d", "prev_flat_grad"):  # loading casts them to the dtype of the first parameter
+            if state.get(name) is not None:
+                state[name] = _plain(state[name], g)
+        return state
 
     # ---- flat vectors and parameters; these override torch's
 
+    def _sign(self) -> int:
+        """-1 where the loss is maximized, for then that of its negative is minimized."""
+        return -1 if self.param_groups[0].get("maximize") else 1
+
     def _gather_flat_grad(self) -> Tensor:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
+        for p, g in zip(self._params, grads, strict=True):
+            if p.shape != g.shape:
+                raise ValueError(f"LBFGS: expected a gradient of shape {tuple(p.shape)}, got {tuple(g.shape)}")
+            if g.layout == torch.sparse_coo:
+                torch_private.check_indices(g)
         dense = [g if g.layout == torch.strided else g.to_dense() for g in grads]
-        return torch.cat([g.reshape(-1) for g in _reals(dense)])
+        reals = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in dense]
+        flat = torch.cat([g.reshape(-1) for g in reals])
+        return flat if self._sign() > 0 else flat.neg_()
+
+    def _real_params(self) -> list[Tensor]:
+        """The parameters, complex ones as pairs of reals; one that is lazily conjugated has no such view and raises."""
+        return [torch.view_as_real(p) if p.is_complex() else p for p in self._params]
 
     def _add_grad(self, step_size: Any, update: Tensor) -> None:
-        reals = _reals(self._params)
+        reals = self._real_params()
         torch._foreach_add_(reals, torch_private.unflatten(update, reals), alpha=float(step_size))
 
     def _set_param(self, params_data: list[Tensor]) -> None:
@@ -198,10 +222,9 @@ class LBFGS(torch.optim.LBFGS):
         self, closure: Callable[[], Any], x: list[Tensor], t: Any, d: Tensor
     ) -> tuple[float, Tensor]:
         self._add_grad(t, d)
-        try:
-            return float(closure()), self._gather_flat_grad()
-        finally:
-            self._set_param(x)
+        loss, g = self._sign() * float(closure()), self._gather_flat_grad()
+        self._set_param(x)  # not after an error, as in torch.optim
+        return loss, g
 
     # ---- checkpoints and copies
 
@@ -225,8 +248,17 @@ class LBFGS(torch.optim.LBFGS):
         return states
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` of this class or of torch.optim.LBFGS returned."""
-        torch_private.undecorated("load_state_dict")(self, state_dict)
+        """Loads what ``state_dict`` of this class or of torch.optim.LBFGS returned.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: for what no step can go on from, naming it; nothing has changed then.
+        """
+        checks.check_mapping("the checkpoint", state_dict)
+        check = self.register_load_state_dict_pre_hook(_check_loaded)  # the last one: others may translate
+        try:
+            torch_private.undecorated("load_state_dict")(self, state_dict)
+        finally:
+            check.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "state": self._state_of_torch(), "_compiled": self._compiled}
@@ -293,9 +325,9 @@ _observed_step = torch.optim.Optimizer.profile_hook_step(LBFGS._step)
 _step_outside_graphs = torch_private.outside_graphs(LBFGS._run_step)
 
 
-def _check_line_search(name: Any) -> None:
-    if name not in (None, "strong_wolfe"):
-        raise RuntimeError(f"LBFGS: line_search_fn must be None or 'strong_wolfe', got {name!r}")
+def _check_loaded(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    params = optimizer.param_groups[0]["params"]
+    checks.check_checkpoint(state_dict, sum(p.numel() * (2 if p.is_complex() else 1) for p in params))
 
 
 def _largest(vector: Tensor) -> Tensor:
@@ -304,5 +336,7 @@ def _largest(vector: Tensor) -> Tensor:
     return largest
 
 
-def _reals(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+def _plain(vector: Tensor, g: Tensor) -> Tensor:
+    """``vector``, or a copy where it is not laid out as ``g``."""
+    kind, like = ((type(x), x.dtype, x.device, x.is_contiguous(), x.is_neg()) for x in (vector, g))
+    return vector if kind == like else torch.empty_like(g).copy_(vector)
