@@ -45,13 +45,20 @@ def cache_clear(disk: bool = False) -> None:
         store.clear()
 
 
+_MODULES = ("declare", "lr_scheduler", "swa_utils", "testing")
+
+
 def __getattr__(name: str) -> Any:
-    """`lr_scheduler`, `swa_utils` and `plot_schedule` when they are asked for: they import sympy, which takes 0.4 s."""
-    if name in ("lr_scheduler", "swa_utils"):
+    """Modules and `plot_schedule` when they are asked for: `lr_scheduler` imports sympy, which takes 0.4 s."""
+    if name in _MODULES:
         return importlib.import_module(f"compiled_optim.{name}")
     if name == "plot_schedule":
         return importlib.import_module("compiled_optim.lr_scheduler").plot_schedule
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES, "plot_schedule"])
 
 
 __all__ = [

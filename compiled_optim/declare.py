@@ -122,6 +122,19 @@ def counter() -> Any:
     return Counter()
 
 
+def take_fields(cls: Any) -> dict[str, Any]:
+    """Takes what a class declares from its attributes, which instances of torch's optimizers have not either.
+
+    ``None`` withdraws what a base declares. `Declaration` finds all of them in ``_fields`` of the class.
+    """
+    declared = {name for base in cls.__mro__[1:] for name in vars(base).get("_fields", ())}
+    own = {k: v for k, v in vars(cls).items() if isinstance(v, FIELDS) or (v is None and k in declared)}
+    for name in own:
+        delattr(cls, name)
+    cls._fields = own
+    return own
+
+
 class Choice(NamedTuple):
     """The values of one param group as the update rule sees them."""
 
@@ -136,7 +149,7 @@ class Declaration:
     def __init__(self, cls: type) -> None:
         fields: dict[str, Any] = {}
         for base in reversed(cls.__mro__):
-            for name, value in vars(base).items():
+            for name, value in {**vars(base), **vars(base).get("_fields", {})}.items():
                 # an option that was keyword-only takes its place among the positional ones where it is declared so
                 if isinstance(value, Flag) and isinstance(fields.get(name), Flag) and not value.kw_only:
                     del fields[name]

@@ -12,7 +12,7 @@ from torch import Tensor
 from compiled_optim import eager, foreach, kernels, lower, settings, torch_private
 from compiled_optim.cache.build import BuildError
 from compiled_optim.cache.libraries import NoCompilerError
-from compiled_optim.fallback import CompileError, fall_back
+from compiled_optim.fallback import CompileError, fall_back, fall_back_for
 from compiled_optim.launch.plan import Counts, Plan, Row, expected, make_plan
 from compiled_optim.rule import evaluate, first_counts
 from compiled_optim.updates import collect, discard, refuse
@@ -70,7 +70,7 @@ class Execution:
         self._scalar_names: list[tuple[str, ...]] = []  # of each param group
         self._pairs: list[Counts] = []  # what the next step is expected to ask for
         self._kernels: dict[Signature, Kernel] = {}
-        self._warned: set[str] = set()
+        self._warned: set[Any] = set()
         self._given_up = ""
         self._lowering = ""
 
@@ -80,10 +80,14 @@ class Execution:
             eager.step(optimizer)
             return
         self._lowering = self._lowering or self._choose_lowering(optimizer)
-        if self._lowering == "foreach":
-            self._step_foreach(optimizer)
-        else:
+        if self._lowering != "foreach":
             self._step_multi_tensor(optimizer)
+        elif any(group.get("capturable") for group in optimizer.param_groups):
+            self.reason = "with capturable=True step counts stay on their device, and graphs of lists read them"
+            fall_back(self._warned, f"the optimizer steps eagerly: {self.reason}", "leave capturable out")
+            eager.step(optimizer)
+        else:
+            self._step_foreach(optimizer)
 
     def begin(self, optimizer: Optimizer) -> None:
         off = switched_off() or self._given_up or lower.unsupported_version() or not optimizer.elementwise
@@ -167,9 +171,8 @@ class Execution:
         refuse(optimizer, self._choices)
         self._scalar_names = _scalar_names(type(optimizer), self._choices)
 
-        def refused(p: Tensor, why: str) -> None:
-            reason = f"a parameter of shape {tuple(p.shape)} is updated eagerly, because {why}"
-            fall_back(self._warned, reason, "the others are compiled; a plain dense tensor would be too")
+        def refused(elsewhere: list[tuple[Tensor, str]]) -> None:
+            fall_back_for(self._warned, elsewhere, "parameter", "updated eagerly")
 
         try:
             if not optimizer.elementwise:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
 
 from compiled_optim import settings
 
@@ -15,8 +19,8 @@ class CompileError(RuntimeError):
     """A step could not be compiled and ``COMPILED_OPTIM_STRICT=1`` forbids to fall back."""
 
 
-def fall_back(seen: set[str], reason: str, remedy: str) -> None:
-    """Warns once for each reason in ``seen``.
+def fall_back(seen: set[Any], reason: str, remedy: str, kind: Any = None) -> None:
+    """Warns once for each reason in ``seen``, or for each ``kind`` of reason where that is given.
 
     Raises:
         CompileError: in strict mode. Called before anything is written, so parameters and state are untouched.
@@ -24,7 +28,28 @@ def fall_back(seen: set[str], reason: str, remedy: str) -> None:
     message = f"{reason}; {remedy}"
     if settings.strict():
         raise CompileError(f"{message} (an error because COMPILED_OPTIM_STRICT=1)")
-    if reason not in seen:
-        seen.add(reason)
-        settings.logger.warning("%s", message)
-        warnings.warn(message, CompileFallbackWarning, stacklevel=2)
+    kind = kind or reason
+    if kind not in seen:
+        seen.add(kind)
+        settings.warn(message, CompileFallbackWarning)
+
+
+def fall_back_for(seen: set[Any], refused: Iterable[tuple[Tensor, str]], noun: str, done: str) -> None:
+    """Warns once for each device and reason that tensors are refused for.
+
+    Args:
+        noun: what they are, such as "parameter"; done: what happens to them, such as "updated eagerly".
+
+    Raises:
+        CompileError: in strict mode.
+    """
+    kinds: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    for tensor, why in refused:
+        kinds[str(tensor.device), why].append(tensor)
+    for (device, why), (first, *others) in kinds.items():
+        shape = tuple(first.shape)
+        which = (
+            f"{1 + len(others)} {noun}s, the first of shape {shape}, are" if others else f"a {noun} of shape {shape} is"
+        )
+        remedy = "the others are compiled; a plain dense tensor would be too"
+        fall_back(seen, f"{which} {done}, because {why}", remedy, (device, why))

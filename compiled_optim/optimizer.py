@@ -12,7 +12,18 @@ from typing_extensions import dataclass_transform
 
 from compiled_optim import execution, torch_private
 from compiled_optim.attached import Attached
-from compiled_optim.declare import FIELDS, Choice, Declaration, Flag, buffer, carried, coerce, counter, flag, number
+from compiled_optim.declare import (
+    Choice,
+    Declaration,
+    Flag,
+    buffer,
+    carried,
+    coerce,
+    counter,
+    flag,
+    number,
+    take_fields,
+)
 from compiled_optim.in_graph import steps
 
 
@@ -71,8 +82,9 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = vars(cls)
+        fields = take_fields(cls).values()
         # what declares nothing new (a user's subclass, a framework's wrapper) keeps its parent's kernels
-        if "update" in own or "scalars" in own or any(isinstance(v, FIELDS) for v in own.values()):
+        if "update" in own or "scalars" in own or any(v is not None for v in fields):
             cls.declaration = Declaration(cls)
             cls.rule_class = cls
             if "__init__" not in own:
@@ -278,6 +290,9 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                         tensor.fill_(group[name]) if not isinstance(group[name], Tensor) else tensor.copy_(group[name])
                     group[name] = tensor
 
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__()} - _SETTINGS)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients, as in torch.optim."""
         if torch.compiler.is_compiling():
@@ -285,6 +300,9 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         else:
             torch_private.undecorated("zero_grad")(self, set_to_none)
 
+
+take_fields(Optimizer)
+_SETTINGS = {name for name, hint in vars(Optimizer)["__annotations__"].items() if "ClassVar" in hint} - {"scalars"}
 
 # with the hooks, and an entry in the profiler
 _observed_step = torch.optim.Optimizer.profile_hook_step(Optimizer._step)

@@ -63,11 +63,13 @@ class Explanation:
 def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     """How the last step of ``optimizer`` ran: one row for each kernel, graph, or reason to run eagerly.
 
+    Args:
+        optimizer: of this package, or what Lightning, Accelerate and others wrap around it.
+
     Raises:
-        TypeError: if it is not an optimizer of this package.
+        TypeError: if it is not an optimizer of this package, and holds none.
     """
-    if not isinstance(optimizer, Optimizer | LBFGS):
-        raise TypeError(f"optimizer must be a compiled_optim.Optimizer, got {type(optimizer).__name__}")
+    optimizer = _unwrapped(optimizer)
     execution: Any = optimizer._execution
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     if not optimizer._compiled:
@@ -99,6 +101,19 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
         for reason in dict.fromkeys(why for _, _, why in execution.plan.elsewhere):
             rows += _eager_rows([p for _, p, why in execution.plan.elsewhere if why == reason], reason)
     return Explanation(rows, execution.rebuilt)
+
+
+def _unwrapped(wrapper: Any) -> Optimizer | LBFGS:
+    """The innermost optimizer of this package. A wrapper may be of its class, but it is not the wrapper that steps."""
+    found, seen, inner = None, set(), wrapper
+    while inner is not None and id(inner) not in seen:
+        seen.add(id(inner))
+        found = inner if isinstance(inner, Optimizer | LBFGS) else found
+        held = (getattr(inner, name, None) for name in ("_optimizer", "optimizer"))
+        inner = next((o for o in held if o is not None and id(o) not in seen), None)
+    if found is None:
+        raise TypeError(f"optimizer must be a compiled_optim.Optimizer, or hold one, got {type(wrapper).__name__}")
+    return found
 
 
 def _eager_rows(params: list[Any], reason: str) -> list[Row]:

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import warnings
 from pathlib import Path
 
 logger = logging.getLogger("compiled_optim")
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warns at the line of the user's code that led here, and tells the log, which prints nothing by itself."""
+    logger.info("%s", message)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("compiled_optim", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def cache_directory() -> Path | None:

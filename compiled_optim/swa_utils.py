@@ -17,7 +17,7 @@ from torch.optim import swa_utils
 from compiled_optim import lower, torch_private
 from compiled_optim.declare import number
 from compiled_optim.execution import COMPILE_ERRORS, switched_off
-from compiled_optim.fallback import fall_back
+from compiled_optim.fallback import fall_back, fall_back_for
 from compiled_optim.in_graph.inputs import same
 from compiled_optim.launch.plan import Plan, Row, make_plan
 from compiled_optim.lr_scheduler import SWALR
@@ -123,7 +123,7 @@ class _Launcher:
         self.rule = (_Average if isinstance(fn, _Weighted) else _custom(fn))([p.detach() for p in averaged])
         self.rule.param_groups[0]["params"] = averaged  # which need not be leaves, for no gradient is asked for
         self.plan: Plan | None = None
-        self.warned: set[str] = set()
+        self.warned: set[Any] = set()
 
     def fits(self, averaged: list[Tensor], fn: Any) -> bool:
         return self.fn is fn and same(averaged, self.averaged)
@@ -143,10 +143,10 @@ class _Launcher:
                 rows = [(group, counts, (weight,)) for group, counts in outcome]
         raise RuntimeError(f"a launch plan that was just made does not fit: {outcome}")
 
-    def _refused(self, p: Tensor, why: str) -> None:
-        if p.is_floating_point() or p.is_complex():  # integers, such as BatchNorm's count, are no fallback
-            reason = f"a tensor of shape {tuple(p.shape)} is averaged eagerly, because {why}"
-            fall_back(self.warned, reason, "the others are compiled; a plain dense tensor would be too")
+    def _refused(self, elsewhere: list[tuple[Tensor, str]]) -> None:
+        # integers, such as BatchNorm's count, are no fallback
+        others = [(p, why) for p, why in elsewhere if p.is_floating_point() or p.is_complex()]
+        fall_back_for(self.warned, others, "tensor", "averaged eagerly")
 
 
 class AveragedModel(swa_utils.AveragedModel):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import subprocess
 import sys
@@ -361,15 +360,3 @@ def test_a_parameter_listed_twice() -> None:
     assert_equal(ours, stock)
     assert len(messages) == 1
     assert "listed more than once" in messages[0]
-
-
-# ---- the log
-
-
-@lenient
-def test_a_fallback_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
-    params = [*parameters(), with_gaps(torch.ones(4, 3))]
-    optimizer = AdamW(params, compiled=True)
-    messages = warned(2, (optimizer, params))
-    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == messages
-    assert len(messages) == 1

@@ -98,13 +98,13 @@ def make_plan(
     optimizer: Optimizer,
     choices: list[Choice],
     scalar_names: list[tuple[str, ...]],
-    refused: Callable[[Tensor, str], None],
+    refused: Callable[[list[tuple[Tensor, str]]], None],
 ) -> Plan:
     """Sorts the parameters by kernel, obtains the kernels, and makes the missing state when nothing can fail any more.
 
     Args:
         choices: the hyperparameters and switches of each param group; scalar_names: of the scalars of each.
-        refused: told of each parameter that no kernel takes, and why, before any state is made.
+        refused: told of the parameters that no kernel takes, and why, before any state is made.
 
     Raises:
         What `kernels.obtain` and ``refused`` raise.
@@ -128,8 +128,7 @@ def make_plan(
                 plan.copied.append(m.param)
         fresh = place >= 0 and any(name in m.made for name in declaration.buffers)
         entries[m.group].append((m.param, place, fresh))
-    for _, p, refusal in plan.elsewhere:
-        refused(p, refusal)
+    refused([(p, refusal) for _, p, refusal in plan.elsewhere])
     for m in members:
         if m.active and m.made and not m.refusal:
             optimizer.state[m.param].update(m.made)
