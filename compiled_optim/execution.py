@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compiled_optim import eager, foreach, kernels, lower, settings, torch_private
+from compiled_optim import dtensors, eager, foreach, kernels, lower, settings, torch_private
 from compiled_optim.cache.build import BuildError
 from compiled_optim.cache.libraries import NoCompilerError
 from compiled_optim.fallback import CompileError, fall_back, fall_back_for
@@ -115,6 +115,14 @@ class Execution:
         return "foreach"
 
     def _step_multi_tensor(self, optimizer: Optimizer) -> None:
+        if self.plan is not None and self.plan.sharded:
+            optimizer._gradients = dtensors.redistributed(optimizer)
+        try:
+            self._launch(optimizer)
+        finally:
+            optimizer._gradients = None
+
+    def _launch(self, optimizer: Optimizer) -> None:
         changed = self._read_options(optimizer)
         why = "the first step" if self.plan is None else changed
         plan = self._make_plan(optimizer, why) if why else self.plan
@@ -169,6 +177,8 @@ class Execution:
         """None if the step was done otherwise."""
         self.plan, self._pairs = None, []
         refuse(optimizer, self._choices)
+        if optimizer._gradients is None:
+            optimizer._gradients = dtensors.redistributed(optimizer)
         self._scalar_names = _scalar_names(type(optimizer), self._choices)
 
         def refused(elsewhere: list[tuple[Tensor, str]]) -> None:

@@ -36,7 +36,7 @@ class _Attributes:
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
-    _gradients: dict[Tensor, Tensor] | None = None  # instead of ``p.grad``
+    _gradients: dict[Tensor, Tensor] | None = None  # instead of ``p.grad``, of these parameters
     _attached: tuple[Attached, ...] = ()
     _compiled: bool | str = False
     _execution: Any = None  # made by the first step, and again after a copy
@@ -205,7 +205,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     def gradient(self, p: Tensor) -> Tensor | None:
         """What a launch reads beside ``p``."""
-        return p.grad if self._gradients is None else self._gradients[p]
+        return p.grad if self._gradients is None or p not in self._gradients else self._gradients[p]
 
     def make_state(self, p: Tensor, group: dict[str, Any], on: Any, *, allocate: bool = True) -> dict[str, Any]:
         """The state that ``p`` still lacks under these switches, or None for each if not to be allocated.

@@ -254,3 +254,15 @@ def graphs_compiled() -> int:
     """How many graphs Dynamo has compiled in this process; ``torch.compiler.reset`` does not set it back."""
     utils = sys.modules.get("torch._dynamo.utils")
     return int(utils.counters["stats"]["unique_graphs"]) if utils else 0
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether it is a DTensor, whose module takes 1 s to import: where nobody has, there is none."""
+    return isinstance(value, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
+def local_shard(tensor: Any) -> torch.Tensor:
+    """What this process holds of a DTensor, the tensor itself: of a parameter, ``to_local`` is a new view each time."""
+    shard: Any = tensor._local_tensor
+    # what a collective returned that may be under way
+    return shard.trigger_wait() if type(shard).__name__ == "AsyncCollectiveTensor" else shard  # type: ignore[no-any-return]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from compiled_optim import torch_private
+from compiled_optim import dtensors, torch_private
 
 if TYPE_CHECKING:
     from compiled_optim.declare import Choice
@@ -21,7 +22,8 @@ class Update:
 
     ``state``: the parameter's live state, of which the rule sees ``buffers``, or nothing at all for an algorithm
     without; ``counts``: the names of its 0-d state, the step count first, if it keeps one; ``fresh``: whether buffers
-    were made in this step; ``made``: the names of all state that was.
+    were made in this step; ``made``: the names of all state that was; ``listed``: the parameter in its param group,
+    where that is a DTensor, of which the tensors here are shards.
     """
 
     group: int
@@ -32,6 +34,7 @@ class Update:
     counts: tuple[str, ...]
     fresh: bool
     made: tuple[str, ...] = ()
+    listed: Tensor | None = None
 
     @property
     def next_counts(self) -> tuple[float, ...]:
@@ -49,6 +52,8 @@ class Update:
                 self.state[name].add_(1)
             else:
                 self.state[name].copy_(value.detach()) if isinstance(value, Tensor) else self.state[name].fill_(value)
+        if self.listed is not None:
+            increment_version(self.listed)
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -64,6 +69,8 @@ def refuse(optimizer: Optimizer, choices: list[Choice]) -> None:
         for p in group["params"]:
             if p.grad is None:
                 continue
+            if torch_private.is_dtensor(p):
+                dtensors.refuse(optimizer, p)
             if p.grad.is_sparse:
                 if not optimizer.accepts_sparse:
                     raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
@@ -86,8 +93,9 @@ def collect(
     declaration = optimizer.declaration
     groups = optimizer.param_groups
     pairs = only if only is not None else [(i, p) for i, group in enumerate(groups) for p in group["params"]]
-    with_gradient = [(i, p, p.grad) for i, p in pairs if p.grad is not None]
+    with_gradient = [(i, p, grad) for i, p in pairs if (grad := optimizer.gradient(p)) is not None]
     refuse(optimizer, choices)
+    with_gradient = [(i, p, dtensors.local_gradient(p, grad)) for i, p, grad in with_gradient]
     kept = [declaration.kept(choice.switches) for choice in choices]
     slots = [(*declaration.counts, *names) for names in kept]
     updates = []
@@ -99,14 +107,19 @@ def collect(
             fresh = any(name in made for name in kept[i])
             state = optimizer.state[p]
             state.update(made)
-        updates.append(Update(i, p, grad, state, kept[i], declaration.counts, fresh, tuple(made)))
+        shard = dtensors.local(p)
+        state = dtensors.local_state(p, state, kept[i])
+        listed = None if shard is p else p
+        updates.append(Update(i, shard, grad, state, kept[i], declaration.counts, fresh, tuple(made), listed))
     return updates
 
 
 def discard(optimizer: Optimizer, updates: Iterable[Update]) -> None:
     """Removes the state that `collect` made."""
     for u in updates:
+        p = u.param if u.listed is None else u.listed
+        state = optimizer.state[p]
         for name in u.made:
-            del u.state[name]
-        if not u.state:
-            optimizer.state.pop(u.param, None)
+            del state[name]
+        if not state:
+            del optimizer.state[p]

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,3 +32,16 @@ def _reproducible() -> Iterator[None]:
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fallbacks warn, as they do for users."""
     monkeypatch.setenv("COMPILED_OPTIM_STRICT", "0")
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A device mesh of this process alone."""
+    pytest.importorskip("torch.distributed.tensor", reason="this torch was built without torch.distributed")
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    store = tmp_path_factory.mktemp("store") / "store"  # a file, for a port may be taken
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()

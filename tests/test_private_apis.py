@@ -189,6 +189,23 @@ def test_line_search_takes_and_returns_what_lbfgs_expects() -> None:
     assert calls > 1
 
 
+def test_shards_of_dtensors_are_where_they_were(mesh: Any) -> None:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    p: Any = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
+    assert torch_private.is_dtensor(p)
+    assert not torch_private.is_dtensor(torch.nn.Parameter(torch.ones(3)))
+    shard = torch_private.local_shard(p)
+    assert type(shard) is torch.Tensor
+    assert shard.data_ptr() == p.to_local().data_ptr()
+    assert torch_private.local_shard(p) is shard, "plans are made again in every step"
+    p._local_tensor = AsyncCollectiveTensor(torch.full((3,), 2.0))
+    shard = torch_private.local_shard(p)
+    assert type(shard) is torch.Tensor
+    assert shard.tolist() == [2, 2, 2]
+
+
 def test_flatten_and_unflatten() -> None:
     tensors = [torch.randn(2, 3), torch.randn(()), torch.randn(4)]
     flat = torch_private.flatten(tensors)

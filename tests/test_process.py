@@ -31,7 +31,8 @@ def train(compiled=True, steps=5):
 value, optimizer = train()
 row, = compiled_optim.explain(optimizer)
 facts = dict(sum=value.sum().item(), execution=row.execution, origin=row.origin, info=list(compiled_optim.cache_info()),
-             modules=[m for m in ("torch._inductor", "torch._dynamo", "sympy", "subprocess_ran") if m in sys.modules])
+             modules=[m for m in ("torch._inductor", "torch._dynamo", "torch.distributed.tensor", "sympy",
+                                  "subprocess_ran") if m in sys.modules])
 """
 REPORT = "\nprint(json.dumps(facts))\n"
 

@@ -45,7 +45,7 @@ LAYERS = [
     ("foreach",),
     ("eager",),
     ("updates", "rule", "scalar"),
-    ("tensor_list",),
+    ("dtensors", "tensor_list"),
     ("lower",),
     ("torch_private",),
     ("declare",),

@@ -126,6 +126,11 @@ class Inputs:
         return self._changes_gradients()
 
     @torch_private.constant_in_graphs
+    def has_dtensors(self) -> bool:
+        """Whether a parameter is a DTensor."""
+        return any(map(torch_private.is_dtensor, self.params))
+
+    @torch_private.constant_in_graphs
     def are_those_of_the_optimizer(self) -> bool:
         """Whether a graph of a schedule can take in what one of its optimizer does, and ask its guard only."""
         return isinstance(getattr(self.optimizer, "_inputs", None), Inputs)

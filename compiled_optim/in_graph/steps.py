@@ -51,8 +51,9 @@ def _schedule_outside_graphs(schedule: Any, args: tuple[Any, ...]) -> None:
 def trace_step(optimizer: Any) -> None:
     """A step of an optimizer that declares a rule."""
     inputs = _enter(optimizer)
-    if inputs is None or optimizer.defaults.get("differentiable") or inputs.changes_gradients():
-        _step_outside_graphs(optimizer)  # operators record no derivatives, and write no gradients
+    outside = inputs is None or optimizer.defaults.get("differentiable") or inputs.changes_gradients()
+    if outside or inputs.has_dtensors():
+        _step_outside_graphs(optimizer)  # operators record no derivatives, write no gradients, and take no DTensors
         return
     if optimizer._compiled:
         inputs.begin_kernels()

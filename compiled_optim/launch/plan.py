@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from compiled_optim import kernels, torch_private
+from compiled_optim import dtensors, kernels, torch_private
 from compiled_optim.trace import Signature
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Plan:
     """The tables of one optimizer.
 
     ``elsewhere``: parameters that no kernel takes, with their param group and the reason. ``copied``: those whose
-    gradient is laid out otherwise than they are, and ``sparse``: those of which it touches some rows only.
+    gradient is laid out otherwise than they are, and ``sparse``: those of which it touches some rows only;
+    ``sharded``: those that are DTensors, in whose stead the host module is shown the shards of this process.
     """
 
     host: Any
@@ -52,6 +54,7 @@ class Plan:
     elsewhere: list[tuple[int, Tensor, str]] = field(default_factory=list)
     copied: list[Tensor] = field(default_factory=list)
     sparse: list[Tensor] = field(default_factory=list)
+    sharded: list[Tensor] = field(default_factory=list)
     places: dict[Any, int] = field(default_factory=dict)
 
     def run(self, optimizer: Optimizer, rows: list[Row]) -> str | list[Counts] | None:
@@ -72,16 +75,30 @@ class Plan:
                 stand_ins.append((p, values.contiguous(), indices))
             elif p.grad is not None and not optimizer.accepts_dense:
                 return "a gradient is dense"
+        state: Any = optimizer.state
+        if self.sharded:
+            lists = tuple([[dtensors.local(p) for p in params] for params in lists])
+            state = _local_states(optimizer)
+            stand_ins = [stand_in for stand_in in stand_ins if not torch_private.is_dtensor(stand_in[0])]
+            stand_ins += self._shards_of_gradients(optimizer)
         threads = torch.get_num_threads()
         outcome: str | list[Counts] | None
-        outcome = self.host.run(self.native, lists, optimizer.state, rows, stand_ins, threads)
+        outcome = self.host.run(self.native, lists, state, rows, stand_ins, threads)
+        if outcome is None and self.sharded:
+            increment_version([p for p in self.sharded if optimizer.gradient(p) is not None])
         return outcome
+
+    def _shards_of_gradients(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
+        given = [(p, grad) for p in self.sharded if (grad := optimizer.gradient(p)) is not None]
+        shards = [(dtensors.local(p), dtensors.local_gradient(p, grad)) for p, grad in given]
+        return [(p, grad if _same(self.host, grad, p) else _like_parameter(p, grad)) for p, grad in shards]
 
 
 @dataclass
 class _Member:
     group: int
-    param: Tensor
+    listed: Tensor
+    param: Tensor  # the same, or its shard, as the gradient and the state
     state: dict[str, Any]  # with what was made
     made: dict[str, Any]
     refusal: str | None
@@ -117,24 +134,26 @@ def make_plan(
     for m in members:
         m.refusal = m.refusal or _refusal(host, m)
         place = _STATELESS
+        if m.param is not m.listed:
+            plan.sharded.append(m.listed)
         if m.refusal:
             place = _ELSEWHERE
-            plan.elsewhere.append((m.group, m.param, m.refusal))
+            plan.elsewhere.append((m.group, m.listed, m.refusal))
         elif m.signature in found and (m.active or not m.made):
             place = _place(plan, declaration.slots, m, found[m.signature])
             if m.grad is not None and m.grad.is_sparse:
                 plan.sparse.append(m.param)
-            elif m.grad is not None and not _same(host, m.grad, m.param):
+            elif m.grad is not None and m.param is m.listed and not _same(host, m.grad, m.param):
                 plan.copied.append(m.param)
         fresh = place >= 0 and any(name in m.made for name in declaration.buffers)
         entries[m.group].append((m.param, place, fresh))
     refused([(p, refusal) for _, p, refusal in plan.elsewhere])
     for m in members:
         if m.active and m.made and not m.refusal:
-            optimizer.state[m.param].update(m.made)
+            optimizer.state[m.listed].update(m.made)
     for group in entries:
         host.add_group(plan.native, group)
-    host.seal(plan.native, optimizer.state)
+    host.seal(plan.native, _local_states(optimizer) if plan.sharded else optimizer.state)
     return plan
 
 
@@ -148,9 +167,9 @@ def expected(optimizer: Optimizer, choices: list[Choice], scalar_names: list[tup
 def _members(
     optimizer: Optimizer, choices: list[Choice], scalar_names: list[tuple[str, ...]], *, allocate: bool = True
 ) -> list[_Member]:
-    occurrences = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    occurrences = Counter(id(dtensors.local(p)) for group in optimizer.param_groups for p in group["params"])
     return [
-        _examine(optimizer, i, p, choices[i], scalar_names[i], occurrences[id(p)], allocate)
+        _examine(optimizer, i, p, choices[i], scalar_names[i], occurrences[id(dtensors.local(p))], allocate)
         for i, group in enumerate(optimizer.param_groups)
         for p in group["params"]
     ]
@@ -166,7 +185,9 @@ def _examine(
     allocate: bool,
 ) -> _Member:
     """What can be said before the host module is loaded, so that it and the kernels may be compiled side by side."""
-    grad = optimizer.gradient(p)
+    listed, p, grad = p, dtensors.local(p), optimizer.gradient(p)
+    if grad is not None:
+        grad = dtensors.local_gradient(listed, grad)
     refusal = None
     if occurrences > 1:
         refusal = "it is listed more than once"
@@ -177,14 +198,14 @@ def _examine(
     elif grad is not None and not (type(grad) in PLAIN and grad.layout is torch.strided):
         refusal = _sparse_refusal(optimizer, p, grad, choice)
     if refusal:
-        return _Member(group, p, {}, {}, refusal, None, grad)
+        return _Member(group, listed, p, {}, {}, refusal, None, grad)
     allocate = allocate and grad is not None
-    made = optimizer.make_state(p, optimizer.param_groups[group], choice.switches, allocate=allocate)
-    state = {**optimizer.state.get(p, {}), **made}
+    made = optimizer.make_state(listed, optimizer.param_groups[group], choice.switches, allocate=allocate)
     buffers = optimizer.declaration.kept(choice.switches)
+    state = dtensors.local_state(listed, {**optimizer.state.get(listed, {}), **made}, buffers)
     dtypes = tuple(d.to_real() for d in (p.dtype, *(p.dtype if state[b] is None else state[b].dtype for b in buffers)))
     signature = Signature(optimizer.rule_class, choice.switches, dtypes, buffers, scalar_names)
-    return _Member(group, p, state, made, None, signature, grad, optimizer.declaration.counts)
+    return _Member(group, listed, p, state, made, None, signature, grad, optimizer.declaration.counts)
 
 
 def _sparse_refusal(optimizer: Optimizer, p: Tensor, grad: Tensor, choice: Choice) -> str | None:
@@ -225,6 +246,11 @@ def _place(plan: Plan, slots: tuple[str, ...], m: _Member, kernel: kernels.Kerne
     launch.tensors += 1
     launch.elements += m.param.numel() * (2 if m.param.is_complex() else 1)
     return place
+
+
+def _local_states(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    buffers = optimizer.declaration.buffers
+    return {dtensors.local(p): dtensors.local_state(p, state, buffers) for p, state in optimizer.state.items()}
 
 
 def _same(host: Any, tensor: Tensor, like: Tensor) -> bool:

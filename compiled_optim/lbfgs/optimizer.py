@@ -98,6 +98,11 @@ class LBFGS(torch.optim.LBFGS):
 
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any]) -> Any:
+        if any(map(torch_private.is_dtensor, self._params)):
+            raise RuntimeError(
+                "LBFGS does not support DTensor parameters: it takes products of whole vectors, and a process holds a "
+                "shard only; use an elementwise optimizer, such as AdamW, or a model that is not sharded"
+            )
         closure = torch.enable_grad()(closure)
         if len(self.param_groups) != 1:
             raise ValueError(f"LBFGS: expected one param group, got {len(self.param_groups)}")
