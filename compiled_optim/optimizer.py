@@ -37,7 +37,7 @@ class _Attributes:
     found_inf: Tensor | None
 
     _gradients: dict[Tensor, Tensor] | None = None  # instead of ``p.grad``, of these parameters
-    _attached: tuple[Attached, ...] = ()
+    _attached: Attached | None = None
     _compiled: bool | str = False
     _execution: Any = None  # made by the first step, and again after a copy
     _inputs: Any = None  # of the user's graphs
@@ -164,32 +164,60 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._unscale():
+            self._check_schedule()
             execution.step(self)
             self._stepped()
         return loss
 
+    def _check_schedule(self) -> None:
+        """What comes before a step: it is not taken if the attached schedule has no next value."""
+        if self._attached is not None:
+            self._attached.check()
+
     def _stepped(self) -> None:
         """What follows a step."""
         self._opt_called = True
-        for attached in self._attached:
-            attached.advance()
+        if self._attached is not None:
+            self._attached.advance()
 
     def attach(self, schedule: Any) -> None:
         """Lets a schedule move with the steps of this optimizer, so that it needs no ``step()`` of its own.
 
-        After each step, ``lr`` of the param groups (and momentum, where the schedule moves it) has the value of its
-        closed form, and ``get_last_lr()`` says so. Copies of the optimizer have nothing attached.
+        It is stepped after each step, and all is as if by hand: what is changed in it, or in the param groups, counts.
+        In a CUDA graph a tensor learning rate has the closed form, and replays move it. After its last step, a step of
+        the optimizer raises ValueError, as one of the schedule would, and updates nothing.
+
+        This optimizer keeps the schedule, and no longer the other way round. Its ``state_dict`` is torch's and does not
+        hold the place of the schedule, which has a ``state_dict`` of its own: load both. Copies of the optimizer have
+        nothing attached.
 
         Args:
             schedule: of `compiled_optim.lr_scheduler`, built on this optimizer.
 
         Raises:
             TypeError: if it has no closed form, as ReduceLROnPlateau.
-            ValueError: if it belongs to another optimizer, or is attached already.
+            ValueError: if it belongs to another optimizer, or a schedule is attached already.
         """
-        if any(attached.schedule is schedule for attached in self._attached):
-            raise ValueError(f"schedule must not be attached twice, got the same {type(schedule).__name__} again")
-        self._attached = (*self._attached, Attached(schedule, self))
+        if self._attached is not None:
+            present, name = self._attached.schedule, type(schedule).__name__
+            if present is schedule:
+                raise ValueError(f"schedule must not be attached twice, got the same {name} again")
+            raise ValueError(
+                f"schedule must be the only one attached, got a {name} beside a {type(present).__name__}: attach a "
+                "ChainedScheduler or a SequentialLR of both, or detach() the first"
+            )
+        self._attached = Attached(schedule, self)
+
+    def detach(self, schedule: Any) -> None:
+        """Undoes `attach`: the schedule stays where it is, and is stepped by hand from there.
+
+        Raises:
+            ValueError: if it is not attached.
+        """
+        if self._attached is None or self._attached.schedule is not schedule:
+            raise ValueError(f"schedule must be the one that is attached, got a {type(schedule).__name__} that is not")
+        schedule._refer(weakly=False)
+        self._attached = None
 
     def _unscale(self) -> bool:
         """Divides the gradients by the scale, as torch's fused optimizers do; False if the step must be skipped."""
@@ -289,6 +317,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                     with torch.no_grad():
                         tensor.fill_(group[name]) if not isinstance(group[name], Tensor) else tensor.copy_(group[name])
                     group[name] = tensor
+        if self._attached is not None:
+            self._attached.optimizer_loaded()
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__()} - _SETTINGS)

@@ -202,6 +202,7 @@ class RuleInputs(Inputs):
     def count(self, layout: Layout, columns: int, dtype: torch.dtype) -> Tensor:
         """The table of a step, ``[rows, columns]``; counts the step."""
         optimizer = self.optimizer
+        optimizer._check_schedule()
         algorithm, choose = type(optimizer), optimizer.declaration.choose
         choices = [choose(group, keep_tensors=bool(group.get("capturable"))) for group in optimizer.param_groups]
         table, carried = [], []

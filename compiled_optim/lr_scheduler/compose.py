@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from typing import Any
 
@@ -30,7 +31,15 @@ def _product(expressions: tuple[sp.Expr, ...]) -> sp.Expr:
     return base_lr * sp.prod(_apart(e.xreplace({base_lr: sp.S.One}), i) for i, e in enumerate(expressions))
 
 
-class SequentialLR(Scheduler, lr_scheduler.SequentialLR):
+class _Composed(Scheduler):
+    _schedulers: Any
+
+    @property
+    def _groups_seen(self) -> int:
+        return min(_member(scheduler)._groups_seen for scheduler in self._schedulers)
+
+
+class SequentialLR(_Composed, lr_scheduler.SequentialLR):
     """One scheduler after another: each counts from 0 at its milestone.
 
     Symbolic if all of them are and start at their milestone from the base learning rate, which `MultiplicativeLR` and
@@ -53,8 +62,13 @@ class SequentialLR(Scheduler, lr_scheduler.SequentialLR):
 
     def step(self) -> None:  # type: ignore[override]  # as torch's
         """Steps the one whose turn it is."""
-        self._refuse_if_attached()
+        self._check_by_hand()
         super().step()
+
+    def _check_next(self) -> None:
+        step = self.last_epoch + 1
+        if step not in self._milestones:
+            _member(self._schedulers[bisect.bisect_right(self._milestones, step)])._check_next()
 
     def _move_to(self, step: int) -> None:
         super()._move_to(step)
@@ -64,7 +78,7 @@ class SequentialLR(Scheduler, lr_scheduler.SequentialLR):
                 _member(scheduler)._move_to(min(step, end - 1) - start)
 
 
-class ChainedScheduler(Scheduler, lr_scheduler.ChainedScheduler):
+class ChainedScheduler(_Composed, lr_scheduler.ChainedScheduler):
     """Several schedulers, stepped one after the other on the same learning rates.
 
     Symbolic, as the product of their factors, if all of them scale the learning rate. That holds as long as none of
@@ -79,10 +93,14 @@ class ChainedScheduler(Scheduler, lr_scheduler.ChainedScheduler):
 
     def step(self) -> None:  # type: ignore[override]  # as torch's
         """Steps all, in their order."""
-        self._refuse_if_attached()
+        self._check_by_hand()
         for scheduler in self._schedulers:
             scheduler.step()
         self._last_lr = self._schedulers[-1].get_last_lr()
+
+    def _check_next(self) -> None:
+        for scheduler in self._schedulers:
+            _member(scheduler)._check_next()
 
     @property
     def _steps_taken(self) -> int:

@@ -86,11 +86,15 @@ class OneCycleLR(_Cycle, lr_scheduler.OneCycleLR):
             new[of] = [function(self.last_epoch, *[g[name] for name in used]) for g in self.optimizer.param_groups]
         return new
 
+    def _check_next(self) -> None:
+        self._check_end(self.last_epoch + 1)
+
+    def _check_end(self, step: int) -> None:
+        if step > self.total_steps:
+            raise ValueError(f"Tried to step {step} times. The specified number of total steps is {self.total_steps}")
+
     def _new_lrs(self) -> list[Any]:
-        if self.last_epoch > self.total_steps:
-            raise ValueError(
-                f"Tried to step {self.last_epoch} times. The specified number of total steps is {self.total_steps}"
-            )
+        self._check_end(self.last_epoch)
         return super()._new_lrs()
 
 

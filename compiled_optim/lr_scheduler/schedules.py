@@ -218,14 +218,23 @@ class CosineAnnealingWarmRestarts(Absolute, lr_scheduler.CosineAnnealingWarmRest
     """
 
     def step(self, epoch: float | None = None) -> None:
-        self._refuse_if_attached()
+        self._check_by_hand()
+        if epoch is None and self.T_cur >= self.T_i:  # as after ``last_epoch=99``, of which torch takes one period off
+            self._begin_at(self.T_cur)
         differentiable = any(isinstance(g["lr"], Tensor) and g["lr"].requires_grad for g in self.optimizer.param_groups)
         with torch.no_grad() if differentiable else contextlib.nullcontext():
             super().step(epoch)  # which sets the learning rates by itself
 
-    def _move_to(self, step: int) -> None:
-        super()._move_to(step)
-        self.T_cur, self.T_i = step, self.T_0
+    @property
+    def _steps_taken(self) -> Any:
+        return self.last_epoch + self.T_cur % 1  # the periods are whole
+
+    def _move_to(self, step: Any) -> None:
+        super()._move_to(math.floor(step))
+        self._begin_at(step)
+
+    def _begin_at(self, step: Any) -> None:
+        self.T_cur, self.T_i = step % self.T_0 if self.T_mult == 1 else step, self.T_0
         while self.T_cur >= self.T_i:
             self.T_cur, self.T_i = self.T_cur - self.T_i, self.T_i * self.T_mult
 

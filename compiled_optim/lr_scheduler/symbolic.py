@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -58,15 +59,32 @@ class _Step:
         return self._function.__get__(scheduler, owner)
 
 
+class _Reference:
+    """The optimizer of a schedule that is attached, which it does not keep. In ``__dict__`` is that of any other."""
+
+    def __get__(self, schedule: Any, owner: Any) -> Any:
+        optimizer = None if schedule is None else schedule._reference()
+        if optimizer is None:
+            raise AttributeError(f"{owner.__name__} has no optimizer, or is attached to one that exists no more")
+        return optimizer
+
+
+def _none() -> None: ...
+
+
 class Scheduler(lr_scheduler.LRScheduler):
     """What all schedulers here have beyond torch's: a formula to look at, and learning rates that stay what they are.
 
     A tensor learning rate is filled, never replaced, and nothing a scheduler holds or returns shares its memory.
     """
 
+    __slots__ = ("_inputs", "_reference")  # not in ``__dict__``, which is torch's
+
     schedules: tuple[str, ...] = ("lr",)
     step = _Step()
+    optimizer = _Reference()
     _inputs: Inputs
+    _reference: Callable[[], Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,10 +97,22 @@ class Scheduler(lr_scheduler.LRScheduler):
     def __new__(cls, *args: Any, **kwargs: Any) -> Scheduler:
         scheduler = super().__new__(cls)
         scheduler._inputs = Inputs(scheduler)
+        scheduler._reference = _none
         return scheduler
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_inputs"}
+        return {**self.__dict__, "optimizer": self.optimizer}
+
+    def _refer(self, *, weakly: bool) -> None:
+        """Whether to keep the optimizer alive: two objects that keep each other would wait for the collector."""
+        optimizer = self.optimizer
+        self._reference = weakref.ref(optimizer) if weakly else _none
+        if weakly:
+            self.__dict__.pop("optimizer", None)
+        else:
+            self.optimizer = optimizer
+        for scheduler in getattr(self, "_schedulers", ()):
+            scheduler._refer(weakly=weakly)
 
     def expression(self, group: int = 0, of: str = "lr") -> sp.Expr:
         """The schedule of a param group as a sympy expression in ``t``, which is ``Symbol("t", nonnegative=True)``.
@@ -117,8 +147,12 @@ class Scheduler(lr_scheduler.LRScheduler):
         """
         form = self._checked(group, of)
         names, of_numbers = compiled(form[0])
-        numbers = [float(form[1][name]) for name in names]
-        return lambda step: evaluate(form, step) if isinstance(step, Tensor) else of_numbers(step, *numbers)
+
+        @functools.cache
+        def numbers() -> list[float]:  # a step that is a tensor needs none, and nothing is read from a device
+            return [float(form[1][name]) for name in names]
+
+        return lambda step: evaluate(form, step) if isinstance(step, Tensor) else of_numbers(step, *numbers())
 
     def latex(self, group: int = 0, of: str = "lr") -> str:
         r"""The formula of a param group in LaTeX, such as ``\eta_{t} = 0.1 \cdot {0.9}^{t}``."""
@@ -159,12 +193,20 @@ class Scheduler(lr_scheduler.LRScheduler):
     def _new_lrs(self) -> list[Any]:
         raise NotImplementedError
 
-    def _refuse_if_attached(self) -> None:
-        if any(attached.schedule is self for attached in getattr(self.optimizer, "_attached", ())):
+    def _check_by_hand(self) -> None:
+        """Of a step that the optimizer does not take: refuses it if it does, and warns if it takes those of another."""
+        attached = getattr(self.optimizer, "_attached", None)
+        if attached is None or attached.is_moving or self._is_initial:
+            return
+        if attached.schedule is self:
             raise RuntimeError(f"this {type(self).__name__} is attached, and moves with optimizer.step() alone")
+        attached.warn_of_another(f"A {type(self).__name__} stepped by hand")
+
+    def _check_next(self) -> None:
+        """Raises if there is no next step."""
 
     def _update_lr(self, epoch: int | None = None) -> None:
-        self._refuse_if_attached()  # here, for torch's step() warns in the name of its caller
+        self._check_by_hand()  # here, for torch's step() warns in the name of its caller
         self._get_lr_called_within_step = True
         try:
             self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
@@ -172,8 +214,11 @@ class Scheduler(lr_scheduler.LRScheduler):
             values = closed() if closed else self.get_lr()
         finally:
             self._get_lr_called_within_step = False
+        self._assign(values)
+
+    def _assign(self, values: list[Any], *, strict: bool = True) -> None:
         last = []
-        for group, value in zip(self.optimizer.param_groups, values, strict=True):
+        for group, value in zip(self.optimizer.param_groups, values, strict=strict):
             lr = group["lr"] = assigned(group["lr"], value)
             last.append(copied(lr))
         self._last_lr = last
@@ -181,6 +226,11 @@ class Scheduler(lr_scheduler.LRScheduler):
     @property
     def _steps_taken(self) -> int:
         return self.last_epoch
+
+    @property
+    def _groups_seen(self) -> int:
+        """How many param groups have a closed form: those that were there when the schedule was built."""
+        return len(getattr(self, "base_lrs", self.optimizer.param_groups))
 
     def _move_to(self, step: int) -> None:
         """What else but learning rates a step changes; for a schedule that is attached."""
@@ -192,15 +242,14 @@ class Scheduler(lr_scheduler.LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch lays it out; either side loads the other's."""
-        state = super().state_dict()
-        return copied({k: v for k, v in state.items() if k != "_inputs"})  # type: ignore[no-any-return]
+        return copied(super().state_dict())  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict`` of this class or of torch's returned."""
         super().load_state_dict(copied(state_dict))
-        for attached in getattr(self.optimizer, "_attached", ()):
-            if attached.schedule is self:
-                attached.look_up()
+        attached = getattr(self.optimizer, "_attached", None)
+        if attached is not None and attached.schedule is self:
+            attached.schedule_loaded()
 
 
 class Absolute(Scheduler):
@@ -253,7 +302,7 @@ class Relative(Scheduler):
         return function(step, *[getattr(self, name) for name in names])
 
     def _floors(self) -> list[Any]:
-        return [self.floor and self._parameter(self.floor.name, i) for i in range(len(self.base_lrs))]
+        return [self.floor and self._parameter(self.floor.name, i) for i in range(len(self.optimizer.param_groups))]
 
     def _closed(self, step: int) -> list[Any]:
         factor = self._number(compiled(self.formula), step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -135,29 +136,32 @@ class _NothingRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("captured", [False, True], ids=["stepped", "captured"])
 @each_schedule
-def test_on_a_device_nothing_is_read_back(build: Any) -> None:
-    """With ``capturable`` the count and the formula stay on the device; here the CPU stands in for it."""
+def test_on_a_device_nothing_is_read_back(build: Any, captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a CUDA graph the count and the formula stay on the device; here the CPU stands in for it."""
     optimizer = compiled_optim.AdamW(groups(tensor=True), capturable=True)
     schedule = build(lr_scheduler, optimizer)
     optimizer.attach(schedule)
-    (attached,) = optimizer._attached
+    optimizer._opt_called = True
+    attached: Any = optimizer._attached
     attached.advance()
+    monkeypatch.setattr("compiled_optim.attached._is_capturing", lambda devices: captured)
     host = compiled_optim.AdamW(groups(), lr=0.1)
     reference = build(lr_scheduler, host)
     host.attach(reference)
     for i in range(60):
         step(host, i)
         assert_close(rates(schedule.get_last_lr()), rates(reference.get_last_lr()))
-        if not schedule.schedules[1:]:  # beta1 of this optimizer is a number, which the host computes
-            with _NothingRead():
-                attached.advance()
-        else:
+        with contextlib.ExitStack() as stack:
+            if not schedule.schedules[1:]:  # beta1 of this optimizer is a number, which the host computes
+                stack.enter_context(_NothingRead())
+            attached.check()
             attached.advance()
 
 
-def test_a_function_of_the_user_is_not_called_by_a_step() -> None:
-    """On a device either, where a count that is a tensor goes into its formula."""
+def test_a_function_of_the_user_is_not_called_by_a_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count that is a tensor goes into its formula, and a replay calls nothing."""
     calls: list[Any] = []
 
     def decay(i: Any) -> Any:
@@ -167,9 +171,13 @@ def test_a_function_of_the_user_is_not_called_by_a_step() -> None:
     optimizer = compiled_optim.AdamW(groups(tensor=True), capturable=True)
     schedule = lr_scheduler.LambdaLR(optimizer, decay)
     optimizer.attach(schedule)
-    (attached,) = optimizer._attached
+    optimizer._opt_called = True
+    attached: Any = optimizer._attached
+    attached.advance()
+    monkeypatch.setattr("compiled_optim.attached._is_capturing", lambda devices: True)
+    attached.advance()
     calls.clear()
-    for _ in range(5):
+    for _ in range(3):
         attached.advance()
     assert not calls
     assert_close(rates(schedule.get_last_lr()), rates(LRS) * 0.98**5)
@@ -198,9 +206,13 @@ def test_refusals() -> None:
     schedule = lr_scheduler.ExponentialLR(optimizer, 0.9)
     with pytest.raises(ValueError, match="of another"):
         other.attach(schedule)
+    with pytest.raises(ValueError, match="that is attached, got a ExponentialLR that is not"):
+        optimizer.detach(schedule)
     optimizer.attach(schedule)
     with pytest.raises(ValueError, match="not be attached twice"):
         optimizer.attach(schedule)
+    with pytest.raises(ValueError, match="got a StepLR beside a ExponentialLR: attach a ChainedScheduler"):
+        optimizer.attach(lr_scheduler.StepLR(optimizer, 3))
 
 
 def test_a_copy_has_nothing_attached() -> None:
