@@ -34,13 +34,16 @@ def local_state(p: Any, state: dict[str, Any], buffers: Any) -> dict[str, Any]:
     """
     if not is_dtensor(p):
         return state
+    shards = {}
     for name, value in state.items():
-        if name in buffers and value is not None and not (is_dtensor(value) and value.placements == p.placements):
+        sharded = is_dtensor(value)
+        if name in buffers and value is not None and not (sharded and value.placements == p.placements):
             raise RuntimeError(
                 f"state {name!r} of a parameter of shape {tuple(p.shape)} must be a DTensor with its placements "
                 f"{p.placements}, got {_kind(value)}; load it by torch.distributed.checkpoint.state_dict"
             )
-    return {name: local(value) for name, value in state.items()}
+        shards[name] = local_shard(value) if sharded else value
+    return shards
 
 
 def placed(p: Any, grad: Any) -> Any:

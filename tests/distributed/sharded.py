@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,22 +24,29 @@ def whole(value: Any) -> Any:
     return value.full_tensor().detach() if isinstance(value, DTensor) else value
 
 
+def fully_sharded(model: Any, mesh: DeviceMesh) -> None:
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 class Pair:
     """A model that is sharded, and the same in one piece; of two processes the second has nothing of the last layer.
 
     Args:
         sharded, stock: build an optimizer from parameters.
+        shard: spreads the parameters of a model.
     """
 
-    def __init__(self, mesh: DeviceMesh, sharded: Any, stock: Any) -> None:
+    def __init__(
+        self, mesh: DeviceMesh, sharded: Any, stock: Any, shard: Callable[[Any, DeviceMesh], Any] = fully_sharded
+    ) -> None:
         torch.manual_seed(0)
         layers = (nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 1))
         self.plain = nn.Sequential(*layers).double()
         self.model: Any = copy.deepcopy(self.plain)
-        for layer in self.model:
-            if isinstance(layer, nn.Linear):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
+        shard(self.model, mesh)
         self.optimizers = (sharded(self.model.parameters()), stock(self.plain.parameters()))
 
     def step(self, seeds: Sequence[int], clip: float | None = None) -> None:

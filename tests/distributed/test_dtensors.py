@@ -16,7 +16,10 @@ from cases import CLASSES, oracle, tolerance
 from lockstep import assert_same
 from sharded import STEPS, Pair, parameter, whole
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim.swa_utils import AveragedModel as StockAverage
 
 import compiled_optim
@@ -180,6 +183,29 @@ def test_schedules_and_scaled_gradients(mesh: Any, way: str) -> None:
                 warnings.simplefilter("ignore")
                 schedule.step()
     run.compare()
+
+
+@ways
+def test_models_sharded_in_two_dimensions(mesh: Any, way: str) -> None:
+    """By tensor and by data; and the tensors of their parameters are replaced, as loading a checkpoint does it."""
+    both = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+
+    def shard(model: Any, mesh: Any) -> None:
+        parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["data"])
+
+    pair = Pair(both, lambda params: AdamW(params, **WAYS[way]), torch.optim.AdamW, shard)
+    assert len({p.placements for p in pair.model.parameters()}) > 1
+    for step in range(STEPS):
+        pair.step([step])
+        values = {name: value.clone() for name, value in pair.model.state_dict().items()}
+        pair.model.load_state_dict(values, assign=True)
+        listed = pair.optimizers[0].param_groups[0]["params"]
+        for i, (old, new) in enumerate(zip(list(listed), pair.model.parameters(), strict=True)):
+            if new is not old:
+                listed[i] = new
+                pair.optimizers[0].state[new] = pair.optimizers[0].state.pop(old)
+    pair.compare()
 
 
 class Centered(Optimizer):
