@@ -14,7 +14,7 @@ ROWS = ["torch default", "torch fused=True", "ours eager", "ours compiled=True"]
 
 def run(*arguments, cwd):
     command = [sys.executable, "-m", "compiled_optim.demo", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1200, stdin=subprocess.DEVNULL)
 
 
 def test_table_and_plot(tmp_path):
@@ -43,6 +43,6 @@ def test_bad_arguments(arguments, tmp_path):
 
 def test_missing_package_is_named(tmp_path):
     code = "import sys; sys.modules['matplotlib'] = None; from compiled_optim.demo import main; main(['--epochs', '1'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 1
     assert "pip install compiled-optim[demo]" in done.stderr

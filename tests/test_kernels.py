@@ -182,7 +182,8 @@ def test_optimizers_are_freed_when_dropped() -> None:
 def test_a_step_allocates_nothing_of_the_size_of_a_parameter() -> None:
     optimizer = compiled_optim.AdamW([torch.nn.Parameter(torch.zeros(1 << 20))], compiled=True)
     step(optimizer)
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, activities=activities, acc_events=True) as profile:
         optimizer.step()
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
     assert allocated < 4096

@@ -81,7 +81,7 @@ def train(n):
 def run_script(code: str, **environment: str) -> Any:
     command = [sys.executable, "-W", "error", "-c", SCRIPT + code]
     result = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1200, check=False
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

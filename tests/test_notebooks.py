@@ -45,7 +45,7 @@ def test_runs(path, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook,
-        timeout=120,
+        timeout=1200,
         kernel_manager_class=ThisInterpreter,
         resources={"metadata": {"path": str(tmp_path)}},
     )

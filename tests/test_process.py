@@ -43,7 +43,7 @@ def run(code: str, **environment: str) -> dict[str, Any]:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -65,7 +65,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
 
 def test_warm_start_imports_no_compiler_and_runs_none(warm: tuple[str, float]) -> None:
     spy = """
-import subprocess, sys
+import subprocess, sys, torch  # whose own import may run one
 def refuse(*a, **k): raise AssertionError("a warm start ran a program")
 subprocess.Popen.__init__ = refuse
 """
@@ -79,6 +79,37 @@ subprocess.Popen.__init__ = refuse
 def test_warm_start_without_a_compiler(warm: tuple[str, float], tmp_path: Path) -> None:
     facts = run(TRAIN + REPORT, COMPILED_OPTIM_CACHE_DIR=warm[0], PATH=str(tmp_path), CXX="")
     assert (facts["origin"], facts["sum"]) == ("disk", warm[1])
+
+
+def test_nothing_on_the_cpu_needs_triton(warm: tuple[str, float]) -> None:
+    """A warm start, a cold one (RMSprop has no kernel there), and a rule in a user's graph."""
+    hide = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+import warnings
+warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)  # torch's own
+"""
+    code = """
+p = torch.nn.Parameter(torch.ones(3))
+cold, traced = compiled_optim.RMSprop([p], compiled=True), compiled_optim.SGD([p], lr=0.5)
+@torch.compile
+def loop(x):
+    (p * x).sum().backward()
+    traced.step()
+    traced.zero_grad()
+loop(torch.ones(3))
+p.grad = torch.zeros(3)
+cold.step()
+facts["found"] = [row.origin for row in compiled_optim.explain(cold)]
+facts.update(traced=p.tolist(), triton="triton" in sys.modules)
+"""
+    facts = run(hide + TRAIN + code + REPORT, COMPILED_OPTIM_CACHE_DIR=warm[0])
+    assert (facts["origin"], facts["found"], facts["traced"]) == ("disk", ["compiled"], [0.5] * 3)
+    assert not facts["triton"]
 
 
 def test_everything_but_step_works_without_dynamo(warm: tuple[str, float]) -> None:
@@ -115,7 +146,7 @@ def test_two_processes_compile_at_once(tmp_path: Path) -> None:
     environment = {**os.environ, "COMPILED_OPTIM_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-W", "error", "-c", TRAIN + REPORT]
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    facts = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in both]
+    facts = [json.loads(process.communicate(timeout=1200)[0].splitlines()[-1]) for process in both]
     assert facts[0]["sum"] == facts[1]["sum"]
     assert all(f["execution"] == "multi_tensor" for f in facts)
     assert len(list((tmp_path / "cache").glob("*.json"))) == 2  # the kernel and the host module

@@ -15,7 +15,6 @@ import re
 import secrets
 import stat
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -143,7 +142,7 @@ def open_store() -> Store | None:
             f"compiled kernels are kept in memory only: {problem}. Set COMPILED_OPTIM_CACHE_DIR to a directory that "
             "only you can write, or COMPILED_OPTIM_DISK_CACHE=0 to do without."
         )
-        warnings.warn(message, CacheWarning, stacklevel=2)
+        settings.warn(message, CacheWarning)
     return None
 
 

@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: Patch, real: Path) -> Iterator[Here]:
         raise TimeoutError("the test hangs")
 
     previous = signal.signal(signal.SIGALRM, too_late)
-    signal.alarm(20)
+    signal.alarm(300)
     yield here
     signal.alarm(0)
     signal.signal(signal.SIGALRM, previous)

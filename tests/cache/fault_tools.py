@@ -99,7 +99,7 @@ class Hanging:
         os.set_blocking(self._alive, True)
         self._writer = os.open(alive, os.O_WRONLY)
         here.use(
-            program(here.path / "hangs", f"exec 9> '{alive}'; echo >&9; timeout --foreground 60 cat '{never}'; echo")
+            program(here.path / "hangs", f"exec 9> '{alive}'; echo >&9; timeout --foreground 600 cat '{never}'; echo")
         )
 
     def wait(self) -> None:
@@ -123,6 +123,7 @@ def in_child(function: Callable[..., Any]) -> int:
         return pid
     status = 1
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts behind ignore this
         function()
         status = 0
     except BaseException:

@@ -68,12 +68,12 @@ def test_threads_on_one_cold_key_build_once(here: Here, gate: Gate) -> None:
 
     def work(_: object) -> int:
         pending = begin()
-        ready.wait(10)
+        ready.wait(300)
         return pending.result().value
 
     with ThreadPoolExecutor(8) as pool:
         values = pool.map(work, range(8))
-        ready.wait(10)
+        ready.wait(300)
         gate.open()
         assert list(values) == [42] * 8
     assert here.builds() == 1
