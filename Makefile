@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint graphs bench clean
+.PHONY: help venv demo test test-torch lint graphs bench clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 venv: .venv/.stamp ## create .venv with the pinned versions
 
@@ -24,6 +24,22 @@ demo: .venv/.stamp ## train a small network four ways, print a table, write demo
 test: .venv/.stamp ## run the tests (the slow ones too: .venv/bin/pytest -m "")
 	$(BIN)/python -m pytest -n auto --dist worksteal -p no:benchmark
 
+# The builds that PyPI has, of several GB, in an environment of their own. Of the pinned versions all hold but those of
+# torch and triton, and whatever constraints and configuration pip has from elsewhere do not.
+TORCH ?= 2.15.0
+OTHER := .venv-torch-$(TORCH)
+
+test-torch: $(OTHER)/.stamp ## run the tests with another version of torch: make test-torch TORCH=2.11.0
+	$(OTHER)/bin/python -m pytest -n auto --dist worksteal -p no:benchmark
+
+$(OTHER)/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OTHER)
+	grep -v -e '^torch==' -e '^triton==' constraints.txt > $(OTHER)/constraints.txt
+	: > $(OTHER)/pip.conf
+	PIP_CONSTRAINT= PIP_CONFIG_FILE=$(OTHER)/pip.conf $(OTHER)/bin/python -m pip install --quiet \
+		-c $(OTHER)/constraints.txt torch==$(TORCH) -e '.[test,demo,notebooks]'
+	@touch $@
+
 lint: .venv/.stamp ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,6 +53,6 @@ bench: .venv/.stamp ## time optimizer steps; raw numbers go to benchmark.json, t
 		--benchmark-sort=name --benchmark-json=benchmark.json
 	$(BIN)/python bench/table.py benchmark.json README.md
 
-clean: ## remove build artefacts, caches and demo output, but not .venv
+clean: ## remove build artefacts, caches and demo output, but no .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmark.json demo.png
-	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path "./.venv*" -prune -o -type d -name __pycache__ -exec rm -rf {} +
