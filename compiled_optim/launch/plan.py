@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer
 
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
+_NUMBERS = {float, int, bool}
 _STEP_DTYPES = (torch.float32, torch.float64)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp
@@ -68,6 +69,9 @@ class Plan:
         # one that changed its layout is not prepared: the host module then says that it no longer fits
         copied = [(p, grad) for p in self.copied if (grad := optimizer.gradient(p)) is not None and not grad.is_sparse]
         stand_ins: list[tuple[Tensor, ...]] = list((optimizer._gradients or {}).items())
+        numbers = _NUMBERS.issuperset([type(value) for _, _, values in rows for value in values])
+        if not numbers:
+            stand_ins += [(p, grad) for params in lists for p in params if (grad := optimizer.gradient(p)) is not None]
         stand_ins += [(p, _like_parameter(p, grad)) for p, grad in copied]
         for p in self.sparse:
             if p.grad is not None and p.grad.is_sparse:
@@ -81,6 +85,8 @@ class Plan:
             state = _local_states(optimizer)
             stand_ins = [stand_in for stand_in in stand_ins if not torch_private.is_dtensor(stand_in[0])]
             stand_ins += self._shards_of_gradients(optimizer)
+        if not numbers:  # to make a float of another object runs Python, which may take gradients away
+            rows = [(group, counts, tuple(map(float, values))) for group, counts, values in rows]
         threads = torch.get_num_threads()
         outcome: str | list[Counts] | None
         outcome = self.host.run(self.native, lists, state, rows, stand_ins, threads)
@@ -133,6 +139,8 @@ def make_plan(
     entries: list[list[tuple[Tensor, int, bool]]] = [[] for _ in choices]
     for m in members:
         m.refusal = m.refusal or _refusal(host, m)
+    _refuse_shared(optimizer, host, [m for m in members if m.active])
+    for m in members:
         place = _STATELESS
         if m.param is not m.listed:
             plan.sharded.append(m.listed)
@@ -232,6 +240,17 @@ def _refusal(host: Any, m: _Member) -> str | None:
         if isinstance(count, Tensor) and (count.numel() != 1 or count.dtype not in _STEP_DTYPES or host.refusal(count)):
             return f"its state {name!r} is a {count.dtype} tensor of shape {tuple(count.shape)} on {count.device}"
     return None
+
+
+def _refuse_shared(optimizer: Optimizer, host: Any, active: list[_Member]) -> None:
+    """Leaves to an eager step what shares memory so that a launch would do what no loop over parameters does."""
+    declaration = optimizer.declaration
+    described = []
+    for m in active:
+        state = m.state or optimizer.state.get(m.listed, {})
+        described.append((bool(m.refusal), m.param, m.grad, tuple(state.get(name) for name in declaration.slots)))
+    for m, refusal in zip(active, host.conflicts(described, len(declaration.counts)), strict=True):
+        m.refusal = m.refusal or refusal
 
 
 def _place(plan: Plan, slots: tuple[str, ...], m: _Member, kernel: kernels.Kernel) -> int:

@@ -30,8 +30,9 @@ class Rows {
 
   void begin() { sums_.clear(); }
 
-  // Sorted, without overlap. Valid until the next call of `begin`, or of `gather` but for `values`.
-  const std::vector<Span>& gather(const c10::TensorImpl* indices, const c10::TensorImpl* values,
+  // Sorted, without overlap; `data`: where the values are. Valid until the next call of `begin`, or of `gather` but for
+  // `values`.
+  const std::vector<Span>& gather(const c10::TensorImpl* indices, const c10::TensorImpl* values, char* data,
                                   const c10::TensorImpl* param) {
     const int64_t touched = indices->size(1), dims = indices->size(0);
     const auto* index = reinterpret_cast<const int64_t*>(indices->data());
@@ -47,7 +48,7 @@ class Rows {
         if (at < 0 || at >= param->size(d)) throw std::out_of_range("a sparse gradient has an index out of range");
         row = row * param->size(d) + at;
       }
-      order_.push_back({row, address(values) + i * bytes});
+      order_.push_back({row, data + i * bytes});
     }
     auto before = [](const Row& a, const Row& b) { return a.row < b.row; };
     if (!std::is_sorted(order_.begin(), order_.end(), before)) std::stable_sort(order_.begin(), order_.end(), before);

@@ -35,45 +35,74 @@ struct Steps {
   }
 };
 
-// Appends the numbers in a tuple to `out`; false on a Python error.
-bool append(std::vector<double>& out, PyObject* tuple) {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++) out.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(tuple, i)));
-  return !PyErr_Occurred();
-}
-
-// The scalars of every row, with what is carried on at its end, as one table; -1 if `rows` holds others, or on a Python
-// error.
-int64_t foreseen(const Steps& steps, PyObject* rows, std::vector<double>& table) {
+// The scalars that are foreseen, one row for each (param group, counts), with what is carried on at its end.
+struct Foreseen {
+  std::vector<int> groups;
+  std::vector<double> counts, table;
   int64_t columns = 0;
-  if (PyList_GET_SIZE(rows) != static_cast<Py_ssize_t>(steps.groups.size())) return -1;
-  std::vector<double> counts;
-  for (Py_ssize_t r = 0; r < PyList_GET_SIZE(rows); r++) {
+
+  // False on a Python error. A value may be any object that makes a float of itself, so this runs Python.
+  bool read(PyObject* rows, size_t width) {
+    for (Py_ssize_t r = 0; r < PyList_GET_SIZE(rows); r++) {
+      PyObject* row = PyList_GET_ITEM(rows, r);
+      Py_INCREF(row);
+      const bool read = read_row(row, width);
+      Py_DECREF(row);
+      if (!read) return false;
+    }
+    return true;
+  }
+
+  bool fits(const Steps& steps) const {
+    return groups == steps.groups &&
+           (counts.empty() || !std::memcmp(counts.data(), steps.counts.data(), counts.size() * sizeof(double)));
+  }
+
+ private:
+  static bool append(std::vector<double>& out, PyObject* tuple) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++) {
+      out.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(tuple, i)));
+      if (out.back() == -1.0 && PyErr_Occurred()) return false;
+    }
+    return true;
+  }
+
+  bool read_row(PyObject* row, size_t width) {
     int group;
     PyObject *given, *values;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(rows, r), "iO!O!", &group, &PyTuple_Type, &given, &PyTuple_Type, &values))
-      return -1;
-    counts.clear();
-    if (!append(counts, given) || counts.size() != steps.width || !steps.is(r, group, counts.data())) return -1;
-    if (r && columns != PyTuple_GET_SIZE(values)) {
-      PyErr_SetString(PyExc_ValueError, "scalars must return as many values for every param group and step");
-      return -1;
+    if (!PyTuple_Check(row)) {
+      PyErr_SetString(PyExc_TypeError, "a row must be a tuple");
+      return false;
     }
-    columns = PyTuple_GET_SIZE(values);
-    if (!append(table, values)) return -1;
+    if (!PyArg_ParseTuple(row, "iO!O!", &group, &PyTuple_Type, &given, &PyTuple_Type, &values)) return false;
+    const Py_ssize_t found = PyTuple_GET_SIZE(values);
+    if (PyTuple_GET_SIZE(given) != static_cast<Py_ssize_t>(width)) {
+      PyErr_Format(PyExc_ValueError, "a row must have %zu counts, got %zd", width, PyTuple_GET_SIZE(given));
+      return false;
+    }
+    if (!groups.empty() && columns != found) {
+      PyErr_SetString(PyExc_ValueError, "scalars must return as many values for every param group and step");
+      return false;
+    }
+    columns = found;
+    groups.push_back(group);
+    return append(counts, given) && append(table, values);
   }
-  return columns;
-}
+};
 
-// [(group, counts), ...]
+// [(group, counts), ...]; nullptr on a Python error.
 PyObject* needed(const Steps& steps) {
   PyObject* list = PyList_New(0);
   for (size_t r = 0; list && r < steps.groups.size(); r++) {
     PyObject* counts = PyTuple_New(static_cast<Py_ssize_t>(steps.width));
-    for (size_t i = 0; counts && i < steps.width; i++)
-      PyTuple_SET_ITEM(counts, static_cast<Py_ssize_t>(i), PyFloat_FromDouble(steps.of(r)[i]));
-    PyObject* pair = counts ? Py_BuildValue("iN", steps.groups[r], counts) : nullptr;
-    if (!pair || PyList_Append(list, pair) < 0) return nullptr;
-    Py_DECREF(pair);
+    for (size_t i = 0; counts && i < steps.width; i++) {
+      PyObject* number = PyFloat_FromDouble(steps.of(r)[i]);
+      if (!number) Py_CLEAR(counts);
+      else PyTuple_SET_ITEM(counts, static_cast<Py_ssize_t>(i), number);
+    }
+    PyObject* pair = counts ? Py_BuildValue("iN", steps.groups[r], counts) : nullptr;  // which takes `counts`
+    if (!pair || PyList_Append(list, pair) < 0) Py_CLEAR(list);
+    Py_XDECREF(pair);
   }
   return list;
 }

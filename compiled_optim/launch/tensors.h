@@ -15,8 +15,13 @@ struct PyTensor {
 
 PyTypeObject* tensor_type = nullptr;
 PyTypeObject* parameter_type = nullptr;
-c10::DispatchKeySet plain_keys;
 
+// As torch gives them to every tensor on the CPU, whatever mode is on while one is looked at here.
+const c10::DispatchKeySet plain_keys = c10::DispatchKeySet(c10::DispatchKey::CPU) |
+                                       c10::getAutocastRelatedKeySetFromBackend(c10::BackendComponent::CPUBit) |
+                                       c10::getAutogradRelatedKeySetFromBackend(c10::BackendComponent::CPUBit);
+
+// nullptr for anything but a Tensor or Parameter: a subclass may mean something else by its elements.
 const at::TensorBase* unpack(PyObject* object) {
   auto* type = Py_TYPE(object);
   return type == tensor_type || type == parameter_type ? &reinterpret_cast<PyTensor*>(object)->tensor : nullptr;
@@ -25,6 +30,19 @@ const at::TensorBase* unpack(PyObject* object) {
 // A strided CPU tensor with no lazy conjugate, negation, subclass, functorch level or inference mode.
 bool plain(const c10::TensorImpl* t) {
   return t->key_set() == plain_keys && t->layout() == c10::kStrided;
+}
+
+// Whether a tensor, which may have a lazy conjugate or be an inference tensor, has memory of its own on the CPU.
+bool in_memory(const c10::TensorImpl* t) {
+  const auto keys = t->key_set().remove(c10::DispatchKey::Conjugate).remove(c10::DispatchKey::Negative);
+  return (keys | plain_keys) == plain_keys && t->has_storage();
+}
+
+// Also of a subclass; nullptr for what has no memory of its own on the CPU.
+const c10::TensorImpl* in_memory(PyObject* object) {
+  if (!object || !PyObject_TypeCheck(object, tensor_type)) return nullptr;
+  const auto& tensor = reinterpret_cast<PyTensor*>(object)->tensor;
+  return tensor.defined() && in_memory(tensor.unsafeGetTensorImpl()) ? tensor.unsafeGetTensorImpl() : nullptr;
 }
 
 // Same memory order for the same sizes; a dimension of size one may have any stride.
@@ -50,9 +68,30 @@ char* address(const c10::TensorImpl* t) {
   return static_cast<char*>(const_cast<c10::TensorImpl*>(t)->mutable_data());
 }
 
+// How many elements lie from its first to its last.
+int64_t reach(const c10::TensorImpl* t) {
+  if (!t->numel()) return 0;
+  int64_t elements = 1;
+  for (size_t d = 0; d < t->sizes().size(); d++) elements += (t->sizes()[d] - 1) * t->strides()[d];
+  return elements;
+}
+
+// The bytes of storage that a tensor needs: its storage can be resized under it.
+int64_t bytes_needed(const c10::TensorImpl* t) {
+  const int64_t elements = reach(t);
+  return elements ? (t->storage_offset() + elements) * static_cast<int64_t>(t->itemsize()) : 0;
+}
+
+bool is_backed(const c10::TensorImpl* t) { return bytes_needed(t) <= static_cast<int64_t>(t->storage().nbytes()); }
+
 double read_count(const c10::TensorImpl* t) {
   return t->dtype() == caffe2::TypeMeta::Make<float>() ? *reinterpret_cast<float*>(address(t))
                                                        : *reinterpret_cast<double*>(address(t));
+}
+
+// As a count keeps it.
+double rounded(const c10::TensorImpl* t, double value) {
+  return t->dtype() == caffe2::TypeMeta::Make<float>() ? static_cast<float>(value) : value;
 }
 
 void write_count(const c10::TensorImpl* t, double value) {

@@ -1,0 +1,210 @@
+// What a step does before it writes: every tensor is checked where it is kept now, and the tables are filled.
+#pragma once
+#include "plan.h"
+
+namespace {
+
+// Fills `slots` from the live state; false where the state is no longer laid out as it was.
+bool collect_state(Plan* plan, PyObject* state) {
+  PyObject *key, *value, *name, *tensor;
+  Py_ssize_t at = 0;
+  size_t i = 0, width = plan->slot_names.size();
+  while (PyDict_Next(state, &at, &key, &value)) {
+    if (i == plan->tracked.size() || plan->tracked[i].key != key) return false;
+    const auto& tracked = plan->tracked[i++];
+    if (tracked.entry < 0) continue;
+    const auto& layout = plan->layouts[tracked.layout];
+    if (!PyDict_Check(value) || PyDict_GET_SIZE(value) != static_cast<Py_ssize_t>(layout.keys.size())) return false;
+    Py_ssize_t inner = 0;
+    for (size_t k = 0; PyDict_Next(value, &inner, &name, &tensor); k++) {
+      if (layout.keys[k] != name) return false;
+      if (layout.slots[k] >= 0) plan->slots[tracked.entry * width + layout.slots[k]] = tensor;
+    }
+  }
+  return i == plan->tracked.size();
+}
+
+bool same_params(const Plan* plan, PyObject* groups) {
+  if (PyTuple_GET_SIZE(groups) != static_cast<Py_ssize_t>(plan->group_sizes.size())) return false;
+  size_t at = 0;
+  for (size_t g = 0; g < plan->group_sizes.size(); g++) {
+    PyObject* list = PyTuple_GET_ITEM(groups, g);
+    if (!PyList_Check(list) || PyList_GET_SIZE(list) != plan->group_sizes[g]) return false;
+    for (Py_ssize_t i = 0; i < plan->group_sizes[g]; i++)
+      if (PyList_GET_ITEM(list, i) != plan->entries[at++].param) return false;
+  }
+  return true;
+}
+
+using StandIns = std::unordered_map<PyObject*, PyObject*>;  // of parameters: (parameter, gradient[, indices])
+
+bool read_stand_ins(PyObject* list, StandIns& found) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
+    PyObject* tuple = PyList_GET_ITEM(list, i);
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) < 2 || PyTuple_GET_SIZE(tuple) > 3) return false;
+    found[PyTuple_GET_ITEM(tuple, 0)] = tuple;
+  }
+  return true;
+}
+
+std::string what(const Plan* plan, size_t cell) {
+  if (cell == Memory::kGradient) return "gradient";
+  return cell == Memory::kParam ? "data" : "state '" + plan->slot_names[cell - Memory::kCounts0] + "'";
+}
+
+[[noreturn]] void throw_short(const Plan* plan, size_t entry, const c10::TensorImpl* t, const std::string& what) {
+  throw std::runtime_error("the " + what + " of " + name(plan, entry) + " needs a storage of " +
+                           std::to_string(bytes_needed(t)) + " bytes, and its storage has " +
+                           std::to_string(t->storage().nbytes()));
+}
+
+// Notes where the tensors of a parameter lie that is updated after the launch.
+void note_eager(Plan* plan, size_t e, PyObject* given) {
+  const auto* param = in_memory(plan->entries[e].param);
+  const auto* grad = given ? in_memory(given) : param ? gradient(param) : nullptr;
+  if (!param || !grad) return plan->memory.skip(e);
+  plan->memory.note(e, Memory::kParam, param);
+  if (in_memory(grad)) plan->memory.note(e, Memory::kGradient, grad);
+  PyObject** slots = plan->slots.data() + e * plan->slot_names.size();
+  for (size_t s = 0; s < plan->slot_names.size(); s++)
+    if (const auto* t = in_memory(slots[s])) plan->memory.note(e, Memory::kCounts0 + s, t);
+}
+
+// Checks all that this step updates, and notes where it lies. Returns nullptr, or what no longer holds.
+const char* collect(Plan* plan, PyObject* state, const StandIns& stand_ins) {
+  if (!collect_state(plan, state)) return "the optimizer's state changed";
+  const size_t slot_count = plan->slot_names.size(), cells = plan->cells();
+  plan->updated.clear();
+  for (size_t e = 0; e < plan->entries.size(); e++) {
+    auto& entry = plan->entries[e];
+    PyObject* stand_in = nullptr;
+    if (!stand_ins.empty())
+      if (auto found = stand_ins.find(entry.param); found != stand_ins.end()) stand_in = found->second;
+    if (entry.launch == kElsewhere) {
+      note_eager(plan, e, stand_in ? PyTuple_GET_ITEM(stand_in, 1) : nullptr);
+      continue;
+    }
+    const auto* object = unpack(entry.param);
+    if (!object) return "a parameter changed its type";
+    const auto* param = object->unsafeGetTensorImpl();
+    const auto* grad = gradient(param);
+    entry.indices = nullptr;
+    if (stand_in) {
+      const bool sparse = PyTuple_GET_SIZE(stand_in) == 3;
+      const auto* values = unpack(PyTuple_GET_ITEM(stand_in, 1));
+      const auto* indices = sparse ? unpack(PyTuple_GET_ITEM(stand_in, 2)) : nullptr;
+      if (!values || (sparse && !indices)) return "a gradient changed its type";
+      grad = values->unsafeGetTensorImpl();
+      if (sparse) entry.indices = indices->unsafeGetTensorImpl();
+    }
+    if (!grad) {
+      plan->memory.skip(e);
+      continue;
+    }
+    if (entry.launch == kStateless) return "a parameter received its first gradient";
+    const auto& launch = plan->launches[entry.launch];
+    if (!plain(param) || !param->is_non_overlapping_and_dense() ||
+        c10::typeMetaToScalarType(param->dtype()) != launch.param_type)
+      return "a parameter changed";
+    if (!(entry.indices ? rows_fit(entry.indices, grad, launch.param_type, param)
+                        : fits(grad, launch.param_type, param)))
+      return "a gradient changed its layout or dtype";
+    const auto** tensors = plan->tensors.data() + e * cells;
+    std::fill(tensors, tensors + cells, nullptr);
+    tensors[Memory::kGradient] = grad;
+    tensors[Memory::kParam] = param;
+    PyObject** slots = plan->slots.data() + e * slot_count;
+    for (size_t c = 0; c < plan->counts; c++) {
+      const auto* count = slots[c] ? unpack(slots[c]) : nullptr;
+      if (!is_count(count)) return "a step count changed";
+      tensors[Memory::kCounts0 + c] = count->unsafeGetTensorImpl();
+    }
+    for (size_t b = 0; b < launch.roles.size(); b++) {
+      PyObject* slot = slots[launch.roles[b]];
+      const auto* buffer = slot ? unpack(slot) : nullptr;
+      if (!buffer || !fits(buffer->unsafeGetTensorImpl(), launch.types[b], param)) return "a state tensor changed";
+      tensors[Memory::kCounts0 + launch.roles[b]] = buffer->unsafeGetTensorImpl();
+    }
+    for (size_t c = 0; c < cells; c++) {
+      const auto* t = tensors[c];
+      if (!t) continue;
+      if (!is_backed(t)) throw_short(plan, e, t, what(plan, c));
+      plan->memory.note(e, c, t);
+    }
+    if (entry.indices && !is_backed(entry.indices)) throw_short(plan, e, entry.indices, "gradient's index");
+    plan->updated.push_back(e);
+  }
+  return nullptr;
+}
+
+// A 0-d state tensor, and the row that has its new value.
+struct Count {
+  const c10::TensorImpl* tensor;
+  int32_t row;
+  size_t slot;
+};
+
+// The step count after the steps of this launch that come before: two parameters may share one.
+double counted(const std::vector<Count>& counters, const Steps& steps, const c10::TensorImpl* count) {
+  for (auto c = counters.rbegin(); c != counters.rend(); c++)
+    if (c->slot == 0 && address(c->tensor) == address(count)) return rounded(count, steps.of(c->row)[0]);
+  return read_count(count);
+}
+
+// Fills the tables of all launches. Returns nullptr, or what no longer holds.
+const char* tabulate(Plan* plan, Steps& steps, std::vector<Count>& counters) {
+  std::vector<double> values(steps.width);
+  plan->rows.begin();
+  plan->turns.clear();
+  for (auto& launch : plan->launches) launch.table.clear();
+  const auto& sharing = plan->memory.sharing();
+  for (const size_t e : plan->updated) {
+    const auto& entry = plan->entries[e];
+    const auto& launch = plan->launches[entry.launch];
+    if (sharing[e] & kRefused) return "tensors came to share memory";
+    const auto** tensors = plan->tensors.data() + e * plan->cells();
+    values[0] = entry.fresh ? 1 : 2;
+    for (size_t c = 0; c < plan->counts; c++) {
+      const auto* count = tensors[Memory::kCounts0 + c];
+      values[c] = sharing[e] & kCounted && c == 0 ? counted(counters, steps, count) : read_count(count);
+      values[c] += c == 0;
+    }
+    const int32_t row = steps.row(entry.group, values.data());
+    for (size_t c = 0; c < plan->counts; c++) counters.push_back({tensors[Memory::kCounts0 + c], row, c});
+    const auto* param = tensors[Memory::kParam];
+    const auto* grad = tensors[Memory::kGradient];
+    Range gradient = plan->memory.at(e, Memory::kGradient);
+    const bool in_turn = sharing[e] & (kInTurn | kCopied);
+    if (in_turn) {
+      auto& turn = plan->turns.emplace_back(Turn{entry.launch});
+      turn.table.clear();
+      if (sharing[e] & kCopied) {
+        turn.gradient = gradient;
+        turn.copy.assign(gradient.begin, gradient.end);
+        gradient.begin = turn.copy.data();
+      }
+    }
+    Table& table = in_turn ? plan->turns.back().table : plan->launches[entry.launch].table;
+    const size_t first = table.cells.size();
+    table.cells.push_back(plan->memory.address(e, Memory::kParam));
+    table.cells.push_back(const_cast<char*>(gradient.begin));
+    for (const size_t role : launch.roles) table.cells.push_back(plan->memory.address(e, Memory::kCounts0 + role));
+    if (!entry.indices) {
+      table.end_tensor(param->numel() * launch.width, row);
+      continue;
+    }
+    const std::vector<void*> whole(table.cells.begin() + first, table.cells.end());
+    table.cells.resize(first);
+    for (const auto& span : plan->rows.gather(entry.indices, grad, static_cast<char*>(whole[1]), param)) {
+      for (size_t c = 0; c < whole.size(); c++) {  // one tensor of the table for each span of rows
+        const size_t itemsize = c < 2 ? grad->itemsize() : c10::elementSize(launch.types[c - 2]);
+        char* at = static_cast<char*>(whole[c]) + span.first * static_cast<int64_t>(itemsize);
+        table.cells.push_back(c == 1 ? span.values : at);
+      }
+      table.end_tensor(span.elements, row);
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
