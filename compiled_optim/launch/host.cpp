@@ -306,6 +306,12 @@ PyObject* refusal(PyObject*, PyObject* object) {
   Py_RETURN_NONE;
 }
 
+// is_whole(tensor): whether it can be read; a storage that was resized may end before its tensor.
+PyObject* is_whole(PyObject*, PyObject* object) {
+  const auto* t = in_memory(object);
+  return PyBool_FromLong(!t || is_backed(t));
+}
+
 // matches(tensor, like): whether both have one dtype and one layout in memory.
 PyObject* matches(PyObject*, PyObject* args) {
   PyObject *tensor, *like;
@@ -343,6 +349,7 @@ PyMethodDef methods[] = {{"make", make, METH_VARARGS, nullptr},
                          {"conflicts", conflicts, METH_VARARGS, nullptr},
                          {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL, nullptr},
                          {"refusal", refusal, METH_O, nullptr},
+                         {"is_whole", is_whole, METH_O, nullptr},
                          {"matches", matches, METH_VARARGS, nullptr},
                          {"start", start, METH_VARARGS, nullptr},
                          {"after_fork", after_fork, METH_NOARGS, nullptr},

@@ -86,13 +86,14 @@ struct Plan {
   }
 };
 
-// Such as "the parameter of shape (5, 7) at index 3 of param group 0".
+// Of one that is `in_memory`, such as "the parameter of shape (5, 7) at index 3 of param group 0".
 std::string name(const Plan* plan, size_t entry) {
   const auto& e = plan->entries[entry];
   for (int g = 0; g < e.group; g++) entry -= plan->group_sizes[g];
   std::string shape;
-  for (auto size : unpack(e.param)->sizes()) shape += std::to_string(size) + ", ";
-  if (shape.size()) shape.resize(shape.size() - (unpack(e.param)->dim() > 1 ? 2 : 1));  // as Python writes a tuple
+  const auto sizes = in_memory(e.param)->sizes();
+  for (auto size : sizes) shape += std::to_string(size) + ", ";
+  if (!sizes.empty()) shape.resize(shape.size() - (sizes.size() > 1 ? 2 : 1));  // as Python writes a tuple
   return "the parameter of shape (" + shape + ") at index " + std::to_string(entry) + " of param group " +
          std::to_string(e.group);
 }

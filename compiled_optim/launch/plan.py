@@ -72,11 +72,12 @@ class Plan:
         numbers = _NUMBERS.issuperset([type(value) for _, _, values in rows for value in values])
         if not numbers:
             stand_ins += [(p, grad) for params in lists for p in params if (grad := optimizer.gradient(p)) is not None]
-        stand_ins += [(p, _like_parameter(p, grad)) for p, grad in copied]
+        whole = self.host.is_whole  # the host module names what is not
+        stand_ins += [(p, _like_parameter(p, grad)) for p, grad in copied if whole(grad)]
         for p in self.sparse:
             if p.grad is not None and p.grad.is_sparse:
                 values, indices = torch_private.sparse_parts(p.grad)
-                stand_ins.append((p, values.contiguous(), indices))
+                stand_ins.append((p, values.contiguous() if whole(values) else values, indices))
             elif p.grad is not None and not optimizer.accepts_dense:
                 return "a gradient is dense"
         state: Any = optimizer.state

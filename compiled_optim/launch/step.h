@@ -47,15 +47,20 @@ bool read_stand_ins(PyObject* list, StandIns& found) {
   return true;
 }
 
-std::string what(const Plan* plan, size_t cell) {
-  if (cell == Memory::kGradient) return "gradient";
-  return cell == Memory::kParam ? "data" : "state '" + plan->slot_names[cell - Memory::kCounts0] + "'";
-}
-
 [[noreturn]] void throw_short(const Plan* plan, size_t entry, const c10::TensorImpl* t, const std::string& what) {
   throw std::runtime_error("the " + what + " of " + name(plan, entry) + " needs a storage of " +
                            std::to_string(bytes_needed(t)) + " bytes, and its storage has " +
                            std::to_string(t->storage().nbytes()));
+}
+
+// Notes where a tensor lies. Throws where its storage does not hold it.
+void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t) {
+  if (!is_backed(t))
+    throw_short(plan, entry, t,
+                cell == Memory::kGradient ? "gradient"
+                : cell == Memory::kParam  ? "data"
+                                          : "state '" + plan->slot_names[cell - Memory::kCounts0] + "'");
+  plan->memory.note(entry, cell, t);
 }
 
 // Notes where the tensors of a parameter lie that is updated after the launch.
@@ -63,11 +68,11 @@ void note_eager(Plan* plan, size_t e, PyObject* given) {
   const auto* param = in_memory(plan->entries[e].param);
   const auto* grad = given ? in_memory(given) : param ? gradient(param) : nullptr;
   if (!param || !grad) return plan->memory.skip(e);
-  plan->memory.note(e, Memory::kParam, param);
-  if (in_memory(grad)) plan->memory.note(e, Memory::kGradient, grad);
+  note(plan, e, Memory::kParam, param);
+  if (in_memory(grad)) note(plan, e, Memory::kGradient, grad);
   PyObject** slots = plan->slots.data() + e * plan->slot_names.size();
   for (size_t s = 0; s < plan->slot_names.size(); s++)
-    if (const auto* t = in_memory(slots[s])) plan->memory.note(e, Memory::kCounts0 + s, t);
+    if (const auto* t = in_memory(slots[s])) note(plan, e, Memory::kCounts0 + s, t);
 }
 
 // Checks all that this step updates, and notes where it lies. Returns nullptr, or what no longer holds.
@@ -101,6 +106,7 @@ const char* collect(Plan* plan, PyObject* state, const StandIns& stand_ins) {
       plan->memory.skip(e);
       continue;
     }
+    if (in_memory(grad) && !is_backed(grad)) throw_short(plan, e, grad, "gradient");  // so it was not copied
     if (entry.launch == kStateless) return "a parameter received its first gradient";
     const auto& launch = plan->launches[entry.launch];
     if (!plain(param) || !param->is_non_overlapping_and_dense() ||
@@ -125,12 +131,8 @@ const char* collect(Plan* plan, PyObject* state, const StandIns& stand_ins) {
       if (!buffer || !fits(buffer->unsafeGetTensorImpl(), launch.types[b], param)) return "a state tensor changed";
       tensors[Memory::kCounts0 + launch.roles[b]] = buffer->unsafeGetTensorImpl();
     }
-    for (size_t c = 0; c < cells; c++) {
-      const auto* t = tensors[c];
-      if (!t) continue;
-      if (!is_backed(t)) throw_short(plan, e, t, what(plan, c));
-      plan->memory.note(e, c, t);
-    }
+    for (size_t c = 0; c < cells; c++)
+      if (tensors[c]) note(plan, e, c, tensors[c]);
     if (entry.indices && !is_backed(entry.indices)) throw_short(plan, e, entry.indices, "gradient's index");
     plan->updated.push_back(e);
   }
