@@ -98,7 +98,10 @@ class Plan:
     def _shards_of_gradients(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
         given = [(p, grad) for p in self.sharded if (grad := optimizer.gradient(p)) is not None]
         shards = [(dtensors.local(p), dtensors.local_gradient(p, grad)) for p, grad in given]
-        return [(p, grad if _same(self.host, grad, p) else _like_parameter(p, grad)) for p, grad in shards]
+        host = self.host
+        as_they_are = [_same(host, grad, p) or not host.is_whole(grad) for p, grad in shards]
+        pairs = zip(shards, as_they_are, strict=True)
+        return [(p, grad if as_it_is else _like_parameter(p, grad)) for (p, grad), as_it_is in pairs]
 
 
 @dataclass
