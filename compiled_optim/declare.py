@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import numbers
 from collections import namedtuple
+from collections.abc import Iterable, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -202,74 +204,111 @@ class Declaration:
             checked[name] = coerce(value)
             if not isinstance(field, Number):
                 continue
-            expected = len(field.default) if isinstance(field.default, tuple) else 1
-            if isinstance(field.default, tuple) and not isinstance(value, list | tuple):
-                raise TypeError(f"{self.name}: {name} must have {expected} values, got {value!r}")
-            parts = tuple(value) if isinstance(field.default, tuple) else (value,)
-            if len(parts) != expected:
-                raise ValueError(f"{self.name}: {name} must have {expected} values, got {value!r}")
+            parts = self._parts(name, field, value)
             if any(isinstance(p, Tensor) for p in parts) and not all(isinstance(p, Tensor) for p in parts):
                 raise ValueError(f"{self.name}: {name} must be all floats or all tensors, got {value!r}")
             for label, part in zip(self._rule_names(name), parts, strict=True):
-                if not isinstance(part, Tensor | numbers.Real):
-                    kind = type(part).__name__
-                    raise TypeError(f"{self.name}: {label} must be {field.range}, got {part!r} of type {kind}")
-                if isinstance(part, Tensor) and part.numel() != 1:
-                    shape = tuple(part.shape)
-                    raise ValueError(
-                        f"{self.name}: {label} must be a number or a tensor of 1 element, got shape {shape}"
-                    )
                 if not field.admits(part):
                     raise ValueError(f"{self.name}: {label} must be {field.range}, got {part!r}")
         return checked
 
+    def _parts(self, name: str, field: Number, value: Any) -> tuple[Any, ...]:
+        """A hyperparameter as plain numbers and tensors of one element: one, or as many as its default has.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what was expected.
+        """
+        parts: Any = coerce(value)
+        if not isinstance(field.default, tuple):
+            parts = (parts,)
+        elif isinstance(parts, Tensor) and parts.dim() == 1:
+            parts = tuple(parts)
+        elif not isinstance(parts, tuple):
+            raise TypeError(f"{self.name}: {name} must have {len(field.default)} values, got {value!r}")
+        elif len(parts) != len(field.default):
+            raise ValueError(f"{self.name}: {name} must have {len(field.default)} values, got {value!r}")
+        for label, part in zip(self._rule_names(name), parts, strict=True):
+            if isinstance(part, Tensor):
+                if part.numel() != 1 or part.is_complex():
+                    got = f"{part.dtype} and shape {tuple(part.shape)}"
+                    raise ValueError(f"{self.name}: {label} must be a number or a real tensor of 1 element, got {got}")
+            elif not isinstance(part, int | float):
+                kind = type(part).__name__
+                raise TypeError(f"{self.name}: {label} must be {field.range}, got {part!r} of type {kind}")
+            elif isinstance(part, int) and part.bit_length() > 1023:
+                got = f"an int of {part.bit_length()} bits"
+                raise ValueError(f"{self.name}: {label} must be {field.range} and fit a float, got {got}")
+        return tuple(parts)
+
     def choose(self, group: dict[str, Any], *, keep_tensors: bool = False) -> Choice:
         """Reads a param group; tensors become floats unless they must stay in the graph or on their device.
 
-        Raises:
-            TypeError: for what is no number, before a step has changed anything.
+        For a group in which a hyperparameter is no number, `Choice.hyper` raises that when it is used.
         """
         read = self.read(group)
         for i in self._tuples_at:
             if type(read[i]) is tuple:
                 read = (*read[:i], *read[i], *read[i + 1 :])
-        has_tensors = False
-        plain = len(read) == len(self.hyper_type._fields) and _PLAIN.issuperset(map(type, read))
-        if not plain or None in [read[i] for i in self._numbers_at]:
-            read, has_tensors = self._plain(group, keep_tensors)
-        on = [bool(read[i]) for i in self._switches_at]
-        return Choice(self.hyper_type._make(read), self.switch_type._make(on), has_tensors)
+        if len(read) == len(self.hyper_type._fields) and _PLAIN.issuperset(map(type, read)):
+            with suppress(TypeError, OverflowError):  # of None, and of an int beyond all floats
+                list(map(float, [read[i] for i in self._numbers_at]))
+                on = [bool(read[i]) for i in self._switches_at]
+                return Choice(self.hyper_type._make(read), self.switch_type._make(on), False)
+        return self._choose(group, keep_tensors)
 
-    def _plain(self, group: dict[str, Any], keep_tensors: bool) -> tuple[list[Any], bool]:
+    def _choose(self, group: dict[str, Any], keep_tensors: bool) -> Choice:
         values: list[Any] = []
         has_tensors = False
-        for (option, field), value in zip(self.options.items(), self.read(group), strict=True):
-            has_tensors = has_tensors or type(value) is list
-            for part in value if isinstance(field.default, tuple) else (value,):
-                if isinstance(part, Tensor):
-                    has_tensors = True
-                    part = part.squeeze() if keep_tensors else part.item()
-                elif isinstance(field, Number) and not isinstance(part, numbers.Real):
-                    raise TypeError(f"{self.name}: {option} must be {field.range}, got {value!r}")
-                values.append(part)
-        return values, has_tensors
+        try:
+            for (option, field), value in zip(self.options.items(), self.read(group), strict=True):
+                parts = self._parts(option, field, value) if isinstance(field, Number) else (value,)
+                fixed = isinstance(field, Flag) or isinstance(value, tuple | numbers.Number)
+                has_tensors = has_tensors or not fixed
+                for part in parts:
+                    if isinstance(part, Tensor):
+                        has_tensors = True
+                        part = part.squeeze() if keep_tensors else part.item()
+                    values.append(part)
+            hyper = self.hyper_type._make(values)
+            on = [bool(values[i]) for i in self._switches_at]
+        except (TypeError, ValueError, RuntimeError) as error:
+            return Choice(Unreadable(error), self.switch_type._make([False] * len(self._switches_at)), True)
+        return Choice(hyper, self.switch_type._make(on), has_tensors)
 
     def kept(self, switches: Any) -> tuple[str, ...]:
         """The names of the buffers that exist under these switches."""
         return tuple(k for k, b in self.buffers.items() if b.when is None or getattr(switches, b.when))
 
 
+class Unreadable:
+    """In place of hyperparameters one of which is no number: an error when they are used.
+
+    As in torch.optim, a param group of which nothing is updated may hold anything.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self._error = type(error), str(error)
+
+    def __getattr__(self, name: str) -> Any:
+        kind, message = self._error
+        raise kind(message)
+
+
 def coerce(value: Any) -> Any:
-    """A hyperparameter as a plain Python value.
+    """A hyperparameter as a plain Python value, or a tuple of such, as torch.optim's checkpoints can hold it.
 
     An ``np.float64`` can be saved in a checkpoint but not loaded again with ``weights_only=True``.
     """
     if isinstance(value, Tensor | bool | str) or value is None or type(value) in (int, float):
         return value
-    if isinstance(value, list | tuple):
-        return tuple(v.squeeze() if isinstance(v, Tensor) and v.dim() else coerce(v) for v in value)
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
-    return bool(value) if type(value).__name__ in ("bool", "bool_") else value  # NumPy 2 and 1
+    if type(value).__name__ in ("bool", "bool_"):  # NumPy 2 and 1
+        return bool(value)
+    if getattr(value, "ndim", None) == 0:  # an array of it
+        return coerce(value.item())
+    if isinstance(value, Sized) and isinstance(value, Iterable):
+        return tuple(v.squeeze() if isinstance(v, Tensor) and v.dim() else coerce(v) for v in value)
+    return value

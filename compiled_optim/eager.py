@@ -5,18 +5,28 @@ It is the default, and what every other execution falls back to.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from compiled_optim import torch_private
-from compiled_optim.rule import apply, arithmetic_dtype, evaluate, first_counts
+from compiled_optim.rule import apply, arithmetic_dtype, evaluate
 from compiled_optim.tensor_list import TensorList
-from compiled_optim.updates import Update, collect
+from compiled_optim.updates import (
+    Journal,
+    Scalars,
+    Update,
+    Values,
+    advance,
+    lists,
+    look,
+    publish_all,
+    turns,
+    withdraw,
+)
 
 if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer
@@ -27,84 +37,85 @@ BUCKET_ELEMENTS = 1 << 17
 ALONE_ELEMENTS = 1 << 14
 
 
-# of a param group and counts, as `evaluate` returns them
-Scalars = Callable[[int, Sequence[Any]], tuple[dict[str, Any], tuple[Any, ...]]]
+class Batch(NamedTuple):
+    """Updates that are done at once: with these scalars, or None if what they depend on is written before; and what is
+    carried on, as `advance` takes it."""
+
+    members: list[Update]
+    scalars: dict[str, Any] | None
+    carried: Sequence[Any]
 
 
-def step(optimizer: Optimizer, only: Iterable[tuple[int, Tensor]] | None = None) -> None:
-    """One eager step of all parameters, or of those in ``only`` (group, parameter)."""
+def step(optimizer: Optimizer) -> None:
+    """One eager step."""
+    prepare(optimizer)()
+
+
+def prepare(optimizer: Optimizer, only: Iterable[tuple[int, Tensor]] | None = None) -> Callable[[], None]:
+    """One eager step of all parameters, or of those in ``only`` (group, parameter): the function that takes it.
+
+    What there is to raise is raised here, where nothing is changed.
+    """
     differentiable = bool(optimizer.defaults.get("differentiable"))
     groups = optimizer.param_groups
     capturable = [bool(group.get("capturable")) for group in groups]
     choices = optimizer.choices(keep_tensors=differentiable or any(capturable))
     algorithm = type(optimizer)
+    updates = look(optimizer, choices, only)
+    switches = [choice.switches for choice in choices]
 
-    def scalars(group: int, counts: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    def scalars(group: int, counts: Sequence[Any]) -> Values:
         return evaluate(algorithm, choices[group].hyper, counts)
 
-    switches = [choice.switches for choice in choices]
-    for i, on_device_only in enumerate(capturable):
-        if not on_device_only:
-            # a hyperparameter that is out of its domain is an error before anything is changed
-            scalars(i, first_counts(algorithm, choices[i].hyper))
-    updates = collect(optimizer, choices, only)
-    with torch.set_grad_enabled(differentiable):
-        if differentiable:
-            run_differentiable(algorithm, updates, switches, scalars)
-        else:
-            one_by_one = [group.get("foreach") is False for group in groups]
-            run(algorithm, updates, switches, scalars, one_by_one, capturable)
+    with torch.no_grad():
+        one_by_one = [group.get("foreach") is False for group in groups]
+        found = [] if differentiable else batches(updates, scalars, one_by_one, capturable)
+
+    def take() -> None:
+        journal: Journal = []
+        try:
+            publish_all(optimizer, updates, journal)
+            with torch.set_grad_enabled(differentiable):
+                if differentiable:
+                    run_differentiable(algorithm, updates, switches, scalars)
+                else:
+                    run(algorithm, found, switches, scalars)
+        except BaseException:
+            withdraw(optimizer, journal)
+            raise
+
+    return take
 
 
-def run(
-    algorithm: type[Optimizer],
-    updates: list[Update],
-    switches: list[Any],
-    scalars: Scalars,
-    one_by_one: list[bool],
-    capturable: list[bool],
-) -> None:
-    """Updates parameters and state in place, list by list.
+def batches(updates: list[Update], scalars: Scalars, one_by_one: list[bool], capturable: list[bool]) -> list[Batch]:
+    """The parts of a step, in their order.
 
     Args:
-        switches, one_by_one (``foreach=False``), capturable: by param group; where capturable, step counts are read on
-            their device only, never by the host.
+        one_by_one (``foreach=False``), capturable: by param group; where capturable, step counts are read on their
+            device only, never by the host.
     """
-    lists: dict[Any, list[Update]] = defaultdict(list)
-    again: list[Update] = []
-    seen: set[int] = set()
-    for u in updates:
-        counts = None if capturable[u.group] else u.next_counts
-        if id(u.param) in seen:  # a parameter listed twice is stepped twice, one after the other
-            again.append(u)
-        else:
-            seen.add(id(u.param))
-            lists[(counts, u.grad.is_sparse, u.kind)].append(u)
-    for (counts, is_sparse, _), members in lists.items():
-        group = members[0].group
-        if counts is not None:
-            values, after = scalars(group, counts)
-            for u in members:
-                u.advance(after)
-        for bucket in buckets(members, 1 if one_by_one[group] or is_sparse else BUCKET_ELEMENTS):
-            values = on_device(bucket, scalars) if counts is None else values
-            run_bucket(algorithm, bucket, switches[group], values)
-    for u in again:
-        if capturable[u.group]:
-            values = on_device([u], scalars)
-        else:
-            values, after = scalars(u.group, u.next_counts)
-            u.advance(after)
-        run_bucket(algorithm, [u], switches[u.group], values)
+    found = []
+    for members, values, turn in lists(updates, scalars, capturable):
+        single = one_by_one[members[0].group] or members[0].grad.is_sparse
+        for bucket in buckets(members, 1 if single else BUCKET_ELEMENTS):
+            known = values or (on_device(bucket, scalars) if turn == 0 else (None, ()))
+            found.append(Batch(bucket, *known))
+    return found
 
 
-def on_device(members: list[Update], scalars: Scalars) -> dict[str, Any]:
+def run(algorithm: type[Optimizer], found: list[Batch], switches: list[Any], scalars: Scalars) -> None:
+    """Updates parameters and state in place."""
+    for members, values, carried in found:
+        known, after = (values, carried) if values is not None else on_device(members, scalars)
+        run_bucket(algorithm, members, switches[members[0].group], known)
+        advance(members, after)
+
+
+def on_device(members: list[Update], scalars: Scalars) -> Values:
     """The scalars of counts that only their device may read: what depends on them is a list of 0-d tensors."""
     step, *carried = (torch.stack([u.state[name] for u in members]) for name in members[0].counts)
     values, after = scalars(members[0].group, (step + 1, *carried))
-    for u, *each in zip(members, *(v.expand_as(step).unbind() for v in after), strict=True):
-        u.advance(each)
-    return {k: TensorList(v.unbind()) if isinstance(v, Tensor) and v.dim() else v for k, v in values.items()}
+    return {k: TensorList(v.unbind()) if isinstance(v, Tensor) and v.dim() else v for k, v in values.items()}, after
 
 
 def buckets(members: list[Update], limit: int) -> Iterator[list[Update]]:
@@ -209,24 +220,38 @@ def run_rows(algorithm: type[Optimizer], u: Update, on: Any, values: dict[str, A
 def run_differentiable(
     algorithm: type[Optimizer], updates: list[Update], switches: list[Any], scalars: Scalars
 ) -> None:
-    """The rule with autograd recording: parameters are written in place, state tensors are replaced."""
-    for u in updates:
-        # as tensors, so that what is carried keeps its graph; and it is replaced as the buffers are
-        counts = [u.state[name].double() + (name == "step") for name in u.counts]
-        values, after = scalars(u.group, counts or u.next_counts)
-        u.advance(())
-        for name, value in zip(u.counts[1:], after, strict=True):
-            u.state[name] = value.to(u.state[name].dtype)
-        complex_valued = u.param.is_complex()
+    """The rule with autograd recording: parameters are written in place, state tensors are replaced.
 
-        def view(t: Tensor, complex_valued: bool = complex_valued) -> Tensor:
-            return torch.view_as_real(t) if complex_valued else t
+    Of each turn all is computed before any is written.
+    """
+    turn_of = turns(updates)
+    for turn in sorted(set(turn_of)):
+        members = [u for u, t in zip(updates, turn_of, strict=True) if t == turn]
+        results = [_differentiated(algorithm, u, switches, scalars) for u in members]
+        for u, (new, state) in zip(members, results, strict=True):
+            u.param.copy_(new)
+            advance([u], ())
+            u.state.update(state)
 
-        width = arithmetic_dtype(u.param.dtype).to_real()
-        values = {k: v if isinstance(v, Tensor) else torch.tensor(v, dtype=width) for k, v in values.items()}
-        state = {name: view(u.state[name]) for name in u.buffers}
-        # a copy, for what the graph saves must not be what is written below
-        new, new_state = apply(algorithm, switches[u.group], view(u.param.clone()), view(u.grad), state, values)
-        u.param.copy_(torch.view_as_complex(new) if complex_valued else new)
-        for name, tensor in new_state.items():
-            u.state[name] = torch.view_as_complex(tensor) if complex_valued else tensor
+
+def _differentiated(
+    algorithm: type[Optimizer], u: Update, switches: list[Any], scalars: Scalars
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The new parameter and the new state, but for the step count."""
+    # as tensors, so that what is carried keeps its graph
+    counts = [u.state[name].double() + (name == "step") for name in u.counts]
+    values, after = scalars(u.group, counts or u.next_counts())
+    carried = {name: value.to(u.state[name].dtype) for name, value in zip(u.counts[1:], after, strict=True)}
+    complex_valued = u.param.is_complex()
+
+    def view(t: Tensor) -> Tensor:
+        return torch.view_as_real(t) if complex_valued else t
+
+    width = arithmetic_dtype(u.param.dtype).to_real()
+    values = {k: v if isinstance(v, Tensor) else torch.tensor(v, dtype=width) for k, v in values.items()}
+    state = {name: view(u.state[name]) for name in u.buffers}
+    # a copy, for what the graph saves must not be what is written later
+    new, new_state = apply(algorithm, switches[u.group], view(u.param.clone()), view(u.grad), state, values)
+    if complex_valued:
+        new, new_state = torch.view_as_complex(new), {k: torch.view_as_complex(v) for k, v in new_state.items()}
+    return new, {**carried, **new_state}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from compiled_optim import dtensors, eager, foreach, kernels, lower, settings, torch_private
 from compiled_optim.cache.build import BuildError
 from compiled_optim.cache.libraries import NoCompilerError
-from compiled_optim.fallback import CompileError, fall_back, fall_back_for
+from compiled_optim.fallback import fall_back, fall_back_for
 from compiled_optim.launch.plan import Counts, Plan, Row, expected, make_plan
 from compiled_optim.rule import evaluate, first_counts
-from compiled_optim.updates import collect, discard, refuse
+from compiled_optim.updates import Journal, Values, look, publish_all, refuse, withdraw
 
 if TYPE_CHECKING:
     from compiled_optim.declare import Choice
@@ -49,9 +49,25 @@ def begin(optimizer: Optimizer) -> None:
     state.begin(optimizer)
 
 
-def _scalar_names(algorithm: type[Optimizer], choices: list[Choice]) -> list[tuple[str, ...]]:
-    firsts = [evaluate(algorithm, c.hyper, first_counts(algorithm, c.hyper)) for c in choices]
-    return [tuple(values) for values, _ in firsts]
+def _scalar_names(optimizer: Optimizer, choices: list[Choice]) -> list[tuple[str, ...]]:
+    """Of each param group; none where they cannot be evaluated, if nothing is to be updated there."""
+    algorithm, names = type(optimizer), []
+    for group, choice in zip(optimizer.param_groups, choices, strict=True):
+        try:
+            names.append(tuple(evaluate(algorithm, choice.hyper, first_counts(algorithm, choice.hyper))[0]))
+        except Exception:
+            if any(p.grad is not None for p in group["params"]):
+                raise
+            names.append(())
+    return names
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Whether options do, where some may be arrays, which answer for each element."""
+    try:
+        return bool(a != b)
+    except (RuntimeError, ValueError):
+        return True
 
 
 class Execution:
@@ -95,7 +111,7 @@ class Execution:
             return
         with suppress(Exception):  # of an option that is no number, say: the step raises it, and no trace is around it
             choices = optimizer.choices()
-            kernels.begin(expected(optimizer, choices, _scalar_names(type(optimizer), choices)))
+            kernels.begin(expected(optimizer, choices, _scalar_names(optimizer, choices)))
 
     def _unavailable(self) -> str:
         if self.plan is not None:
@@ -126,26 +142,41 @@ class Execution:
         changed = self._read_options(optimizer)
         why = "the first step" if self.plan is None else changed
         plan = self._make_plan(optimizer, why) if why else self.plan
-        for _ in range(3):  # at worst: the plan is stale, the new one needs other scalars, and has them
-            if plan is None:
-                return
-            outcome = plan.run(optimizer, self._rows(optimizer))
-            if outcome is None:
-                break
-            if isinstance(outcome, str):
-                plan = self._make_plan(optimizer, outcome)
+        rest: Callable[[], None] | None = None
+        foreseen = True
+        try:
+            for _ in range(3):  # at worst: the plan is stale, the new one needs other scalars, and has them
+                if plan is None:
+                    return
+                if plan.elsewhere:
+                    rest = eager.prepare(optimizer, [(group, p) for group, p, _ in plan.elsewhere])
+                outcome = plan.run(optimizer, self._rows(optimizer, foreseen))
+                if outcome is None:
+                    break
+                if isinstance(outcome, str):
+                    plan = self._make_plan(optimizer, outcome)
+                else:
+                    self._pairs, foreseen = outcome, False
             else:
-                self._pairs = outcome
-        else:
-            raise RuntimeError(f"a launch plan that was just made does not fit: {outcome}")
+                raise RuntimeError(f"a launch plan that was just made does not fit: {outcome}")
+        except BaseException:
+            self._drop_plan(optimizer)
+            raise
         declaration = optimizer.declaration
         if declaration.carried:  # rounded by the tensors that carry it: what the next step needs, it will say
             self._pairs = []
         else:
             counted = bool(declaration.counts)
             self._pairs = [(group, (step + 1.0 if counted else 2.0,)) for group, (step,) in self._pairs]
-        if plan.elsewhere:
-            eager.step(optimizer, [(group, p) for group, p, _ in plan.elsewhere])
+        if rest is not None:
+            rest()
+
+    def _drop_plan(self, optimizer: Optimizer) -> None:
+        """With the state that was made for it, if no step was taken since: its first step is still to come."""
+        if self.plan is not None and self.plan.journal:
+            withdraw(optimizer, self.plan.journal)
+            self.plan = None
+        self._pairs = []
 
     def _read_options(self, optimizer: Optimizer) -> str | None:
         """Reads the param groups again; why the plan no longer fits, or None."""
@@ -157,16 +188,22 @@ class Execution:
         why = None
         for i, group in enumerate(groups):
             options, old = read(group), self._choices[i]
-            if old.has_tensors or options != self._options[i]:
+            if old.has_tensors or _differ(options, self._options[i]):
                 self._options[i], self._choices[i] = options, optimizer.declaration.choose(group)
                 if self._choices[i].switches != old.switches:
                     why = "a switch changed"
         return why
 
-    def _rows(self, optimizer: Optimizer) -> list[Row]:
+    def _rows(self, optimizer: Optimizer, foreseen: bool) -> list[Row]:
+        """The scalars that are asked for; none if they were only ``foreseen`` and not all can be evaluated."""
         rows = []
         for group, counts in self._pairs:
-            values, after = evaluate(type(optimizer), self._choices[group].hyper, counts)
+            try:
+                values, after = evaluate(type(optimizer), self._choices[group].hyper, counts)
+            except Exception:
+                if foreseen:  # perhaps nothing is updated in this group
+                    return []
+                raise
             if tuple(values) != self._scalar_names[group]:
                 expected, got = list(self._scalar_names[group]), list(values)
                 raise ValueError(f"scalars must return the same scalars in every step, {expected}, got {got}")
@@ -175,11 +212,13 @@ class Execution:
 
     def _make_plan(self, optimizer: Optimizer, why: str) -> Plan | None:
         """None if the step was done otherwise."""
-        self.plan, self._pairs = None, []
+        self._drop_plan(optimizer)
+        self.plan = None
         refuse(optimizer, self._choices)
         if optimizer._gradients is None:
             optimizer._gradients = dtensors.redistributed(optimizer)
-        self._scalar_names = _scalar_names(type(optimizer), self._choices)
+        look(optimizer, self._choices, allocate=False)
+        self._scalar_names = _scalar_names(optimizer, self._choices)
 
         def refused(elsewhere: list[tuple[Tensor, str]]) -> None:
             fall_back_for(self._warned, elsewhere, "parameter", "updated eagerly")
@@ -204,29 +243,29 @@ class Execution:
 
     def _step_foreach(self, optimizer: Optimizer) -> None:
         choices = optimizer.choices()
-        refuse(optimizer, choices)
-        groups = enumerate(optimizer.param_groups)
-        pairs = [(i, p) for i, group in groups for p in group["params"] if p.grad is not None]
-        sparse = [(i, p) for i, p in pairs if p.grad.is_sparse]
+        updates = look(optimizer, choices)
+        sparse = [u for u in updates if u.grad.is_sparse]
         if sparse:
             fall_back(self._warned, "sparse gradients are applied eagerly", "the other parameters are compiled")
-        updates = collect(optimizer, choices, [(i, p) for i, p in pairs if not p.grad.is_sparse])
+            updates = [u for u in updates if not u.grad.is_sparse]
         algorithm, switches = type(optimizer), [choice.switches for choice in choices]
+        off = [False] * len(choices)
 
-        def scalars(group: int, counts: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        def scalars(group: int, counts: Sequence[Any]) -> Values:
             return evaluate(algorithm, choices[group].hyper, counts)
 
+        journal: Journal = []
         with torch.no_grad():
+            rest = eager.batches(sparse, scalars, off, off)
             try:
-                self.graphs = foreach.run(algorithm, updates, switches, scalars)
-            except foreach.Unfinished as left:
+                publish_all(optimizer, [*updates, *sparse], journal)
                 try:
+                    self.graphs = foreach.run(algorithm, updates, switches, scalars)
+                except foreach.Unfinished as left:
                     reason = f"torch.compile failed: {left.__cause__}"
                     self.reason = self._give_up(reason, "build it with compiled=False")
-                except CompileError:
-                    discard(optimizer, left.updates)
-                    raise
-                off = [False] * len(choices)
-                eager.run(algorithm, left.updates, switches, scalars, one_by_one=off, capturable=off)
-        if sparse:
-            eager.step(optimizer, sparse)
+                    rest = eager.batches(left.updates, scalars, off, off) + rest
+                eager.run(algorithm, rest, switches, scalars)
+            except BaseException:
+                withdraw(optimizer, journal)
+                raise

@@ -7,7 +7,6 @@ tables, its compile time grows with the model and each pattern of missing gradie
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from compiled_optim import lower
 from compiled_optim.cache.store import directory_problem
-from compiled_optim.eager import Scalars, update_lists
+from compiled_optim.eager import update_lists
 from compiled_optim.rule import arithmetic_dtype
-from compiled_optim.updates import Update
+from compiled_optim.updates import Scalars, Update, advance, lists
 
 if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer
@@ -64,16 +63,14 @@ def run(algorithm: type[Optimizer], updates: list[Update], switches: list[Any], 
     Raises:
         Unfinished: when ``torch.compile`` raises.
     """
-    lists: dict[Any, list[Update]] = defaultdict(list)
-    for u in updates:
-        lists[(u.next_counts, u.kind)].append(u)
+    left = lists(updates, scalars, [False] * len(switches))
     graphs: list[Graph] = []
-    for (counts, _), members in lists.items():
-        group = members[0].group
+    for i, (members, values, _) in enumerate(left):
+        assert values is not None
         try:
-            graphs.append(_run_list(algorithm, members, switches[group], *scalars(group, counts)))
+            graphs.append(_run_list(algorithm, members, switches[members[0].group], *values))
         except Exception as error:
-            raise Unfinished([u for left in list(lists.values())[len(graphs) :] for u in left]) from error
+            raise Unfinished([u for members, _, _ in left[i:] for u in members]) from error
     return graphs
 
 
@@ -105,8 +102,7 @@ def _run_list(
         _graphs[key] = graph
     else:
         graph.origin = "memory"
-    for u in members:
-        u.advance(after)
+    advance(members, after)
     return graph
 
 

@@ -25,6 +25,7 @@ from compiled_optim.declare import (
     take_fields,
 )
 from compiled_optim.in_graph import steps
+from compiled_optim.updates import is_count, number_of
 
 
 @dataclass_transform(field_specifiers=(number, flag, buffer, carried, counter))
@@ -238,14 +239,17 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     def make_state(self, p: Tensor, group: dict[str, Any], on: Any, *, allocate: bool = True) -> dict[str, Any]:
         """The state that ``p`` still lacks under these switches, or None for each if not to be allocated.
 
-        ``self.state`` is not changed.
+        A count that is a number, or in a dtype that does not count well, is made anew. ``self.state`` is not changed.
         """
         present = self.state.get(p, {})
         made: dict[str, Any] = {}
         for name in self.declaration.counts:
-            if present.get(name) is None:
+            count = present.get(name)
+            if count is None:
                 value = 0.0 if name == "step" else self.declaration.carried[name].first(group)
                 made[name] = self._count_tensor(p, group, value) if allocate else None
+            elif not is_count(count):
+                made[name] = self._count_tensor(p, group, number_of(self, p, name, count))
         for name in self.declaration.kept(on):
             if present.get(name) is None:
                 made[name] = None
@@ -290,9 +294,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         for p in group["params"]:
             for name in self.declaration.counts:
                 count = self.state.get(p, {}).get(name)
-                exact = name == "step" and isinstance(count, Tensor) and count.dtype.itemsize > 2
-                if count is not None and not exact:
-                    self.state[p][name] = self._count_tensor(p, group, float(count))
+                if count is not None and not (name == "step" and is_count(count)):
+                    self.state[p][name] = self._count_tensor(p, group, number_of(self, p, name, count))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch.optim; numpy scalars among its options become Python's."""

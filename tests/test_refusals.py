@@ -56,18 +56,18 @@ def test_only_a_parameter_with_gaps_steps_eagerly() -> None:
     assert {row.execution: row.tensors for row in explain(run.ours)} == {"multi_tensor": 2, "eager": 1}
 
 
-@lenient
 def test_an_overlapping_parameter_is_an_error_as_in_torch() -> None:
     run = with_odd_one(expanded)
-    with pytest.raises(RuntimeError, match="single memory location"):
-        run.optimizers[0].step()
-    with pytest.warns(CompileFallbackWarning, match="overlap"), pytest.raises(RuntimeError, match="single memory"):
-        run.ours.step()
+    before = [p.detach().clone() for p in run.params[1]]
+    for optimizer in run.optimizers:
+        with pytest.raises(RuntimeError, match="single memory location"):
+            optimizer.step()
+    torch.testing.assert_close([p.detach() for p in run.params[1]], before, rtol=0, atol=0)
+    assert not run.ours.state
 
 
-@pytest.mark.parametrize("layout", [expanded, non_dense])
-def test_strict_mode_refuses_before_the_first_write(layout: Any) -> None:
-    run = with_odd_one(layout)
+def test_strict_mode_refuses_before_the_first_write() -> None:
+    run = with_odd_one(non_dense)
     before = [p.detach().clone() for p in run.params[1]]
     for _ in range(2):  # a second attempt must not pass either
         with pytest.raises(CompileError, match="COMPILED_OPTIM_STRICT"):
@@ -123,7 +123,9 @@ def test_data_swapped_for_another_shape_over_old_state() -> None:
     p.grad, p.data = None, torch.randn(11, 3, dtype=torch.float64)
     p.grad = torch.randn_like(p)
     before = [t.detach().clone() for t in run.params[1]]
-    with pytest.raises(CompileError, match="another shape"):
+    with pytest.raises(
+        RuntimeError, match=r"Adam: state 'exp_avg' .*shape \(11, 3\) at index 0 of .* 0 .*got \(5, 7\)"
+    ):
         run.ours.step()
     torch.testing.assert_close([t.detach() for t in run.params[1]], before, rtol=0, atol=0)
     assert all(run.ours.state[t]["step"] == 1 for t in run.params[1])

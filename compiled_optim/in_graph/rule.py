@@ -19,7 +19,7 @@ from compiled_optim.declare import Declaration, Number
 from compiled_optim.in_graph.counts import Counts
 from compiled_optim.in_graph.inputs import TOKEN, Handle, Inputs, operator, same
 from compiled_optim.launch.plan import PLAIN
-from compiled_optim.rule import Namespace, arithmetic_dtype, evaluate
+from compiled_optim.rule import Namespace, arithmetic_dtype, evaluate, first_counts
 from compiled_optim.tensor_list import TensorList
 from compiled_optim.updates import Update
 
@@ -149,10 +149,17 @@ class RuleInputs(Inputs):
         sparse = not optimizer.accepts_dense or any(p.grad is not None and p.grad.is_sparse for p in self.params)
         if sparse or self._cannot:
             return True
+        choices, declaration = optimizer.choices(keep_tensors=True), optimizer.declaration
         try:
-            updates.refuse(optimizer, optimizer.choices(keep_tensors=True))
-        except (RuntimeError, TypeError):
-            return True  # and raises when it runs
+            updates.look(optimizer, choices, allocate=False)
+            for choice in choices:
+                evaluate(type(optimizer), choice.hyper, first_counts(type(optimizer), choice.hyper))
+            for p, group, state in zip(self.params, self._groups, self.states, strict=True):
+                for name in declaration.kept(choices[group].switches):
+                    if state.get(name) is not None:
+                        updates.check_buffer(optimizer, p, name, state[name], p.shape)
+        except Exception:
+            return True  # and raises when it runs, if it still concerns what is updated then
         return False
 
     @torch_private.constant_in_graphs
@@ -295,9 +302,10 @@ def _scalars_on_device(
             values[name] = source[1] if len(source) == 2 else row[source[0]]
     h = Namespace(values)
     algorithm, counts = type(optimizer), optimizer.declaration.counts
-    updates = []
+    counted = []
     for i in members:
         state = {name: inputs.states[i][name] for name in counts}
-        updates.append(Update(0, inputs.params[i], inputs.params[i], state, (), counts, False))
-    found = eager.on_device(updates, lambda group, counts: evaluate(algorithm, h, counts))
+        counted.append(Update(0, inputs.params[i], inputs.params[i], state, (), counts, False))
+    found, carried = eager.on_device(counted, lambda group, counts: evaluate(algorithm, h, counts))
+    updates.advance(counted, carried)
     return {k: list(v.tensors) if isinstance(v, TensorList) else [v] * len(members) for k, v in found.items()}

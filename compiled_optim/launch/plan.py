@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 
 from compiled_optim import dtensors, kernels, torch_private
 from compiled_optim.trace import Signature
+from compiled_optim.updates import Journal, is_count, publish, withdraw
 
 if TYPE_CHECKING:
     from compiled_optim.declare import Choice
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
 _NUMBERS = {float, int, bool}
-_STEP_DTYPES = (torch.float32, torch.float64)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp
 
@@ -46,6 +46,7 @@ class Plan:
     ``elsewhere``: parameters that no kernel takes, with their param group and the reason. ``copied``: those whose
     gradient is laid out otherwise than they are, and ``sparse``: those of which it touches some rows only;
     ``sharded``: those that are DTensors, in whose stead the host module is shown the shards of this process.
+    ``journal``: the state that was made for it, until it has run.
     """
 
     host: Any
@@ -57,6 +58,7 @@ class Plan:
     sparse: list[Tensor] = field(default_factory=list)
     sharded: list[Tensor] = field(default_factory=list)
     places: dict[Any, int] = field(default_factory=dict)
+    journal: Journal = field(default_factory=list)
 
     def run(self, optimizer: Optimizer, rows: list[Row]) -> str | list[Counts] | None:
         """One step in one call, given the scalars that are foreseen.
@@ -91,6 +93,8 @@ class Plan:
         threads = torch.get_num_threads()
         outcome: str | list[Counts] | None
         outcome = self.host.run(self.native, lists, state, rows, stand_ins, threads)
+        if outcome is None and self.journal:
+            self.journal.clear()
         if outcome is None and self.sharded:
             increment_version([p for p in self.sharded if optimizer.gradient(p) is not None])
         return outcome
@@ -160,12 +164,15 @@ def make_plan(
         fresh = place >= 0 and any(name in m.made for name in declaration.buffers)
         entries[m.group].append((m.param, place, fresh))
     refused([(p, refusal) for _, p, refusal in plan.elsewhere])
-    for m in members:
-        if m.active and m.made and not m.refusal:
-            optimizer.state[m.listed].update(m.made)
-    for group in entries:
-        host.add_group(plan.native, group)
-    host.seal(plan.native, _local_states(optimizer) if plan.sharded else optimizer.state)
+    made = [(m.listed, m.made) for m in members if m.active and m.made and not m.refusal]
+    try:
+        publish(optimizer, made, plan.journal)
+        for group in entries:
+            host.add_group(plan.native, group)
+        host.seal(plan.native, _local_states(optimizer) if plan.sharded else optimizer.state)
+    except BaseException:
+        withdraw(optimizer, plan.journal)
+        raise
     return plan
 
 
@@ -241,7 +248,7 @@ def _refusal(host: Any, m: _Member) -> str | None:
             return f"its state {name!r} has another shape, layout or device"
     for name in m.counts:
         count = m.state.get(name)
-        if isinstance(count, Tensor) and (count.numel() != 1 or count.dtype not in _STEP_DTYPES or host.refusal(count)):
+        if isinstance(count, Tensor) and (not is_count(count) or host.refusal(count)):
             return f"its state {name!r} is a {count.dtype} tensor of shape {tuple(count.shape)} on {count.device}"
     return None
 
