@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compiled_optim.trace import Signature
 
 _KEPT_REASONS = 19  # and the newest
-COMPILE_ERRORS = (NoCompilerError, BuildError, lower.LoweringError, OSError, ImportError)
+COMPILE_ERRORS = (NoCompilerError, BuildError, lower.LoweringError, lower.UntraceableError, OSError, ImportError)
 
 
 def switched_off() -> str:
@@ -91,7 +91,7 @@ class Execution:
         self._lowering = ""
 
     def step(self, optimizer: Optimizer) -> None:
-        self.reason = switched_off() or self._given_up or self._unavailable()
+        self.reason = switched_off() or self._given_up or self._unavailable(optimizer)
         if self.reason:
             eager.step(optimizer)
             return
@@ -113,9 +113,13 @@ class Execution:
             choices = optimizer.choices()
             kernels.begin(expected(optimizer, choices, _scalar_names(optimizer, choices)))
 
-    def _unavailable(self) -> str:
+    def _unavailable(self, optimizer: Optimizer) -> str:
         if self.plan is not None:
-            return ""
+            if self.plan.is_current(optimizer):
+                return ""
+            name = optimizer.declaration.name
+            why = f"the update of {name}, or what it refers to, has changed since it was compiled"
+            return self._give_up(why, "make such a value a hyperparameter, or build another optimizer after a change")
         unknown = lower.unsupported_version()
         return self._give_up(unknown, "install a version that is known to work") if unknown else ""
 

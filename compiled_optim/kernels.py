@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ import torch
 from compiled_optim import lower, settings
 from compiled_optim.cache import libraries
 from compiled_optim.launch.source import translation_unit
+from compiled_optim.references import UnknownReferenceError, references
 from compiled_optim.trace import Signature, trace
 
 
@@ -54,6 +55,7 @@ class Kernel:
 _PACKAGE = Path(__file__).parent
 _LAUNCH = _PACKAGE / "launch"
 _kernels: dict[Signature, Kernel] = {}
+_MOST_VERSIONS = 8  # of what one rule refers to
 _counts = {"hits": 0, "disk_hits": 0, "misses": 0}
 _host: ModuleType | None = None
 _ahead: set[Signature] = set()  # obtained before they were asked for
@@ -130,6 +132,9 @@ def _begin(signature: Signature) -> libraries.Pending[ctypes.CDLL]:
     facts: dict[str, Any] = {"name": signature.name}
 
     def produce() -> tuple[str, Sequence[str]]:
+        versions = {s.references for s in _kernels if s.algorithm is signature.algorithm}
+        if len(versions - {signature.references}) >= _MOST_VERSIONS:
+            raise lower.UntraceableError(f"what the update of {signature.name} refers to changes again and again")
         lowered = lower.lower_cpp(trace(signature))
         facts["bytes_per_element"] = bytes_per_element(signature, lowered)
         return translation_unit(signature, lowered), lower.cpp_flags()
@@ -184,30 +189,11 @@ def _identity(signature: Signature) -> tuple[list[str], bool]:
     cls = signature.algorithm
     dtypes = ",".join(map(str, signature.dtypes))
     names = ",".join((*signature.buffers, "|", *signature.scalars))
-    rule, digest = cls.update, hashlib.sha256()
-    complete = isinstance(rule, FunctionType) and _fingerprint(rule, digest, set())
-    key = [f"{cls.__module__}.{cls.__qualname__}", digest.hexdigest(), repr(signature.switches), dtypes, names]
-    return key, complete and _in_a_file(cls)
-
-
-def _fingerprint(function: FunctionType, digest: Any, seen: set[Any]) -> bool:
-    """Hashes a rule's code, and that of the functions and constants it names; False if it closes over anything else."""
-    seen.add(function)
-    codes = [function.__code__]
-    enclosed = [cell.cell_contents for cell in function.__closure__ or ()]
-    named: list[Any] = []
-    while codes:
-        code = codes.pop()
-        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
-        constants = [c for c in code.co_consts if not isinstance(c, CodeType)]
-        digest.update(repr((code.co_code, constants, code.co_names, code.co_varnames)).encode())
-        named += [function.__globals__.get(name) for name in code.co_names]
-    values = [*named, *enclosed, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    constants = [v for v in values if isinstance(v, int | float | str | bool | tuple)]
-    digest.update(repr(constants).encode())
-    functions = [v for v in values if isinstance(v, FunctionType) and v not in seen]
-    complete = all(isinstance(v, int | float | str | bool | tuple | FunctionType | type | None) for v in enclosed)
-    return all(_fingerprint(f, digest, seen) for f in functions) and complete
+    try:
+        form, complete = signature.references or references(cls.update), _in_a_file(cls)
+    except UnknownReferenceError:
+        form, complete = (), False
+    return [f"{cls.__module__}.{cls.__qualname__}", repr(form), repr(signature.switches), dtypes, names], complete
 
 
 def _in_a_file(cls: type) -> bool:

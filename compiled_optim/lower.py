@@ -35,6 +35,10 @@ class LoweringError(RuntimeError):
     """The rule could not be lowered to one loop over one flat tensor."""
 
 
+class UntraceableError(RuntimeError):
+    """A user's rule raised while it was traced, or its trace does something else."""
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A C++ function ``kernel``: its source, and for each of its arguments which input it is (None: the length)."""
@@ -172,6 +176,8 @@ def lower_cpp(traced: Traced, vector_bits: int | None = None) -> Lowered:
     for value in recorders[0].call:
         if isinstance(value, torch.Tensor) and value.data_ptr() not in place:
             raise LoweringError(f"{traced.signature.name} is not one fusible loop: Inductor allocates a buffer")
+        if not isinstance(value, torch.Tensor) and value != len(probes[0]):  # of `item()`, say
+            raise LoweringError(f"{traced.signature.name} is not one fusible loop: it takes the number {value}")
         arguments.append(place[value.data_ptr()] if isinstance(value, torch.Tensor) else None)
     return Lowered(recorders[0].source, tuple(arguments))
 

@@ -7,6 +7,7 @@ its gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from compiled_optim.declare import number
 from compiled_optim.execution import COMPILE_ERRORS, switched_off
 from compiled_optim.fallback import fall_back, fall_back_for
 from compiled_optim.in_graph.inputs import same
-from compiled_optim.launch.plan import Plan, Row, make_plan
+from compiled_optim.launch.plan import PLAIN, Plan, Row, make_plan
 from compiled_optim.lr_scheduler import SWALR
 from compiled_optim.optimizer import Optimizer
 from compiled_optim.scalar import lerp
@@ -54,13 +55,16 @@ class _Average(_Rule):
         return lerp(p, g, k.weight)
 
 
-def _custom(avg_fn: AvgFn) -> type[_Rule]:
+def _custom(avg_fn: Any) -> type[_Rule]:
     """The rule of a user's ``avg_fn``; its weight is the number of models that were averaged."""
+    kind: Any = type(avg_fn)
+    function = avg_fn.__call__ if isinstance(kind.__call__, FunctionType) else avg_fn  # of an object, its method
 
     class Custom(_Rule):
         @staticmethod
         def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
-            return avg_fn(p, g, k.weight)
+            n = k.weight
+            return function(p, g, n if isinstance(n, Tensor) else torch.tensor(int(n), device="cpu"))
 
     return Custom
 
@@ -108,40 +112,66 @@ def get_swa_multi_avg_fn() -> MultiAvgFn:
 
 
 _EQUAL = get_swa_avg_fn()
+_PLAIN = frozenset(PLAIN)
 
 
 class _Launcher:
-    """The launch that updates one set of averaged tensors.
-
-    Raises:
-        CompileError: for a tensor that could be compiled were it plain and dense, in strict mode.
-        What `COMPILE_ERRORS` lists.
-    """
+    """The launch that updates one set of averaged tensors."""
 
     def __init__(self, averaged: list[Tensor], fn: Any) -> None:
         self.averaged, self.fn = averaged, fn
         self.rule = (_Average if isinstance(fn, _Weighted) else _custom(fn))([p.detach() for p in averaged])
         self.rule.param_groups[0]["params"] = averaged  # which need not be leaves, for no gradient is asked for
         self.plan: Plan | None = None
+        self.failed = ""
         self.warned: set[Any] = set()
 
     def fits(self, averaged: list[Tensor], fn: Any) -> bool:
         return self.fn is fn and same(averaged, self.averaged)
 
-    def run(self, model_of: dict[Tensor, Tensor], weight: float) -> list[Tensor]:
-        """Updates the averages in place; returns those that no kernel takes, which are left as they are."""
+    def run(
+        self, model_of: dict[Tensor, Tensor], weight: float, other: Callable[[Tensor, Tensor], Tensor], casts: bool
+    ) -> None:
+        """Updates the averages in place, all or none.
+
+        Args:
+            other: the new value of an average that no kernel takes, given that and the model's.
+            casts: whether the model's may be of another dtype.
+
+        Raises:
+            CompileError: for a tensor that could be compiled were it plain and dense, in strict mode.
+            What `COMPILE_ERRORS` lists.
+        """
+        if self.plan is not None and not self.plan.is_current(self.rule):
+            self.failed = "what its avg_fn refers to has changed since that was compiled"
+        if self.failed:
+            raise lower.LoweringError(self.failed)
         self.rule._gradients = model_of
         rows: list[Row] = [(0, (2.0,), (weight,))]
         outcome: Any = None
         for _ in range(3):
             if self.plan is None or isinstance(outcome, str):  # or it no longer fits
-                self.plan = make_plan(self.rule, self.rule.choices(), [("weight",)], self._refused)
+                self.plan = self._make_plan()
+            others = [p for _, p, _ in self.plan.elsewhere]
+            for p in (*self.plan.copied, *others):
+                if p.shape != model_of[p].shape or (p.dtype != model_of[p].dtype and not casts):
+                    raise lower.LoweringError("a tensor of the model is of another shape or dtype than its average")
+            new = [(p, other(p, model_of[p]).expand(p.shape)) for p in others]
             outcome = self.plan.run(self.rule, rows)
             if outcome is None:
-                return [p for _, p, _ in self.plan.elsewhere]
+                for p, value in new:
+                    p.copy_(value)
+                return
             if isinstance(outcome, list):
                 rows = [(group, counts, (weight,)) for group, counts in outcome]
         raise RuntimeError(f"a launch plan that was just made does not fit: {outcome}")
+
+    def _make_plan(self) -> Plan:
+        try:
+            return make_plan(self.rule, self.rule.choices(), [("weight",)], self._refused)
+        except COMPILE_ERRORS as error:
+            self.failed = str(error)
+            raise
 
     def _refused(self, elsewhere: list[tuple[Tensor, str]]) -> None:
         # integers, such as BatchNorm's count, are no fallback
@@ -159,8 +189,10 @@ class AveragedModel(swa_utils.AveragedModel):
     Args:
         model, device, avg_fn, multi_avg_fn, use_buffers: as in torch.optim.swa_utils.
         compiled: update all tensors of a dtype in one launch, in place. An ``avg_fn`` of one's own is compiled too if
-            it is elementwise, and sees its third argument as a floating tensor. A ``multi_avg_fn`` of one's own works
-            on lists in place, and is called as torch calls it, with a warning.
+            it is elementwise, and until what it refers to changes; then, and a ``multi_avg_fn`` of one's own always, it
+            is called as torch calls it, with a warning.
+
+    An update that raises has changed nothing. For a function of one's own that needs a copy of the average meanwhile.
     """
 
     def __init__(
@@ -197,39 +229,68 @@ class AveragedModel(swa_utils.AveragedModel):
     def _update(self, model: Module) -> None:
         on_host = self.n_averaged.device.type == "cpu"  # or reading the count would wait for the device
         if not (self.compiled and on_host and int(self.n_averaged)) or switched_off():
-            super().update_parameters(model)
+            self._update_eagerly(model)
             return
         try:
             self._launch(model, int(self.n_averaged))
         except COMPILE_ERRORS as error:
             fall_back(self._warned, f"the average is updated eagerly: {error}", "repair that, or set compiled=False")
+            self._update_eagerly(model)
+
+    def _update_eagerly(self, model: Module) -> None:
+        """As torch does; what it has written before it raises is taken back."""
+        mine, theirs = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        can_raise = not isinstance(self._function, _Weighted) or _kinds(mine) != _kinds(theirs)
+        saved = [(t, t.detach().clone()) for t in mine] if can_raise else []
+        try:
             super().update_parameters(model)
+        except BaseException:
+            with torch.no_grad():
+                for tensor, value in saved:
+                    tensor.copy_(value)
+            raise
+
+    @property
+    def _function(self) -> Any:
+        return next((fn for fn in (self.avg_fn, self.multi_avg_fn) if fn is not None), _EQUAL)
 
     @torch.no_grad()
     def _launch(self, model: Module, n: int) -> None:
-        fn: Any = self.avg_fn or self.multi_avg_fn or _EQUAL
+        fn = self._function
         if self.multi_avg_fn is not None and not isinstance(fn, _Weighted):
             raise lower.LoweringError("a multi_avg_fn works on lists in place, and only an avg_fn can be compiled")
         mine, my_buffers = _tensors(self.module)
         theirs, their_buffers = _tensors(model)
         if self.use_buffers:
             mine, theirs = mine + my_buffers, theirs + their_buffers
-        model_of = dict(zip(mine, theirs, strict=False))  # a tied parameter once
+        elif [b.shape for b in my_buffers] != [b.shape for b in their_buffers]:
+            raise lower.LoweringError("the buffers of the model are of other shapes than those of its average")
+        model_of = dict(zip(mine, theirs, strict=False))
+        if len(model_of) < len(mine) or len(set(map(id, theirs))) < len(theirs):  # each tied parameter once
+            model_of = dict(zip(dict.fromkeys(mine), dict.fromkeys(theirs), strict=False))
+        if not _PLAIN.issuperset(map(type, theirs)):  # most subclasses of Parameter are plain tensors underneath
+            model_of = {p: current.detach() for p, current in model_of.items()}
         averaged = list(model_of)
+        if not isinstance(fn, _Weighted) and any(p.is_complex() for p in averaged):
+            raise lower.LoweringError("a kernel takes complex numbers as two, which an avg_fn may not")
         launcher = self._launcher
         if launcher is None or not launcher.fits(averaged, fn):
             launcher = self._launcher = _Launcher(averaged, fn)
         weight = fn.weight(n) if isinstance(fn, _Weighted) else n
-        for p in launcher.run(model_of, weight):
-            current = model_of[p].to(p.device)
-            if self.multi_avg_fn is not None:
-                self.multi_avg_fn([p], [current], self.n_averaged.to(p.device))
-            else:
-                p.copy_(fn(p, current, self.n_averaged.to(p.device)))
+        launcher.run(model_of, weight, self._other, casts=self.multi_avg_fn is None)
         if not self.use_buffers:
             for average, buffer in zip(my_buffers, their_buffers, strict=True):
                 average.copy_(buffer)
         self.n_averaged += 1
+
+    def _other(self, average: Tensor, current: Tensor) -> Tensor:
+        """The new value of an average, by the function that torch would call."""
+        average, current, n = average.detach(), current.detach().to(average.device), self.n_averaged.to(average.device)
+        if self.multi_avg_fn is None:
+            return self._function(average, current, n)  # type: ignore[no-any-return]
+        average = average.clone()
+        self.multi_avg_fn([average], [current], n)
+        return average
 
 
 _update_outside_graphs = torch_private.never_traced(AveragedModel._update)
@@ -240,6 +301,10 @@ def _tensors(module: Module) -> tuple[list[Tensor], list[Tensor]]:
     modules = list(module.modules())
     parameters: list[Tensor] = [p for m in modules for p in m._parameters.values() if p is not None]
     return parameters, [b for m in modules for b in m._buffers.values() if b is not None]
+
+
+def _kinds(tensors: list[Tensor]) -> list[Any]:
+    return [(t.shape, t.dtype) for t in tensors]
 
 
 def update_bn(loader: Iterable[Any], model: Module, device: Any = None) -> None:

@@ -98,6 +98,17 @@ class TensorList:
     def __lt__(self, other: float) -> TensorList:
         return TensorList([t < other for t in self.tensors])
 
+    def __eq__(self, other: Any) -> TensorList:  # type: ignore[override]
+        return TensorList([t.eq(other) for t in self.tensors])
+
+    def __ne__(self, other: Any) -> TensorList:  # type: ignore[override]
+        return TensorList([t.ne(other) for t in self.tensors])
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise TypeError("an update cannot branch on a value: use `where`, or a number that is declared as a switch")
+
     def where(self, condition: TensorList, other: TensorList) -> TensorList:
         parts = zip(self.tensors, condition.tensors, other.tensors, strict=True)
         return TensorList([a.where(c, b) for a, c, b in parts])

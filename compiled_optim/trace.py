@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from compiled_optim import lower
+from compiled_optim.references import Form, is_own, refers_to
 from compiled_optim.rule import apply, arithmetic_dtype
 
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ class Signature:
     """What decides a kernel: never a value of a hyperparameter, never a shape.
 
     ``buffers`` and ``scalars`` are names in the order the kernel takes them; ``dtypes`` are real, of the parameter (and
-    its gradient) and of each buffer.
+    its gradient) and of each buffer. ``references`` is what a user's rule refers to, None of a rule of the package.
     """
 
     algorithm: type[Optimizer]
@@ -27,6 +30,7 @@ class Signature:
     dtypes: tuple[torch.dtype, ...]
     buffers: tuple[str, ...]
     scalars: tuple[str, ...]
+    references: Form | None = None
 
     @property
     def flat(self) -> tuple[str, ...]:
@@ -57,7 +61,11 @@ class Traced:
 
 
 def trace(signature: Signature, device: str = "cpu") -> Traced:
-    """Traces the rule on fake tensors; the results are copied into the inputs, as the last nodes of the graph."""
+    """Traces the rule on fake tensors; the results are copied into the inputs, as the last nodes of the graph.
+
+    Raises:
+        lower.UntraceableError: if the rule raises, or if it is a user's and its trace does something else.
+    """
     names = signature.flat + signature.scalars
     flat = len(signature.flat)
 
@@ -69,7 +77,10 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
         return [new, *(new_state[name] for name in signature.buffers)]
 
     scalar_dtypes = [signature.scalar_dtype] * len(signature.scalars)
-    graph, mode, inputs = lower.trace_flat(body, list(signature.flat_dtypes), scalar_dtypes, device)
+    try:
+        graph, mode, inputs = lower.trace_flat(body, list(signature.flat_dtypes), scalar_dtypes, device)
+    except Exception as error:  # of a user's rule, or of private parts
+        raise _untraceable(signature, f"raised {_brief(error)} while it was traced") from error
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
         node.meta["role"] = name
@@ -81,4 +92,89 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
             node.meta["val"] = target.meta["val"]
     output.args = ([],)
     graph.recompile()
-    return Traced(signature, graph, mode, inputs)
+    traced = Traced(signature, graph, mode, inputs)
+    if device == "cpu" and not is_own(signature.algorithm.update):
+        _try(traced)
+    return traced
+
+
+# ---- a user's rule may look at shapes, at lengths or at other elements, write to its inputs, and count its calls
+
+_SHAPES = ((6,), (2, 3), (), (1, 2, 3), (1, 1, 2, 3), (1, 1, 1, 2, 3), (1,))
+_TRIALS = (2.0, 1.0, 20.0)  # the first with every shape
+
+
+def _try(traced: Traced) -> None:
+    """Has the rule update small tensors of several shapes, and its trace each of their elements.
+
+    Raises:
+        lower.UntraceableError: if they differ, or if the rule changes anything else than what it returns.
+    """
+    signature = traced.signature
+    if traced.fake_mode.shape_env.guards:
+        raise _untraceable(signature, "depends on how many elements there are")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for i, shape in enumerate((*_SHAPES, *[_SHAPES[0]] * (len(_TRIALS) - 1))):
+            scalars = [_TRIALS[max(0, i - len(_SHAPES) + 1)] ** (1 - 2 * k) for k in range(len(signature.scalars))]
+            try:
+                expected = _run_rule(signature, _sample(signature, shape), scalars)
+            except Exception as error:
+                raise _untraceable(signature, f"raised {_brief(error)} when it was tried") from error
+            if expected is None:
+                raise _untraceable(signature, "writes to its inputs in place")
+            # element by element, for in a launch an update has no other
+            given = zip(*(torch.split(t.flatten(), 1) for t in _sample(signature, shape)), strict=True)
+            columns = zip(*(_run_trace(traced, [*map(Tensor.clone, ts)], scalars) for ts in given), strict=True)
+            actual = [torch.cat(column) for column in columns]
+            if not all(_close(a, e) for a, e in zip(actual, expected, strict=True)):
+                raise _untraceable(signature, f"does something else with a tensor of shape {shape} than with elements")
+    if signature.references is not None and not refers_to(signature.algorithm.update, signature.references):
+        raise _untraceable(signature, "changes what it refers to")
+
+
+def _sample(signature: Signature, shape: tuple[int, ...]) -> list[Tensor]:
+    """A parameter, a gradient, and state that is positive, as most is."""
+    ends = [(-2.0, 3.0), (1.5, -1.0), *((0.5 + i, 2.0 + i) for i in range(len(signature.buffers)))]
+    numel = torch.Size(shape).numel()
+    pairs = zip(ends, signature.flat_dtypes, strict=True)
+    return [torch.linspace(*both, numel, dtype=dtype, device="cpu").reshape(shape) for both, dtype in pairs]
+
+
+def _run_rule(signature: Signature, values: list[Tensor], scalars: list[float]) -> list[Tensor] | None:
+    """The new parameter and state, flat; None if the old ones, or the gradient, are no longer what they were."""
+    kept = [*map(Tensor.clone, values)]
+
+    def run(convert: Callable[[float], Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        state = dict(zip(signature.buffers, values[2:], strict=True))
+        named = dict(zip(signature.scalars, map(convert, scalars), strict=True))
+        return apply(signature.algorithm, signature.switches, values[0], values[1], state, named)
+
+    try:
+        new, new_state = run(float)
+    except TypeError:  # of an operand that must be a tensor, as that of `maximum`
+        new, new_state = run(lambda k: torch.tensor(k, dtype=signature.scalar_dtype, device="cpu"))
+    results = [new, *(new_state[name] for name in signature.buffers)]
+    if not all(map(torch.equal, values, kept)):
+        return None
+    if any(r.shape != values[0].shape for r in results):
+        raise ValueError(f"results of shapes {[tuple(r.shape) for r in results]} for {tuple(values[0].shape)}")
+    return [r.flatten() for r in results]
+
+
+def _run_trace(traced: Traced, values: list[Tensor], scalars: list[float]) -> list[Tensor]:
+    width = traced.signature.scalar_dtype
+    traced.graph(*values, *(torch.tensor(s, dtype=width, device="cpu") for s in scalars))
+    return [values[0], *values[2:]]
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    rounding = 16 * torch.finfo(expected.dtype).eps
+    return torch.allclose(actual, expected, rtol=rounding, atol=rounding, equal_nan=True)
+
+
+def _untraceable(signature: Signature, what: str) -> lower.UntraceableError:
+    return lower.UntraceableError(f"the update of {signature.name} {what}")
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -45,7 +45,7 @@ LAYERS = [
     ("foreach",),
     ("eager",),
     ("updates", "rule", "scalar"),
-    ("dtensors", "tensor_list"),
+    ("dtensors", "tensor_list", "references"),
     ("lower",),
     ("torch_private",),
     ("declare",),
@@ -124,7 +124,7 @@ def test_size_of_the_package() -> None:
     files = [*FILES, *PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]
     lines = sum(code_lines(file) for file in files if file.name != "demo.py")
     print(f"{lines} lines of code")
-    assert lines < 6800
+    assert lines < 7100
 
 
 @pytest.mark.parametrize("name", compiled_optim.algorithms.__all__)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from compiled_optim import dtensors, kernels, torch_private
+from compiled_optim import dtensors, kernels, lower, torch_private
+from compiled_optim.references import Form, UnknownReferenceError, is_own, references, refers_to
 from compiled_optim.trace import Signature
 from compiled_optim.updates import Journal, is_count, publish, withdraw
 
@@ -46,12 +47,15 @@ class Plan:
     ``elsewhere``: parameters that no kernel takes, with their param group and the reason. ``copied``: those whose
     gradient is laid out otherwise than they are, and ``sparse``: those of which it touches some rows only;
     ``sharded``: those that are DTensors, in whose stead the host module is shown the shards of this process.
-    ``journal``: the state that was made for it, until it has run.
+    ``journal``: the state that was made for it, until it has run; ``references``: what the rule refers to, None if that
+    cannot change.
     """
 
     host: Any
     native: Any
     switches: list[Any]
+    rule: Callable[..., Any]
+    references: Form | None
     launches: list[Launch] = field(default_factory=list)
     elsewhere: list[tuple[int, Tensor, str]] = field(default_factory=list)
     copied: list[Tensor] = field(default_factory=list)
@@ -59,6 +63,11 @@ class Plan:
     sharded: list[Tensor] = field(default_factory=list)
     places: dict[Any, int] = field(default_factory=dict)
     journal: Journal = field(default_factory=list)
+
+    def is_current(self, optimizer: Optimizer) -> bool:
+        """Whether the rule is the one that was compiled, and refers to what it did then."""
+        rule = optimizer.rule_class.update
+        return rule is self.rule and (self.references is None or refers_to(rule, self.references))
 
     def run(self, optimizer: Optimizer, rows: list[Row]) -> str | list[Counts] | None:
         """One step in one call, given the scalars that are foreseen.
@@ -138,12 +147,20 @@ def make_plan(
         refused: told of the parameters that no kernel takes, and why, before any state is made.
 
     Raises:
+        lower.LoweringError: if the rule refers to what could change unnoticed.
         What `kernels.obtain` and ``refused`` raise.
     """
-    members = _members(optimizer, choices, scalar_names)
+    form = _references(optimizer)
+    members = _members(optimizer, choices, scalar_names, form)
     host, found = kernels.obtain([m.signature for m in members if m.active and m.signature])
     declaration = optimizer.declaration
-    plan = Plan(host, host.make(declaration.slots, len(declaration.counts)), [c.switches for c in choices])
+    plan = Plan(
+        host,
+        host.make(declaration.slots, len(declaration.counts)),
+        [c.switches for c in choices],
+        optimizer.rule_class.update,
+        form,
+    )
     entries: list[list[tuple[Tensor, int, bool]]] = [[] for _ in choices]
     for m in members:
         m.refusal = m.refusal or _refusal(host, m)
@@ -178,17 +195,34 @@ def make_plan(
 
 def expected(optimizer: Optimizer, choices: list[Choice], scalar_names: list[tuple[str, ...]]) -> list[Signature]:
     """The kernels of a step in which these parameters have a gradient, or all that are trained if none has one yet."""
-    members = _members(optimizer, choices, scalar_names, allocate=False)
+    form = _references(optimizer)
+    members = _members(optimizer, choices, scalar_names, form, allocate=False)
     active = [m for m in members if m.active] or [m for m in members if m.param.requires_grad]
     return [m.signature for m in active if m.signature]
 
 
+def _references(optimizer: Optimizer) -> Form | None:
+    rule = optimizer.rule_class.update
+    if is_own(rule):
+        return None
+    try:
+        return references(rule)
+    except UnknownReferenceError as error:
+        name = optimizer.declaration.name
+        raise lower.LoweringError(f"the update of {name} refers to {error}: no change of it would be seen") from error
+
+
 def _members(
-    optimizer: Optimizer, choices: list[Choice], scalar_names: list[tuple[str, ...]], *, allocate: bool = True
+    optimizer: Optimizer,
+    choices: list[Choice],
+    scalar_names: list[tuple[str, ...]],
+    form: Form | None,
+    *,
+    allocate: bool = True,
 ) -> list[_Member]:
     occurrences = Counter(id(dtensors.local(p)) for group in optimizer.param_groups for p in group["params"])
     return [
-        _examine(optimizer, i, p, choices[i], scalar_names[i], occurrences[id(dtensors.local(p))], allocate)
+        _examine(optimizer, i, p, choices[i], scalar_names[i], form, occurrences[id(dtensors.local(p))], allocate)
         for i, group in enumerate(optimizer.param_groups)
         for p in group["params"]
     ]
@@ -200,6 +234,7 @@ def _examine(
     p: Tensor,
     choice: Choice,
     scalar_names: tuple[str, ...],
+    form: Form | None,
     occurrences: int,
     allocate: bool,
 ) -> _Member:
@@ -223,7 +258,7 @@ def _examine(
     buffers = optimizer.declaration.kept(choice.switches)
     state = dtensors.local_state(listed, {**optimizer.state.get(listed, {}), **made}, buffers)
     dtypes = tuple(d.to_real() for d in (p.dtype, *(p.dtype if state[b] is None else state[b].dtype for b in buffers)))
-    signature = Signature(optimizer.rule_class, choice.switches, dtypes, buffers, scalar_names)
+    signature = Signature(optimizer.rule_class, choice.switches, dtypes, buffers, scalar_names, form)
     return _Member(group, listed, p, state, made, None, signature, grad, optimizer.declaration.counts)
 
 

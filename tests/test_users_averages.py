@@ -1,0 +1,218 @@
+"""Averages by a user's function, and of a model that is not what it was."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from averaging import AVERAGES, Net, assert_same_state, change
+from torch import Tensor, nn
+from torch.optim import swa_utils as stock
+
+from compiled_optim import CompileFallbackWarning
+from compiled_optim.swa_utils import AveragedModel
+
+compiled = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+# ---- an avg_fn of one's own, which a kernel would freeze or take for something else
+
+
+class Decaying:
+    decay = 0.5
+
+    def __call__(self, average: Tensor, model: Tensor, averaged: Any) -> Tensor:
+        return average * self.decay + model * (1 - self.decay)
+
+
+def unfrozen() -> dict[str, tuple[Any, Callable[[int], Any]]]:
+    """Functions, and what happens before each update."""
+    tensor, calls, decaying = torch.tensor(0.5, dtype=torch.float64), [], Decaying()
+
+    def decays(value: float) -> None:
+        decaying.decay = value
+
+    def counting(average: Tensor, model: Tensor, averaged: Any) -> Tensor:
+        calls.append(1)
+        return average * 0.9 + model * 0.1 * len(calls)
+
+    def branching(average: Tensor, model: Tensor, averaged: Any) -> Tensor:
+        return model if averaged < 3 else average * 0.9 + model * 0.1
+
+    def warming_up(average: Tensor, model: Tensor, averaged: Any) -> Tensor:
+        decay = min(0.999, (1 + averaged) / (10 + averaged))
+        return average * decay + model * (1 - decay)
+
+    def nothing(i: int) -> None:
+        pass
+
+    return {
+        "a tensor": (lambda a, m, n: a * tensor + m * (1 - tensor), lambda i: tensor.fill_(0.5 + 0.05 * i)),
+        "an object": (lambda a, m, n: a + (m - a) * getattr(decaying, "decay"), lambda i: decays(i / 8)),  # noqa: B009
+        "calls": (counting, nothing),
+        "branch": (branching, nothing),
+        "minimum": (warming_up, nothing),
+        "int": (lambda a, m, n: a * 0.9 + m * 0.1 if int(n) > 3 else m, nothing),
+        "item": (lambda a, m, n: a + (m - a) / (n.item() + 1), nothing),
+        "dtype of the count": (lambda a, m, n: a + (m - a) / 3 if n.dtype == torch.int64 else m, nothing),
+        "float32 count": (lambda a, m, n: a + (m - a) * (1 / (n + 2)), nothing),
+        "exponential": (lambda a, m, n: a + (m - a) * torch.exp(-n / 10.0), nothing),
+        "dimensions": (lambda a, m, n: a + (m - a) / (a.ndim + 2), nothing),
+        "rows": (lambda a, m, n: a + (m - a) / (len(a) if a.ndim else 7), nothing),
+        "flip": (lambda a, m, n: (a + m.flip(0)) / 2 if a.ndim else a, nothing),
+        "norm": (lambda a, m, n: a + (m - a) / (1 + m.norm()), nothing),
+        "in place": (lambda a, m, n: a.lerp_(m, 0.1), nothing),
+    }
+
+
+@pytest.mark.parametrize("kind", unfrozen())
+def test_what_a_trace_would_get_wrong_is_called(kind: str, lenient: None) -> None:
+    averages: list[Any] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for make in (stock.AveragedModel, functools.partial(AveragedModel, compiled=True)):
+            function, before = unfrozen()[kind]
+            torch.manual_seed(0)
+            model = Net().double()
+            averages.append(make(model, avg_fn=function))
+            for i in range(5):
+                before(i)
+                change(model)
+                averages[-1].update_parameters(model)
+    fallbacks = [str(w.message) for w in caught if w.category is CompileFallbackWarning]
+    if kind != "calls":  # of which our trial is one
+        assert_same_state(averages[1], averages[0])
+    assert len(fallbacks) == 1
+    assert "averaged eagerly" in fallbacks[0] or "the average is updated eagerly" in fallbacks[0]
+
+
+def test_a_change_of_what_it_refers_to(lenient: None) -> None:
+    """A kernel until then; of an attribute of an object, and a list in a dict."""
+    model, decaying, table = Net().double(), Decaying(), {"factor": [1.0]}
+
+    def function(average: Tensor, model: Tensor, averaged: Any) -> Tensor:
+        return (average * decaying.decay + model * (1 - decaying.decay)) * table["factor"][0]
+
+    reference, mine = stock.AveragedModel(model, avg_fn=function), AveragedModel(model, avg_fn=function, compiled=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(6):
+            assert not caught or i > 3
+            if i == 3:
+                decaying.decay = 0.25
+            if i == 4:
+                table["factor"][0] = 0.5
+            change(model)
+            reference.update_parameters(model)
+            mine.update_parameters(model)
+            assert_same_state(mine, reference)
+    assert [w.category for w in caught] == [CompileFallbackWarning]
+    assert "refers to has changed" in str(caught[0].message)
+
+
+def test_complex_tensors_are_not_split_for_a_function_of_ones_own(lenient: None) -> None:
+    model = nn.ParameterList([torch.randn(3, dtype=torch.complex128)])
+
+    def rotated(average: Tensor, model: Tensor, averaged: Any) -> Tensor:
+        return average * 0.5 + model * 0.5j * model.abs()
+
+    reference, mine = stock.AveragedModel(model, avg_fn=rotated), AveragedModel(model, avg_fn=rotated, compiled=True)
+    for i in range(3):
+        change(model)
+        reference.update_parameters(model)
+        with pytest.warns(CompileFallbackWarning, match="complex") if i == 1 else contextlib.nullcontext():
+            mine.update_parameters(model)
+    assert_same_state(mine, reference)
+
+
+# ---- a model that is not what it was
+
+
+class Subclass(nn.Parameter):
+    pass
+
+
+def retie(model: nn.Module) -> None:
+    model.tied = nn.Linear(5, 4, dtype=torch.float64)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a buffer more": lambda m: m.register_buffer("late", torch.ones(2)),
+    "a buffer of another shape": lambda m: setattr(m.norm, "running_mean", torch.ones(5)),
+    "a buffer that broadcasts": lambda m: setattr(m.norm, "running_mean", torch.ones(1, dtype=torch.float64)),
+    "a parameter more": lambda m: m.register_parameter("late", nn.Parameter(torch.ones(2))),
+    "a parameter less": lambda m: delattr(m.norm, "bias"),
+    "a parameter of another shape": lambda m: setattr(m.last, "weight", nn.Parameter(torch.ones(7, 4).double())),
+    "a parameter that broadcasts": lambda m: setattr(m.last, "weight", nn.Parameter(torch.ones(4).double())),
+    "another parameter": lambda m: setattr(m.last, "weight", nn.Parameter(torch.ones(5, 4).double())),
+    "a subclass of Parameter": lambda m: setattr(m.last, "weight", Subclass(torch.ones(5, 4).double())),
+    "one of another dtype": lambda m: setattr(m.last, "weight", nn.Parameter(torch.ones(5, 4))),
+    "another dtype": lambda m: m.float(),
+    "other ties": retie,
+}
+FUNCTIONS = {name: AVERAGES[name] for name in ("equal", "EMA", "EMA, multi_avg_fn")}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_an_average_that_cannot_be_updated_is_left_as_it_is(kind: str, lenient: None) -> None:
+    for theirs, ours in FUNCTIONS.values():
+        for compiled, use_buffers in itertools.product((False, True), repeat=2):
+            model = Net().double()
+            reference = stock.AveragedModel(model, use_buffers=use_buffers, **theirs)
+            mine = AveragedModel(model, use_buffers=use_buffers, compiled=compiled, **ours)
+            for i in range(3):
+                change(model)
+                if i == 2:
+                    CHANGES[kind](model)
+                before = copy.deepcopy(mine.state_dict())
+                results = []
+                for averaged in (reference, mine):
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", CompileFallbackWarning)
+                        try:
+                            results.append(averaged.update_parameters(model))
+                        except (RuntimeError, ValueError) as error:
+                            results.append(str(error))
+            assert results[0] == results[1]
+            if results[1] is None:
+                assert_same_state(mine, reference, 1e-7 if "dtype" in kind else 1e-12)
+            else:
+                for name, value in mine.state_dict().items():
+                    torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+@compiled
+@pytest.mark.parametrize("option", ["avg_fn", "multi_avg_fn"])
+def test_a_function_that_raises_midway_changes_nothing(option: str, compiled: bool, lenient: None) -> None:
+    fails_at = [100]
+
+    def single(average: Tensor, model: Tensor, averaged: Any) -> Tensor:
+        fails_at[0] -= 1
+        if not fails_at[0]:
+            raise KeyboardInterrupt
+        return average * 0.9 + model * 0.1
+
+    def several(averages: Any, models: Any, averaged: Any) -> None:
+        for average, current in zip(averages, models, strict=True):
+            average.copy_(single(average, current, averaged))
+
+    model = Net()
+    mine = AveragedModel(model, **{option: single if option == "avg_fn" else several}, compiled=compiled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompileFallbackWarning)
+        mine.update_parameters(model)
+        change(model)
+        mine.update_parameters(model)
+        before = copy.deepcopy(mine.state_dict())
+        fails_at[0] = 3
+        change(model)
+        with pytest.raises(KeyboardInterrupt):
+            mine.update_parameters(model)
+    for name, value in mine.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
