@@ -24,7 +24,6 @@ from compiled_optim.updates import (
     lists,
     look,
     publish_all,
-    turns,
     withdraw,
 )
 
@@ -224,9 +223,8 @@ def run_differentiable(
 
     Of each turn all is computed before any is written.
     """
-    turn_of = turns(updates)
-    for turn in sorted(set(turn_of)):
-        members = [u for u, t in zip(updates, turn_of, strict=True) if t == turn]
+    for turn in sorted({u.turn for u in updates}):
+        members = [u for u in updates if u.turn == turn]
         results = [_differentiated(algorithm, u, switches, scalars) for u in members]
         for u, (new, state) in zip(members, results, strict=True):
             u.param.copy_(new)

@@ -42,6 +42,7 @@ class _Attributes:
     _compiled: bool | str = False
     _execution: Any = None  # made by the first step, and again after a copy
     _inputs: Any = None  # of the user's graphs
+    _memory: Any = None  # which of its tensors share some
 
 
 class Optimizer(_Attributes, torch.optim.Optimizer):

@@ -6,10 +6,10 @@ optimizer the state that was made, and tensors are written.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from compiled_optim import dtensors, torch_private
+from compiled_optim.memory import Memory
 
 if TYPE_CHECKING:
     from compiled_optim.declare import Choice
@@ -41,7 +42,7 @@ class Update:
     ``counts``: the names of its 0-d state, the step count first, if it keeps one; ``fresh``: whether buffers were made
     in this step; ``made``: all state that was, or None if nothing lacked; ``kind``: what tensors must share to be in
     one list; ``listed``: the parameter in its param group, where that is a DTensor, of which the tensors here are
-    shards.
+    shards; ``turn``: how many others must be done before, one after the other, for they share memory.
     """
 
     group: int
@@ -54,14 +55,19 @@ class Update:
     made: dict[str, Any] | None = None
     kind: tuple[Any, ...] = ()
     listed: Tensor | None = None
+    turn: int = 0
 
-    def next_counts(self) -> tuple[float, ...]:
+    def next_counts(self, ahead: Mapping[int, float] = MappingProxyType({})) -> tuple[float, ...]:
         """The step count after this step, and what `scalars` carried here; without a step count, 1 for new state and
-        2 after."""
+        2 after. ``ahead``: by address, what will be there then."""
         if not self.counts:
             return (1.0,) if self.fresh else (2.0,)
+        counts = [self.state[name] for name in self.counts]
         try:
-            step, *carried = [self.state[name].item() for name in self.counts]
+            if ahead:
+                step, *carried = [ahead[at] if (at := t.data_ptr()) in ahead else t.item() for t in counts]
+            else:
+                step, *carried = [t.item() for t in counts]
         except RuntimeError as error:
             got = ", ".join(f"{name!r} {_described(self.state[name])}" for name in self.counts)
             raise RuntimeError(f"state must hold numbers that the host can read, got {got}: {error}") from error
@@ -134,7 +140,16 @@ def look(
             _check_kind(optimizer, update)
             kinds.add(update.kind)
         updates.append(update)
+    if allocate:
+        _take_turns(optimizer, updates)
     return updates
+
+
+def _take_turns(optimizer: Optimizer, updates: list[Update]) -> None:
+    memory = optimizer._memory = optimizer._memory or Memory()
+    written = [[u.param, *[u.state[name] for name in (*u.counts, *u.buffers)]] for u in updates]
+    for u, turn in zip(updates, memory.turns(written, [u.grad for u in updates]), strict=True):
+        u.turn = turn
 
 
 def _lacks(state: dict[str, Any], counts: tuple[str, ...], buffers: tuple[str, ...]) -> bool:
@@ -288,16 +303,6 @@ def _described(value: Any) -> str:
 # ---- the order of a step
 
 
-def turns(updates: list[Update]) -> list[int]:
-    """Of each update, how many others must be done before, one after the other: a parameter may be listed twice."""
-    done: Counter[int] = Counter()
-    found = []
-    for u in updates:
-        found.append(done[id(u.param)])
-        done[id(u.param)] += 1
-    return found
-
-
 def lists(
     updates: list[Update], scalars: Scalars, on_device: Sequence[bool]
 ) -> list[tuple[list[Update], Values | None, int]]:
@@ -308,18 +313,17 @@ def lists(
     """
     found: dict[Any, list[Update]] = {}
     evaluated: dict[Any, Values] = {}
-    ahead: dict[int, Any] = {}  # by step count: what an earlier update of this step is given
-    for u, turn in zip(updates, turns(updates), strict=True):
+    ahead: dict[int, float] = {}  # by address: what an earlier update of this step leaves there
+    are_apart = not any([u.turn for u in updates])  # noqa: C419
+    for u in updates:
         at = None
         if not on_device[u.group]:
-            count = id(u.state[u.counts[0]]) if u.counts else 0
-            before = ahead.get(count)
-            at = (u.group, u.next_counts() if before is None else _after(u, before[1], evaluated[before][1]))
+            at = (u.group, u.next_counts(ahead))
             if at not in evaluated:
                 evaluated[at] = scalars(*at)
-            if count:
-                ahead[count] = at
-        key = (turn, at, u.grad.layout, u.kind)
+            if u.counts and not are_apart:
+                ahead |= _left(u, (at[1][0], *evaluated[at][1]))
+        key = (u.turn, at, u.grad.layout, u.kind)
         if key in found:
             found[key].append(u)
         else:
@@ -328,11 +332,10 @@ def lists(
     return [(members, None if at is None else evaluated[at], turn) for (turn, at, _, _), members in ordered]
 
 
-def _after(u: Update, counts: tuple[float, ...], carried: Sequence[Any]) -> tuple[float, ...]:
-    """The counts of an update that follows one with these, rounded as its tensors will round them."""
-    values = zip(u.counts, (counts[0], *carried), strict=True)
-    step, *others = [u.state[name].new_tensor(value).item() for name, value in values]
-    return (step + 1, *others)
+def _left(u: Update, values: Sequence[Any]) -> dict[int, float]:
+    """By address, what the 0-d state of an update will hold, rounded as its tensors round."""
+    counts = [u.state[name] for name in u.counts]
+    return {t.data_ptr(): t.new_tensor(value).item() for t, value in zip(counts, values, strict=True)}
 
 
 def advance(members: list[Update], carried: Sequence[Any]) -> None:

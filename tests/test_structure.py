@@ -45,7 +45,7 @@ LAYERS = [
     ("foreach",),
     ("eager",),
     ("updates", "rule", "scalar"),
-    ("dtensors", "tensor_list", "references"),
+    ("dtensors", "tensor_list", "references", "memory"),
     ("lower",),
     ("torch_private",),
     ("declare",),

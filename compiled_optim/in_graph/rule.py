@@ -19,6 +19,7 @@ from compiled_optim.declare import Declaration, Number
 from compiled_optim.in_graph.counts import Counts
 from compiled_optim.in_graph.inputs import TOKEN, Handle, Inputs, operator, same
 from compiled_optim.launch.plan import PLAIN
+from compiled_optim.memory import Memory
 from compiled_optim.rule import Namespace, arithmetic_dtype, evaluate, first_counts
 from compiled_optim.tensor_list import TensorList
 from compiled_optim.updates import Update
@@ -75,16 +76,25 @@ class RuleInputs(Inputs):
         self._held: dict[str, list[Any]] = {}
         self._made: set[int] = set()
         self._cannot = ""
+        self._memory = Memory()
+        self._share_memory = False
         super().__init__(optimizer)
 
     def look(self) -> bool:
         optimizer = self.optimizer
         changed = super().look()
-        if changed or not self._is_as_left(optimizer):
+        shared, self._share_memory = self._share_memory, self._look_for_shared_memory(optimizer)
+        if changed or shared != self._share_memory or not self._is_as_left(optimizer):
             had = set() if changed else self._counts.placed
             self._gather(optimizer)
             self._make(had, _switches(optimizer))  # what was taken away is made again, for graphs take it in
         return changed
+
+    def _look_for_shared_memory(self, optimizer: Optimizer) -> bool:
+        states = [optimizer.state.get(p, {}).values() for p in self.params]
+        written = [[p, *[v for v in s if isinstance(v, Tensor)]] for p, s in zip(self.params, states, strict=True)]
+        read = [p.grad for p in self.params]
+        return any(self._memory.turns(written, [TOKEN if g is None else g for g in read]))
 
     def _is_as_left(self, optimizer: Optimizer) -> bool:
         live = [*optimizer.state.values()]
@@ -105,12 +115,13 @@ class RuleInputs(Inputs):
         names = optimizer.declaration.counts if on_host else ()
         dtype = optimizer._count_tensor(torch.empty(()), {}, 0.0).dtype
         self._counts = Counts(names, dtype, self._groups, self.states)
+        self._cannot = "" if set(map(type, params)) <= set(PLAIN) else "a tensor subclass"
+        if self._share_memory:  # as a parameter that is listed twice does
+            self._cannot = "tensors that share memory"
+            return
         for i in on_host:
             if self.states[i] and all(self.states[i].get(name) is not None for name in names):
                 self._counts.place(i)
-        self._cannot = "" if set(map(type, params)) <= set(PLAIN) else "a tensor subclass"
-        if len(set(map(id, params))) < len(params):
-            self._cannot = "a parameter listed twice"
 
     def guarded(self) -> list[Any]:
         guarded, optimizer = super().guarded(), self.optimizer
@@ -124,7 +135,7 @@ class RuleInputs(Inputs):
     def _make(self, members: Iterable[int], switches: list[tuple[bool, ...]]) -> None:
         """Makes the state that these parameters lack."""
         optimizer = self.optimizer
-        for i in members:
+        for i in () if self._share_memory else members:
             self._make_one(optimizer, i, switches[self._groups[i]])
         self._watch(optimizer)
 

@@ -1,0 +1,111 @@
+"""Memory that two tensors share: what overlaps must be updated one after the other, as in a loop over parameters."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter
+
+from torch import Tensor
+
+_is_sparse = attrgetter("is_sparse")
+Span = tuple[int, int, int, bool]  # begin and end in bytes, whose it is, whether that writes it
+
+
+class Memory:
+    """Which updates of a step must wait for others. Kept from step to step, so that addresses are sorted when they
+    change only."""
+
+    def __init__(self) -> None:
+        self._written: list[int] = []  # addresses and sizes
+        self._read: list[int] = []
+        self._begins: list[int] = []  # of what is written, sorted
+        self._ends: list[int] = []
+        self._clashes = False
+
+    def turns(self, written: Sequence[Sequence[Tensor]], read: Sequence[Tensor]) -> list[int]:
+        """Of each update, in the order of a loop over them, the turn in which it may be done, from 0 on.
+
+        Args:
+            written: the parameter of each update, and its state.
+            read: the gradient of each.
+        """
+        addresses = [*_addresses([*chain(*written)]), *[row[0].numel() for row in written]]
+        if addresses != self._written:
+            self._sort(written)
+            self._written, self._read = addresses, []
+        dense = [t for t in read if not t.is_sparse] if any(map(_is_sparse, read)) else read
+        read_at = _addresses(dense)
+        if read_at != self._read and not self._clashes:
+            self._clashes = self._is_written(dense, read_at)
+        self._read = read_at
+        if not self._clashes:
+            return [0] * len(written)
+        self._written = []  # looked at again in each step
+        return _in_order(written, read)
+
+    def _sort(self, written: Sequence[Sequence[Tensor]]) -> None:
+        spans = sorted(span for t in chain(*written) if (span := _span(t)))
+        self._begins, self._ends = [begin for begin, _ in spans], [end for _, end in spans]
+        overlap = any(end > begin for end, begin in zip(self._ends, self._begins[1:], strict=False))
+        self._clashes = overlap or len({id(row[0]) for row in written}) < len(written)
+
+    def _is_written(self, read: Sequence[Tensor], addresses: list[int]) -> bool:
+        begins, ends = self._begins, self._ends
+        if not all(map(Tensor.is_contiguous, read)):
+            spans = [span for t in read if (span := _span(t))]
+        else:
+            spans = [(at, at + t.nbytes) for at, t in zip(addresses, read, strict=True) if at]
+        # what is written does not overlap, so the last that begins before an end is the one that reaches furthest
+        before = [bisect_left(begins, end) for _, end in spans]
+        return any(ends[i - 1] > begin for i, (begin, _) in zip(before, spans, strict=True) if i)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return [*map(Tensor.data_ptr, tensors)]
+    except RuntimeError:  # of a subclass without memory of its own
+        return [*map(_address, tensors)]
+
+
+def _address(t: Tensor) -> int:
+    try:
+        return t.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def _span(t: Tensor) -> tuple[int, int] | None:
+    """The bytes from the first element to the last, or None if there are none to share."""
+    address = _address(t)
+    if not address or not t.numel():
+        return None
+    elements = t.numel()
+    if not t.is_contiguous():
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return address, address + elements * t.element_size()
+
+
+def _in_order(written: Sequence[Sequence[Tensor]], read: Sequence[Tensor]) -> list[int]:
+    spans: list[Span] = []
+    for i, (row, grad) in enumerate(zip(written, read, strict=True)):
+        spans += [(*span, i, t is not grad) for t in (*row, grad) if (span := _span(t))]
+    spans.sort()
+    earlier: list[set[int]] = [set() for _ in read]
+    open_spans: list[Span] = []
+    for begin, end, i, writes in spans:
+        open_spans = [span for span in open_spans if span[1] > begin]
+        for _, _, j, also_writes in open_spans:
+            if i != j and (writes or also_writes):
+                earlier[max(i, j)].add(min(i, j))
+        open_spans.append((begin, end, i, writes))
+    last: dict[int, int] = {}  # where a parameter that is listed twice was listed before
+    for i, row in enumerate(written):
+        if id(row[0]) in last:
+            earlier[i].add(last[id(row[0])])
+        last[id(row[0])] = i
+    turns: list[int] = []
+    for before in earlier:
+        turns.append(max((turns[i] + 1 for i in before), default=0))
+    return turns
