@@ -35,8 +35,7 @@ test-torch: $(OTHER)/.stamp ## run the tests with another version of torch: make
 $(OTHER)/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OTHER)
 	grep -v -e '^torch==' -e '^triton==' constraints.txt > $(OTHER)/constraints.txt
-	: > $(OTHER)/pip.conf
-	PIP_CONSTRAINT= PIP_CONFIG_FILE=$(OTHER)/pip.conf $(OTHER)/bin/python -m pip install --quiet \
+	PIP_CONSTRAINT= PIP_CONFIG_FILE=/dev/null $(OTHER)/bin/python -m pip install --quiet \
 		-c $(OTHER)/constraints.txt torch==$(TORCH) -e '.[test,demo,notebooks]'
 	@touch $@
 
