@@ -204,7 +204,7 @@ class Declaration:
             checked[name] = coerce(value)
             if not isinstance(field, Number):
                 continue
-            parts = self._parts(name, field, value)
+            parts = self.parts(name, value)
             if any(isinstance(p, Tensor) for p in parts) and not all(isinstance(p, Tensor) for p in parts):
                 raise ValueError(f"{self.name}: {name} must be all floats or all tensors, got {value!r}")
             for label, part in zip(self._rule_names(name), parts, strict=True):
@@ -212,12 +212,13 @@ class Declaration:
                     raise ValueError(f"{self.name}: {label} must be {field.range}, got {part!r}")
         return checked
 
-    def _parts(self, name: str, field: Number, value: Any) -> tuple[Any, ...]:
+    def parts(self, name: str, value: Any) -> tuple[Any, ...]:
         """A hyperparameter as plain numbers and tensors of one element: one, or as many as its default has.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and what was expected.
         """
+        field: Any = self.options[name]
         parts: Any = coerce(value)
         if not isinstance(field.default, tuple):
             parts = (parts,)
@@ -261,7 +262,7 @@ class Declaration:
         has_tensors = False
         try:
             for (option, field), value in zip(self.options.items(), self.read(group), strict=True):
-                parts = self._parts(option, field, value) if isinstance(field, Number) else (value,)
+                parts = self.parts(option, value) if isinstance(field, Number) else (value,)
                 fixed = isinstance(field, Flag) or isinstance(value, tuple | numbers.Number)
                 has_tensors = has_tensors or not fixed
                 for part in parts:

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import dataclass_transform
 
-from compiled_optim import execution, torch_private
+from compiled_optim import checkpoint, execution, torch_private
 from compiled_optim.attached import Attached
 from compiled_optim.declare import (
     Choice,
     Declaration,
     Flag,
+    Number,
     buffer,
     carried,
     coerce,
@@ -247,8 +248,10 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         for name in self.declaration.counts:
             count = present.get(name)
             if count is None:
-                value = 0.0 if name == "step" else self.declaration.carried[name].first(group)
-                made[name] = self._count_tensor(p, group, value) if allocate else None
+                made[name] = None
+                if allocate:
+                    value = 0.0 if name == "step" else self.declaration.carried[name].first(group)
+                    made[name] = self._count_tensor(p, group, value)
             elif not is_count(count):
                 made[name] = self._count_tensor(p, group, number_of(self, p, name, count))
         for name in self.declaration.kept(on):
@@ -295,34 +298,65 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         for p in group["params"]:
             for name in self.declaration.counts:
                 count = self.state.get(p, {}).get(name)
-                if count is not None and not (name == "step" and is_count(count)):
+                readable = p.is_meta or not (isinstance(count, Tensor) and count.is_meta)
+                if count is not None and not (name == "step" and is_count(count) and readable):
                     self.state[p][name] = self._count_tensor(p, group, number_of(self, p, name, count))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group, as in torch.optim; numpy scalars among its options become Python's."""
-        torch_private.undecorated("add_param_group")(self, param_group)
-        group = self.param_groups[-1]
-        group.update({name: coerce(group[name]) for name in self.declaration.options})
+        """Adds a param group, as in torch.optim; sequences and numpy scalars among its options become Python's."""
+        count = len(self.param_groups)
+        try:
+            torch_private.undecorated("add_param_group")(self, param_group)
+            group = self.param_groups[-1]
+            group.update({name: coerce(group[name]) for name in self.declaration.options})
+        except BaseException:
+            del self.param_groups[count:]
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim's ``state_dict`` lays it out; either side loads the other's."""
-        return torch_private.undecorated("state_dict")(self)  # type: ignore[no-any-return]
+        saved: dict[str, Any] = torch_private.undecorated("state_dict")(self)
+        for group in saved.get("param_groups", ()):
+            options = {k: v for k, v in group.items() if k in self.declaration.options and not isinstance(v, list)}
+            group.update({name: coerce(value) for name, value in options.items()})
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict`` of this class or of torch.optim's returned.
 
-        A tensor learning rate stays the tensor it is, and takes the value that was saved.
+        A tensor learning rate stays the tensor it is, and takes the value that was saved. Whatever is raised, the
+        optimizer is as it was.
+
+        Raises:
+            KeyError, TypeError, ValueError: for a checkpoint of another make; the message names what was expected.
         """
-        kept = [{k: v for k, v in group.items() if isinstance(v, Tensor)} for group in self.param_groups]
-        torch_private.undecorated("load_state_dict")(self, state_dict)
-        for group, tensors in zip(self.param_groups, kept, strict=True):
-            for name, tensor in tensors.items():
-                if name in self.declaration.options and name in group:
-                    with torch.no_grad():
-                        tensor.fill_(group[name]) if not isinstance(group[name], Tensor) else tensor.copy_(group[name])
-                    group[name] = tensor
-        if self._attached is not None:
-            self._attached.optimizer_loaded()
+        state, groups = self.state, self.param_groups
+        kept = [{k: v for k, v in group.items() if isinstance(v, Tensor)} for group in groups]
+        values = [{k: v.detach().clone() for k, v in tensors.items()} for tensors in kept]
+        try:
+            try:
+                torch_private.undecorated("load_state_dict")(self, state_dict)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                declared = self.declaration
+                raise checkpoint.problem(declared.name, declared.slots, state_dict) or error from None
+            for group, tensors in zip(self.param_groups, kept, strict=True):
+                for name, tensor in tensors.items():
+                    if isinstance(self.declaration.options.get(name), Number) and name in group:
+                        (value,) = self.declaration.parts(name, group[name])
+                        with torch.no_grad():
+                            tensor.copy_(value.reshape(tensor.shape)) if isinstance(value, Tensor) else tensor.fill_(
+                                value
+                            )
+                        group[name] = tensor
+            if self._attached is not None:
+                self._attached.optimizer_loaded()
+        except BaseException:
+            self.state, self.param_groups = state, groups
+            with torch.no_grad():
+                for tensors, before in zip(kept, values, strict=True):
+                    for name, tensor in tensors.items():
+                        tensor.copy_(before[name])
+            raise
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__()} - _SETTINGS)

@@ -33,7 +33,7 @@ LAYERS = [
     ("algorithms.__init__",),
     tuple(f"algorithms.{file.stem}" for file in (PACKAGE / "algorithms").glob("*.py") if file.stem != "__init__"),
     ("optimizer",),
-    ("attached",),
+    ("attached", "checkpoint"),
     ("in_graph.steps",),
     ("in_graph.rule",),
     ("in_graph.inputs", "in_graph.counts"),

@@ -1,0 +1,54 @@
+"""What is wrong with a checkpoint that torch.optim's ``load_state_dict`` could not take in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+_AS_RETURNED = "as state_dict() returns it"
+
+
+def problem(optimizer: str, state_names: Collection[str], state_dict: Any) -> Exception | None:
+    """An error that names the key, the value and what was expected there; None if nothing is found.
+
+    Args:
+        optimizer: the name of its class; state_names: of the state that it keeps.
+    """
+    if not isinstance(state_dict, Mapping):
+        return TypeError(f"{optimizer}: state_dict must be a dict {_AS_RETURNED}, got {_shown(state_dict)}")
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            return KeyError(f"{optimizer}: state_dict must have {key!r}, {_AS_RETURNED}, got {list(state_dict)}")
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(groups, list | tuple):
+        return TypeError(f"{optimizer}: 'param_groups' must be a list of dicts, got {_shown(groups)}")
+    for i, group in enumerate(groups):
+        where = f"{optimizer}: param group {i} of the checkpoint"
+        if not isinstance(group, Mapping):
+            return TypeError(f"{where} must be a dict, got {_shown(group)}")
+        if "params" not in group:
+            return KeyError(f"{where} must have 'params', the numbers of its parameters, got {list(group)}")
+        if not isinstance(group["params"], list | tuple):
+            return TypeError(f"{where} must have a list of numbers as 'params', got {_shown(group['params'])}")
+    if not isinstance(state, Mapping):
+        return TypeError(f"{optimizer}: 'state' must be a dict of dicts, got {_shown(state)}")
+    for key, values in state.items():
+        if not isinstance(values, Mapping):
+            return TypeError(f"{optimizer}: 'state' of parameter {key!r} must be a dict, got {_shown(values)}")
+        for name, value in values.items():
+            # torch.optim makes of a text another one
+            if (name in state_names and isinstance(value, str)) or _is_array(value):
+                what = f"{optimizer}: state {name!r} of parameter {key!r}"
+                return TypeError(f"{what} must be a tensor or a number, got {_shown(value)}")
+    return None
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__array__") and not isinstance(value, Tensor) and value.ndim > 0
+
+
+def _shown(value: Any) -> str:
+    text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return f"{text if len(text) < 80 else text[:80] + '...'} of type {type(value).__name__}"
