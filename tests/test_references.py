@@ -234,7 +234,7 @@ print(references(lambda x: x if x in names or x in {"e", "f", "g"} else None))
             capture_output=True,
             text=True,
             check=True,
-            timeout=120,
+            timeout=1200,
         ).stdout
         for seed in ("1", "2")
     ]
