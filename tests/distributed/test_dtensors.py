@@ -208,6 +208,19 @@ def test_models_sharded_in_two_dimensions(mesh: Any, way: str) -> None:
     pair.compare()
 
 
+@ways
+@pytest.mark.usefixtures("lenient")  # what is listed on the same shard twice may be updated eagerly
+def test_shards_that_share_memory_are_updated_one_after_the_other(mesh: Any, way: str) -> None:
+    memory = torch.ones(4, dtype=torch.float64)
+    params = [torch.nn.Parameter(DTensor.from_local(memory, mesh, [Shard(0)])) for _ in range(2)]
+    for p in params:
+        p.grad = DTensor.from_local(torch.ones(4, dtype=torch.float64), mesh, [Shard(0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", compiled_optim.CompileFallbackWarning)
+        SGD(params, lr=0.25, **WAYS[way]).step()
+    assert memory.tolist() == [0.5] * 4
+
+
 class Centered(Optimizer):
     """Its rule takes a mean."""
 
