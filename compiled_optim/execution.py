@@ -152,8 +152,8 @@ class Execution:
             for _ in range(3):  # at worst: the plan is stale, the new one needs other scalars, and has them
                 if plan is None:
                     return
-                if plan.elsewhere:
-                    rest = eager.prepare(optimizer, [(group, p) for group, p, _ in plan.elsewhere])
+                others = [(group, p) for group, p, _ in plan.elsewhere]
+                rest = eager.prepare(optimizer, others) if others else None
                 outcome = plan.run(optimizer, self._rows(optimizer, foreseen))
                 if outcome is None:
                     break

@@ -88,6 +88,20 @@ def test_strict_refusal_then_repair() -> None:
 
 
 @lenient
+@pytest.mark.filterwarnings("ignore::compiled_optim.CompileFallbackWarning")
+def test_what_stepped_eagerly_is_taken_by_a_kernel_again() -> None:
+    """And is stepped once by the plan that finds it so."""
+    run = with_odd_one(non_dense)
+    run.step(2)
+    run.both(lambda optimizer, _: optimizer.param_groups[0].update(params=optimizer.param_groups[0]["params"][:2]))
+    run.both(lambda _, params: setattr(params[1], "data", params[1].data.contiguous()))
+    run.both(lambda optimizer, params: optimizer.state[params[1]].update(momentum_buffer=torch.ones(5, 6).double()))
+    run.step()
+    run.compare()
+    assert not run.ours._execution.plan.elsewhere
+
+
+@lenient
 def test_data_swapped_for_other_strides() -> None:
     """State in another layout than its parameter: updated eagerly, and right."""
 
