@@ -269,8 +269,9 @@ def test_with_a_parameter_that_is_updated_eagerly() -> None:
     with pytest.warns(CompileFallbackWarning) as caught:
         run.step()
     told = [str(w.message) for w in caught]
-    assert len(told) == 3
-    assert sum("shares memory with a parameter that is updated eagerly" in text for text in told) == 2
+    assert len(told) == 2
+    assert "2 parameters" in told[0]
+    assert "shares memory with a parameter that is updated eagerly" in told[0]
     run.step(2)
     rows = list(explain(run.ours))
     assert sum(row.tensors for row in rows if row.execution == "eager") == 3

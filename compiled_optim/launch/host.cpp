@@ -57,6 +57,7 @@ PyObject* add_launch(PyObject*, PyObject* args) {
     const auto* tensor = unpack(param);
     if (!tensor || !kernel) throw std::invalid_argument("a launch needs a kernel and a plain tensor");
     Launch launch{reinterpret_cast<Kernel>(kernel), tensor->scalar_type()};
+    launch.itemsize = static_cast<int64_t>(tensor->itemsize());
     launch.width = c10::isComplexType(launch.param_type) ? 2 : 1;
     PyObject *slot, *sample;
     Py_ssize_t at = 0;
@@ -68,6 +69,7 @@ PyObject* add_launch(PyObject*, PyObject* args) {
         throw std::invalid_argument("a buffer must be a plain tensor in one of the slots");
       launch.roles.push_back(role);
       launch.types.push_back(buffer->scalar_type());
+      launch.itemsizes.push_back(static_cast<int64_t>(buffer->itemsize()));
     }
     plan->launches.push_back(std::move(launch));
     Py_RETURN_NONE;
@@ -171,7 +173,7 @@ PyObject* conflicts(PyObject*, PyObject* args) {
     Memory memory(std::move(eager), slots_at_most, static_cast<size_t>(counts));
     for (size_t e = 0; e < tensors.size(); e++)
       for (size_t c = 0; c < tensors[e].size(); c++)
-        if (const auto* t = tensors[e][c]) memory.note(e, c, t);
+        if (const auto* t = tensors[e][c]) memory.note(e, c, t, reach(t), static_cast<int64_t>(t->itemsize()));
     std::vector<const char*> reasons(tensors.size(), nullptr);
     for (bool found = true; found;) {  // what is refused is updated eagerly, and so is what overlaps that
       found = false;
@@ -279,7 +281,7 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     plan->busy = true;
     for (const auto& c : counters) {
       const double* last = scalars.table.data() + (c.row + 1) * scalars.columns - carried;
-      write_count(c.tensor, c.slot ? last[c.slot - 1] : steps.of(c.row)[0]);
+      c.write(c.slot ? last[c.slot - 1] : steps.of(c.row)[0]);
     }
     each_tensor([](auto* t, size_t cell) {
       if (cell != Memory::kGradient) t->bump_version();  // gradients are only read
@@ -309,7 +311,7 @@ PyObject* refusal(PyObject*, PyObject* object) {
 // is_whole(tensor): whether it can be read; a storage that was resized may end before its tensor.
 PyObject* is_whole(PyObject*, PyObject* object) {
   const auto* t = in_memory(object);
-  return PyBool_FromLong(!t || is_backed(t));
+  return PyBool_FromLong(!t || is_whole(t));
 }
 
 // matches(tensor, like): whether both have one dtype and one layout in memory.

@@ -10,13 +10,17 @@ namespace {
 
 struct Range {
   const char *begin = nullptr, *end = nullptr;
+  bool is_float() const { return end - begin == sizeof(float); }  // and not double
   bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
 };
 
-// What is only read stays shared with its lazy clones.
-Range range(const c10::TensorImpl* t, bool only_read) {
-  const char* begin = only_read ? static_cast<const char*>(t->data()) : address(t);
-  return {begin, begin + reach(t) * static_cast<int64_t>(t->itemsize())};
+// The first `elements` of a tensor in memory. What is only read stays shared with its lazy clones.
+Range range(const c10::TensorImpl* t, int64_t elements, int64_t itemsize, bool only_read) {
+  if (!elements) return {};
+  auto* storage = t->storage().unsafeGetStorageImpl();
+  const auto* data = static_cast<const char*>(only_read ? storage->data() : storage->mutable_data());
+  data += t->storage_offset() * itemsize;
+  return {data, data + elements * itemsize};
 }
 
 enum Sharing : uint8_t {
@@ -44,9 +48,9 @@ class Memory {
     sharing_.resize(eager_.size());
   }
 
-  void note(size_t entry, size_t cell, const c10::TensorImpl* t) {
+  void note(size_t entry, size_t cell, const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
     Range& last = ranges_[entry * cells_ + cell];
-    const Range now = range(t, cell == kGradient);
+    const Range now = range(t, elements, itemsize, cell == kGradient);
     if (now == last) return;
     last = now;
     stale_ = stale_ || shared_ || cell != kGradient || is_written(now);

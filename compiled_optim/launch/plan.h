@@ -28,7 +28,9 @@ struct Launch {
   Kernel kernel;
   at::ScalarType param_type;
   std::vector<at::ScalarType> types;  // of each buffer, in the order of `roles`
+  std::vector<int64_t> itemsizes;     // the same in bytes
   std::vector<size_t> roles;          // which slot of an entry feeds each buffer
+  int64_t itemsize;                   // of a parameter, in bytes
   int width;                          // 2 for complex parameters: the kernel sees pairs of reals
   Table table;                        // filled in each step
 };

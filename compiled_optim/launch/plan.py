@@ -280,7 +280,7 @@ def _refusal(host: Any, m: _Member) -> str | None:
     for name in m.signature.buffers:
         buffer = m.state[name]
         if buffer is not None and not host.matches(buffer, m.param):
-            return f"its state {name!r} has another shape, layout or device"
+            return f"its state {name!r} has another layout or device"
     for name in m.counts:
         count = m.state.get(name)
         if isinstance(count, Tensor) and (not is_count(count) or host.refusal(count)):

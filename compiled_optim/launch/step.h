@@ -48,19 +48,25 @@ bool read_stand_ins(PyObject* list, StandIns& found) {
 }
 
 [[noreturn]] void throw_short(const Plan* plan, size_t entry, const c10::TensorImpl* t, const std::string& what) {
+  const int64_t needed = bytes_needed(t, reach(t), static_cast<int64_t>(t->itemsize()));
   throw std::runtime_error("the " + what + " of " + name(plan, entry) + " needs a storage of " +
-                           std::to_string(bytes_needed(t)) + " bytes, and its storage has " +
+                           std::to_string(needed) + " bytes, and its storage has " +
                            std::to_string(t->storage().nbytes()));
 }
 
+std::string what(const Plan* plan, size_t cell) {
+  if (cell == Memory::kGradient) return "gradient";
+  return cell == Memory::kParam ? "data" : "state '" + plan->slot_names[cell - Memory::kCounts0] + "'";
+}
+
 // Notes where a tensor lies. Throws where its storage does not hold it.
+void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
+  if (!is_whole(t, elements, itemsize)) throw_short(plan, entry, t, what(plan, cell));
+  plan->memory.note(entry, cell, t, elements, itemsize);
+}
+
 void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t) {
-  if (!is_backed(t))
-    throw_short(plan, entry, t,
-                cell == Memory::kGradient ? "gradient"
-                : cell == Memory::kParam  ? "data"
-                                          : "state '" + plan->slot_names[cell - Memory::kCounts0] + "'");
-  plan->memory.note(entry, cell, t);
+  note(plan, entry, cell, t, reach(t), static_cast<int64_t>(t->itemsize()));
 }
 
 // Notes where the tensors of a parameter lie that is updated after the launch.
@@ -73,6 +79,12 @@ void note_eager(Plan* plan, size_t e, PyObject* given) {
   PyObject** slots = plan->slots.data() + e * plan->slot_names.size();
   for (size_t s = 0; s < plan->slot_names.size(); s++)
     if (const auto* t = in_memory(slots[s])) note(plan, e, Memory::kCounts0 + s, t);
+}
+
+// What no longer holds of a gradient; throws if it was not copied because its storage does not hold it.
+const char* odd_gradient(const Plan* plan, size_t entry, const c10::TensorImpl* grad) {
+  if (in_memory(grad) && !is_whole(grad)) throw_short(plan, entry, grad, "gradient");
+  return "a gradient changed its layout or dtype";
 }
 
 // Checks all that this step updates, and notes where it lies. Returns nullptr, or what no longer holds.
@@ -106,7 +118,6 @@ const char* collect(Plan* plan, PyObject* state, const StandIns& stand_ins) {
       plan->memory.skip(e);
       continue;
     }
-    if (in_memory(grad) && !is_backed(grad)) throw_short(plan, e, grad, "gradient");  // so it was not copied
     if (entry.launch == kStateless) return "a parameter received its first gradient";
     const auto& launch = plan->launches[entry.launch];
     if (!plain(param) || !param->is_non_overlapping_and_dense() ||
@@ -114,48 +125,61 @@ const char* collect(Plan* plan, PyObject* state, const StandIns& stand_ins) {
       return "a parameter changed";
     if (!(entry.indices ? rows_fit(entry.indices, grad, launch.param_type, param)
                         : fits(grad, launch.param_type, param)))
-      return "a gradient changed its layout or dtype";
+      return odd_gradient(plan, e, grad);
+    // a kernel's cells are the same in each step, and their tensors have no gaps
     const auto** tensors = plan->tensors.data() + e * cells;
-    std::fill(tensors, tensors + cells, nullptr);
-    tensors[Memory::kGradient] = grad;
-    tensors[Memory::kParam] = param;
+    auto take = [&](size_t cell, const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
+      tensors[cell] = t;
+      note(plan, e, cell, t, elements, itemsize);
+    };
+    const int64_t elements = param->numel(), itemsize = launch.itemsize;
+    take(Memory::kParam, param, elements, itemsize);
+    take(Memory::kGradient, grad, entry.indices ? grad->numel() : elements, itemsize);
+    if (entry.indices && !is_whole(entry.indices)) throw_short(plan, e, entry.indices, "gradient's index");
     PyObject** slots = plan->slots.data() + e * slot_count;
     for (size_t c = 0; c < plan->counts; c++) {
       const auto* count = slots[c] ? unpack(slots[c]) : nullptr;
       if (!is_count(count)) return "a step count changed";
-      tensors[Memory::kCounts0 + c] = count->unsafeGetTensorImpl();
+      take(Memory::kCounts0 + c, count->unsafeGetTensorImpl(), 1, count->scalar_type() == at::kFloat ? 4 : 8);
     }
     for (size_t b = 0; b < launch.roles.size(); b++) {
       PyObject* slot = slots[launch.roles[b]];
       const auto* buffer = slot ? unpack(slot) : nullptr;
       if (!buffer || !fits(buffer->unsafeGetTensorImpl(), launch.types[b], param)) return "a state tensor changed";
-      tensors[Memory::kCounts0 + launch.roles[b]] = buffer->unsafeGetTensorImpl();
+      take(Memory::kCounts0 + launch.roles[b], buffer->unsafeGetTensorImpl(), elements, launch.itemsizes[b]);
     }
-    for (size_t c = 0; c < cells; c++)
-      if (tensors[c]) note(plan, e, c, tensors[c]);
-    if (entry.indices && !is_backed(entry.indices)) throw_short(plan, e, entry.indices, "gradient's index");
     plan->updated.push_back(e);
   }
   return nullptr;
 }
 
-// A 0-d state tensor, and the row that has its new value.
+// A 0-d state tensor, float or double, and the row that has its new value.
 struct Count {
-  const c10::TensorImpl* tensor;
+  Range at;
   int32_t row;
   size_t slot;
+
+  double rounded(double value) const { return at.is_float() ? static_cast<float>(value) : value; }
+  double read() const { return at.is_float() ? *reinterpret_cast<const float*>(at.begin) : *as_double(); }
+  void write(double value) const {
+    if (at.is_float()) *reinterpret_cast<float*>(const_cast<char*>(at.begin)) = static_cast<float>(value);
+    else *const_cast<double*>(as_double()) = value;
+  }
+
+ private:
+  const double* as_double() const { return reinterpret_cast<const double*>(at.begin); }
 };
 
 // The step count after the steps of this launch that come before: two parameters may share one.
-double counted(const std::vector<Count>& counters, const Steps& steps, const c10::TensorImpl* count) {
+double counted(const std::vector<Count>& counters, const Steps& steps, const Count& count) {
   for (auto c = counters.rbegin(); c != counters.rend(); c++)
-    if (c->slot == 0 && address(c->tensor) == address(count)) return rounded(count, steps.of(c->row)[0]);
-  return read_count(count);
+    if (c->slot == 0 && c->at == count.at) return count.rounded(steps.of(c->row)[0]);
+  return count.read();
 }
 
 // Fills the tables of all launches. Returns nullptr, or what no longer holds.
 const char* tabulate(Plan* plan, Steps& steps, std::vector<Count>& counters) {
-  std::vector<double> values(steps.width);
+  std::vector<double> counts(steps.width);
   plan->rows.begin();
   plan->turns.clear();
   for (auto& launch : plan->launches) launch.table.clear();
@@ -164,17 +188,14 @@ const char* tabulate(Plan* plan, Steps& steps, std::vector<Count>& counters) {
     const auto& entry = plan->entries[e];
     const auto& launch = plan->launches[entry.launch];
     if (sharing[e] & kRefused) return "tensors came to share memory";
-    const auto** tensors = plan->tensors.data() + e * plan->cells();
-    values[0] = entry.fresh ? 1 : 2;
+    counts[0] = entry.fresh ? 1 : 2;
     for (size_t c = 0; c < plan->counts; c++) {
-      const auto* count = tensors[Memory::kCounts0 + c];
-      values[c] = sharing[e] & kCounted && c == 0 ? counted(counters, steps, count) : read_count(count);
-      values[c] += c == 0;
+      const Count count{plan->memory.at(e, Memory::kCounts0 + c), 0, c};
+      counts[c] = sharing[e] & kCounted && c == 0 ? counted(counters, steps, count) : count.read();
+      counts[c] += c == 0;
     }
-    const int32_t row = steps.row(entry.group, values.data());
-    for (size_t c = 0; c < plan->counts; c++) counters.push_back({tensors[Memory::kCounts0 + c], row, c});
-    const auto* param = tensors[Memory::kParam];
-    const auto* grad = tensors[Memory::kGradient];
+    const int32_t row = steps.row(entry.group, counts.data());
+    for (size_t c = 0; c < plan->counts; c++) counters.push_back({plan->memory.at(e, Memory::kCounts0 + c), row, c});
     Range gradient = plan->memory.at(e, Memory::kGradient);
     const bool in_turn = sharing[e] & (kInTurn | kCopied);
     if (in_turn) {
@@ -192,15 +213,18 @@ const char* tabulate(Plan* plan, Steps& steps, std::vector<Count>& counters) {
     table.cells.push_back(const_cast<char*>(gradient.begin));
     for (const size_t role : launch.roles) table.cells.push_back(plan->memory.address(e, Memory::kCounts0 + role));
     if (!entry.indices) {
-      table.end_tensor(param->numel() * launch.width, row);
+      const Range param = plan->memory.at(e, Memory::kParam);
+      table.end_tensor((param.end - param.begin) / launch.itemsize * launch.width, row);
       continue;
     }
     const std::vector<void*> whole(table.cells.begin() + first, table.cells.end());
     table.cells.resize(first);
-    for (const auto& span : plan->rows.gather(entry.indices, grad, static_cast<char*>(whole[1]), param)) {
+    const auto** tensors = plan->tensors.data() + e * plan->cells();
+    const auto *values = tensors[Memory::kGradient], *param = tensors[Memory::kParam];
+    for (const auto& span : plan->rows.gather(entry.indices, values, static_cast<char*>(whole[1]), param)) {
       for (size_t c = 0; c < whole.size(); c++) {  // one tensor of the table for each span of rows
-        const size_t itemsize = c < 2 ? grad->itemsize() : c10::elementSize(launch.types[c - 2]);
-        char* at = static_cast<char*>(whole[c]) + span.first * static_cast<int64_t>(itemsize);
+        const int64_t itemsize = c < 2 ? launch.itemsize : launch.itemsizes[c - 2];
+        char* at = static_cast<char*>(whole[c]) + span.first * itemsize;
         table.cells.push_back(c == 1 ? span.values : at);
       }
       table.end_tensor(span.elements, row);

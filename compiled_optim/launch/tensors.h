@@ -68,7 +68,7 @@ char* address(const c10::TensorImpl* t) {
   return static_cast<char*>(const_cast<c10::TensorImpl*>(t)->mutable_data());
 }
 
-// How many elements lie from its first to its last.
+// How many elements lie from its first to its last, of any strides.
 int64_t reach(const c10::TensorImpl* t) {
   if (!t->numel()) return 0;
   int64_t elements = 1;
@@ -76,28 +76,17 @@ int64_t reach(const c10::TensorImpl* t) {
   return elements;
 }
 
-// The bytes of storage that a tensor needs: its storage can be resized under it.
-int64_t bytes_needed(const c10::TensorImpl* t) {
-  const int64_t elements = reach(t);
-  return elements ? (t->storage_offset() + elements) * static_cast<int64_t>(t->itemsize()) : 0;
+// The bytes of storage that a tensor of this reach needs. Its `itemsize()` costs a call into torch.
+int64_t bytes_needed(const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
+  return elements ? (t->storage_offset() + elements) * itemsize : 0;
 }
 
-bool is_backed(const c10::TensorImpl* t) { return bytes_needed(t) <= static_cast<int64_t>(t->storage().nbytes()); }
-
-double read_count(const c10::TensorImpl* t) {
-  return t->dtype() == caffe2::TypeMeta::Make<float>() ? *reinterpret_cast<float*>(address(t))
-                                                       : *reinterpret_cast<double*>(address(t));
+// Whether its storage holds it, which can be resized under its tensors.
+bool is_whole(const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
+  return bytes_needed(t, elements, itemsize) <= static_cast<int64_t>(t->storage().unsafeGetStorageImpl()->nbytes());
 }
 
-// As a count keeps it.
-double rounded(const c10::TensorImpl* t, double value) {
-  return t->dtype() == caffe2::TypeMeta::Make<float>() ? static_cast<float>(value) : value;
-}
-
-void write_count(const c10::TensorImpl* t, double value) {
-  if (t->dtype() == caffe2::TypeMeta::Make<float>()) *reinterpret_cast<float*>(address(t)) = static_cast<float>(value);
-  else *reinterpret_cast<double*>(address(t)) = value;
-}
+bool is_whole(const c10::TensorImpl* t) { return is_whole(t, reach(t), static_cast<int64_t>(t->itemsize())); }
 
 bool is_count(const at::TensorBase* t) {
   return t && plain(t->unsafeGetTensorImpl()) && t->numel() == 1 &&
