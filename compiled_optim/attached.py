@@ -150,8 +150,9 @@ class Attached:
         self._look_up()
         counted = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
         last = min(getattr(schedule, "total_steps", _SEARCHED), _SEARCHED)
-        steps = torch.tensor([*range(last + 1), counted], dtype=torch.float64)
-        fits = torch.ones(len(steps), dtype=torch.bool)
+        steps = torch.arange(last + 2, dtype=torch.float64, device="cpu")
+        steps[-1] = counted
+        fits = torch.ones_like(steps, dtype=torch.bool)
         for (i, of), function in self._functions.items():
             if of == "lr":
                 group = optimizer.param_groups[i]

@@ -22,7 +22,7 @@ LAYERS = [
     ("lr_scheduler.__init__",),
     ("lr_scheduler.compose", "lr_scheduler.plateau", "lr_scheduler.plot"),
     ("lr_scheduler.schedules", "lr_scheduler.cycles"),
-    ("lr_scheduler.symbolic",),
+    ("lr_scheduler.symbolic", "lr_scheduler.text"),
     ("lr_scheduler.code",),
     ("testing",),
     ("report",),

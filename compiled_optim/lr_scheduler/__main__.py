@@ -10,18 +10,18 @@ import ast
 import inspect
 from typing import Any
 
-import sympy as sp  # type: ignore[import-untyped]
 import torch
 
 from compiled_optim import lr_scheduler
 from compiled_optim.lr_scheduler.plot import curve
+from compiled_optim.lr_scheduler.text import read
 
 _NEED_MORE = {"ChainedScheduler", "LRScheduler", "LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau", "SequentialLR"}
 NAMES = [name for name in lr_scheduler.__all__ if name[0].isupper() and name not in _NEED_MORE]
 
 
-def parse(scheduler: Any, arguments: list[str]) -> dict[str, Any]:
-    """The arguments ``name=value`` of a scheduler; an expression is sympy's text, other values are Python's.
+def parse(scheduler: Any, arguments: list[str], lr: float) -> dict[str, Any]:
+    """The arguments ``name=value`` of a scheduler; an expression is as for `read`, other values are Python's literals.
 
     Raises:
         ValueError: naming the argument.
@@ -33,8 +33,10 @@ def parse(scheduler: Any, arguments: list[str]) -> dict[str, Any]:
         if not separator or name not in known:
             raise ValueError(f"{scheduler.__name__} takes {', '.join(f'{n}=...' for n in known)}; got {argument!r}")
         try:
-            values[name] = sp.sympify(text) if name == "expression" else ast.literal_eval(text)
-        except (ValueError, SyntaxError, sp.SympifyError):
+            values[name] = read(text, lr) if name == "expression" else ast.literal_eval(text)
+        except (MemoryError, RecursionError, SyntaxError, ValueError):
+            if name == "expression":
+                raise
             values[name] = text
     return values
 
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=options.lr, momentum=0.9)
     try:
         cls = getattr(lr_scheduler, options.scheduler)
-        schedule = cls(optimizer, **parse(cls, options.arguments))
+        schedule = cls(optimizer, **parse(cls, options.arguments, options.lr))
         steps = getattr(schedule, "total_steps", 100) if options.steps is None else options.steps
         if steps < 1:
             raise ValueError(f"--steps must be positive, got {steps}")

@@ -77,6 +77,10 @@ def _elementwise(name: str) -> Callable[[Any], Any]:
     return lambda x: getattr(torch if isinstance(x, Tensor) else math, name)(x)
 
 
+# floats, not Python's integers: a power of those may have more digits than there is time and memory for
+_HOST_CODE = vars(math) | {"floor": lambda x: float(math.floor(x)), "ceil": lambda x: float(math.ceil(x))}
+
+
 def _least(*values: Any) -> Any:
     return functools.reduce(lambda a, b: scalar.where(a < b, a, b), values)
 
@@ -106,7 +110,7 @@ def compiled(expression: sp.Expr, of_tensors: bool = False) -> tuple[tuple[str, 
     """
     symbols = sorted(expression.free_symbols - {t}, key=str)
     printer = _TensorPrinter() if of_tensors else _HostPrinter()
-    known = _TENSOR_CODE if of_tensors else vars(math)
+    known = _TENSOR_CODE if of_tensors else _HOST_CODE
     try:
         function = sp.lambdify([t, *symbols], expression, modules=[known], printer=printer, cse=of_tensors)
     except NotImplementedError as error:
@@ -126,7 +130,7 @@ def evaluate(form: Form, step: Any) -> Any:
     expression, values = form
     names, function = compiled(expression, isinstance(step, Tensor))
     if not isinstance(step, Tensor):
-        return float(function(step, *(float(values[name]) for name in names)))
+        return float(function(float(step), *(float(values[name]) for name in names)))
     wide = step.to(torch.float32 if step.device.type == "mps" else torch.float64)
     given = (values[name] for name in names)
     numbers = [v.detach().reshape(()).to(step.device) if isinstance(v, Tensor) else v for v in given]

@@ -152,7 +152,7 @@ class Scheduler(lr_scheduler.LRScheduler):
         def numbers() -> list[float]:  # a step that is a tensor needs none, and nothing is read from a device
             return [float(form[1][name]) for name in names]
 
-        return lambda step: evaluate(form, step) if isinstance(step, Tensor) else of_numbers(step, *numbers())
+        return lambda step: evaluate(form, step) if isinstance(step, Tensor) else of_numbers(float(step), *numbers())
 
     def latex(self, group: int = 0, of: str = "lr") -> str:
         r"""The formula of a param group in LaTeX, such as ``\eta_{t} = 0.1 \cdot {0.9}^{t}``."""
@@ -262,7 +262,7 @@ class Absolute(Scheduler):
     def _at(step: Any, form: Form) -> Any:
         expression, values = form
         names, function = compiled(expression)
-        return function(step, *[values[name] for name in names])
+        return function(float(step), *[values[name] for name in names])
 
 
 class Relative(Scheduler):

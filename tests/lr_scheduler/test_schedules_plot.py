@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import builtins
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from schedule_cases import CASES, STATEFUL, make_optimizer, near
 
 import compiled_optim
 from compiled_optim import lr_scheduler as ours
 from compiled_optim.lr_scheduler.__main__ import NAMES, main
+from compiled_optim.lr_scheduler.text import read
 
 
 @pytest.fixture
@@ -92,6 +95,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["StepLR"], "step_size"),
         (["ConstantLR", "factor=3"], "factor expected to be between 0 and 1"),
         (["SymbolicLR", "expression=x*t"], "got 'x'"),
+        (["SymbolicLR", "expression=9**9**9"], "an exponent must be at most 1000"),
         (["StepLR", "step_size=3", "--steps", "-1"], "--steps must be positive, got -1"),
         (["StepLR", "step_size=3", "--plot", "/nowhere/x.png"], "nowhere"),
     ],
@@ -101,6 +105,54 @@ def test_command_line_names_what_is_wrong(arguments: list[str], match: str, caps
         main(arguments)
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(match, error), error
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("base_lr*(1 + cos(pi*t/50))/2", [0.5 * (1 + math.cos(math.pi * t / 50)) / 2 for t in range(11)]),
+        (
+            "base_lr*Piecewise((t/4, t < 4), ((1 - t/20)**2, True))",
+            [t / 8 if t < 4 else 0.5 * (1 - t / 20) ** 2 for t in range(11)],
+        ),
+        ("Piecewise((1, 3 < t <= 5 or not t < 9), (0.25, True))", [0.25] * 4 + [1.0] * 2 + [0.25] * 3 + [1.0] * 2),
+        (
+            "floor(t/7) + Mod(t, 3) + Abs(t - 2) + Max(2, t) - Min(t, 3)",
+            [t // 7 + t % 3 + abs(t - 2) + max(2, t) - min(t, 3) for t in range(11)],
+        ),
+        ("2^t/2**10 + sqrt(2)*E - t % 4", [2.0**t / 1024 + math.sqrt(2) * math.e - t % 4 for t in range(11)]),
+        ("7", [7.0] * 11),
+    ],
+)
+def test_an_expression_from_text(text: str, values: list[float]) -> None:
+    scheduler = ours.SymbolicLR(make_optimizer(), read(text, 0.5))
+    assert [scheduler.value(i) for i in range(11)] == near(values)
+    assert scheduler.value(torch.arange(11, dtype=torch.float64)).tolist() == near(values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("__import__('os').getcwd()", "t.__class__", "(lambda: 1)()", "[t]", "t, t", "'a'*9", "open", "exp(x=1)", "x"),
+        *("t < 3", "True", "1j*t", "sin()", "Piecewise(1)", "", "t +", "0.1 if t < 3 else 0.2", "t << 3", "~t", "*t"),
+        *("9**9**9", "t**1000000000", "((2*t)**1000)**1000", "(Min(9, t + 20)**1000 + 1)**1000", "1e400", "10**400*t"),
+        *("floor(exp(exp(3000*base_lr)))", "(-8)**(1/3)*t", "2**1e9", "Min(9, exp(exp(exp(exp(9)))))"),
+        *("(" * 400 + "t" + ")" * 400, "-" * 900 + "t", "sin(" * 100 + "t" + ")" * 100, "+".join("t" * 501)),
+        "(1 + " * 14 + "t" + ")**8" * 14,
+    ],
+)
+def test_text_that_is_no_expression_is_refused_at_once(text: str) -> None:
+    """Nothing of it is run, and no number in it is larger than a float."""
+    with pytest.raises(ValueError, match=r"expression|exponent|number"):
+        read(text, 0.5)
+
+
+@pytest.mark.parametrize(
+    "text", ["9**9**(9**(t+2))", "floor(t+9)**(floor(t+9)**floor(t+9))", "Min(9,t+2)**(Min(9,t+2)**Min(9,t+2))"]
+)
+def test_a_power_that_only_a_step_makes_huge_overflows(text: str) -> None:
+    with pytest.raises(OverflowError):
+        ours.SymbolicLR(make_optimizer(), read(text, 0.5)).value(11)
 
 
 @pytest.mark.parametrize("name", NAMES)
