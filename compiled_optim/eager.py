@@ -246,7 +246,7 @@ def _differentiated(
         return torch.view_as_real(t) if complex_valued else t
 
     width = arithmetic_dtype(u.param.dtype).to_real()
-    values = {k: v if isinstance(v, Tensor) else torch.tensor(v, dtype=width) for k, v in values.items()}
+    values = {k: v if isinstance(v, Tensor) else torch.tensor(v, dtype=width, device="cpu") for k, v in values.items()}
     state = {name: view(u.state[name]) for name in u.buffers}
     # a copy, for what the graph saves must not be what is written later
     new, new_state = apply(algorithm, switches[u.group], view(u.param.clone()), view(u.grad), state, values)

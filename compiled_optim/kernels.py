@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from compiled_optim import lower, settings
+from compiled_optim import lower, process, settings, torch_private
 from compiled_optim.cache import libraries
 from compiled_optim.launch.source import translation_unit
 from compiled_optim.references import UnknownReferenceError, references
@@ -59,7 +59,7 @@ _MOST_VERSIONS = 8  # of what one rule refers to
 _counts = {"hits": 0, "disk_hits": 0, "misses": 0}
 _host: ModuleType | None = None
 _ahead: set[Signature] = set()  # obtained before they were asked for
-_lock = threading.RLock()
+_lock = process.new_lock()
 
 
 def cache_info() -> CacheInfo:
@@ -93,19 +93,30 @@ def obtain(signatures: Sequence[Signature]) -> tuple[ModuleType, dict[Signature,
 def begin(signatures: Sequence[Signature]) -> None:
     """Begins what `obtain` will be asked for, and returns while it is compiled; raises nothing, as `obtain` will."""
     begun = threading.Event()
+    traced_around = lower.holds_dynamo()
+
+    def let_go() -> None:
+        lower.excuse_from_dynamo(False)
+        begun.set()
 
     def run() -> None:
+        # who holds the lock may wait for Dynamo's, which the caller may hold: the caller does not wait then
+        if _lock.acquire(blocking=False):
+            lower.excuse_from_dynamo(traced_around)
+        else:
+            let_go()
+            _lock.acquire()
         try:
-            with _lock:
-                _ahead.update(_load(signatures, begun.set))
+            _ahead.update(_load(signatures, let_go))
         except Exception as error:
             settings.logger.info("%s could not be obtained ahead: %s", [s.name for s in signatures], error)
         finally:
-            begun.set()
+            _lock.release()
+            let_go()
 
     # a thread of its own, which waits for the compiler; and the caller may be tracing, which lowering is no part of
     threading.Thread(target=run, name="compiled_optim", daemon=True).start()
-    begun.wait()  # Inductor lowers one thing at a time
+    begun.wait()  # until all is lowered
 
 
 def _load(signatures: Iterable[Signature], begun: Callable[[], None] = lambda: None) -> set[Signature]:
@@ -143,7 +154,7 @@ def _begin(signature: Signature) -> libraries.Pending[ctypes.CDLL]:
         library = ctypes.CDLL(str(path))
         arguments = getattr(library, "signature", lambda: None)()
         if arguments != len(signature.flat) * 100 + len(signature.scalars):
-            raise ImportError(f"{path.name} takes other arguments than {signature.name}")
+            raise ImportError(f"it takes other arguments than {signature.name}")
         return library
 
     identity, persistent = _identity(signature)
@@ -172,12 +183,13 @@ def _begin_host() -> libraries.Pending[ModuleType]:
     flags = [*lower.BASE_FLAGS, "-O2", f"-I{_LAUNCH}", f"-I{sysconfig.get_path('include')}"]
 
     def load(path: Path) -> ModuleType:
-        loader = importlib.machinery.ExtensionFileLoader("host", str(path))
-        spec = importlib.util.spec_from_loader("host", loader)
+        loader = importlib.machinery.ExtensionFileLoader("compiled_optim._host", str(path))  # its name in sys.modules
+        spec = importlib.util.spec_from_loader(loader.name, loader)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
-        sample = torch.empty(5, 7, dtype=torch.float64)
+        with torch_private.outside_modes():
+            sample = torch.empty(5, 7, dtype=torch.float64, device="cpu")
         module.start(torch.Tensor, torch.nn.Parameter, sample, sample.data_ptr())
         return module
 
@@ -209,13 +221,3 @@ def _engine() -> str:
     """A hash of the files that decide what a rule is compiled to."""
     files = ("rule.py", "trace.py", "lower.py", "launch/source.py")
     return hashlib.sha256(b"\0".join((_PACKAGE / f).read_bytes() for f in files)).hexdigest()
-
-
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.RLock()  # its holder does not exist in the child
-    if _host is not None:
-        _host.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)

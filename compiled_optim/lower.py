@@ -7,12 +7,15 @@ functions that lower something, for a warm start must not pay 2 s for it.
 
 from __future__ import annotations
 
+import builtins
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +30,10 @@ SUPPORTED = ((2, 11), (2, 16))
 
 # The length that lowering sees as a hint; no power of two and no small number, which would be specialised on.
 _HINT = 1_000_003
-# Inductor's state is process-wide.
+# Inductor's state is process-wide. See `_alone`.
 _lock = threading.RLock()
+_FORK_SECONDS = 60.0  # several times what a lowering takes
+_torn = False  # whether this process was forked amid a lowering nevertheless
 
 
 class LoweringError(RuntimeError):
@@ -56,24 +61,112 @@ def unsupported_version() -> str | None:
     return f"torch {torch.__version__} is not known to work: compiled_optim was checked with torch{known}"
 
 
+class _Thread(threading.local):
+    excused = False
+    holds = False
+
+
+_thread = _Thread()
+
+
+def holds_dynamo() -> bool:
+    """Whether this thread holds the lock under which Dynamo compiles."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    return frames is not None and bool(frames.compile_lock._is_owned())
+
+
+def excuse_from_dynamo(excused: bool) -> None:
+    """Whether this thread lowers without Dynamo's lock, because another thread holds that and waits for this one."""
+    _thread.excused = excused
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One thread at a time in here and in Dynamo, and no mode of the user's.
+
+    A fork waits for the end of it, for the child could not go on: neither with an import that is half done, nor with
+    what lowering changes while it lasts.
+    """
+    try:
+        dynamo = _dynamo()
+        # Dynamo's first: who compiles a graph holds it and may come here
+        with nullcontext() if _thread.excused else dynamo.compile_lock, _lock, torch_private.outside_modes():
+            if _torn:
+                raise RuntimeError("this process was forked while another thread lowered a kernel")
+            yield
+    except Exception as error:  # of a rule, of parts that are private, of a compiler that does not tell its version
+        raise BuildError(f"Inductor raised {type(error).__name__}: {error}") from error
+
+
+def _dynamo() -> Any:
+    """The part of Dynamo that has its lock."""
+    named, first = "TORCHINDUCTOR_CACHE_DIR" in os.environ, "torch._inductor.compiler_bisector" not in sys.modules
+    with _lock:
+        from torch._dynamo import convert_frame
+        from torch._inductor import compiler_bisector as compiler_bisector
+    if first and not named:
+        # imported, both make a directory in $TMPDIR, as does whoever uses that; here no file is written
+        with suppress(KeyError, OSError):
+            os.rmdir(os.environ.pop("TORCHINDUCTOR_CACHE_DIR"))
+    return convert_frame
+
+
+def _before_fork() -> None:
+    _thread.holds = _lock.acquire(timeout=_FORK_SECONDS)
+
+
+def _after_fork_in_parent() -> None:
+    if _thread.holds:
+        _lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _lock, _torn
+    if _thread.holds:
+        _lock.release()
+    else:
+        _lock, _torn = threading.RLock(), True
+    if frames := sys.modules.get("torch._dynamo.convert_frame"):
+        vars(frames)["compile_lock"] = threading.RLock()  # its holder may be a thread of the parent
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
 def trace_flat(
     body: Callable[..., list[Any]], flat: Sequence[torch.dtype], scalars: Sequence[torch.dtype], device: str
 ) -> tuple[torch.fx.GraphModule, Any, list[Any]]:
     """Traces ``body`` on fake 1-D tensors of one symbolic length, followed by 0-d tensors."""
-    from torch._dynamo.source import ConstantSource
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    with _alone():
+        from torch._dynamo.source import ConstantSource
+        from torch._inductor.decomposition import select_decomp_table
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import (
+            ProxyTorchDispatchMode,
+            PythonKeyTracer,
+            decompose,
+            get_proxy_slot,
+            track_tensor_tree,
+        )
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    shapes = ShapeEnv()
-    with _lock, FakeTensorMode(shape_env=shapes) as mode, torch.no_grad():
-        symbol = shapes.create_symbol(_HINT, ConstantSource("numel"))
-        numel = shapes.create_symintnode(symbol, hint=_HINT)
-        inputs = [torch.empty(numel, device=device, dtype=d) for d in flat]
-        inputs += [torch.empty((), device=device, dtype=d) for d in scalars]
-        graph = make_fx(body, decomposition_table=select_decomp_table())(*inputs)
-    return graph, mode, inputs
+        shapes = ShapeEnv()
+        # not by make_fx: while it traces, modules and compiled functions are others in every thread
+        tracer = PythonKeyTracer()
+        tracer.root, tracer.graph, tracer.tensor_attrs = torch.nn.Module(), torch.fx.Graph(), {}
+        with FakeTensorMode(shape_env=shapes) as mode, torch.no_grad():
+            symbol = shapes.create_symbol(_HINT, ConstantSource("numel"))
+            numel = shapes.create_symintnode(symbol, hint=_HINT)
+            inputs = [torch.empty(numel, device=device, dtype=d) for d in flat]
+            inputs += [torch.empty((), device=device, dtype=d) for d in scalars]
+            for i, tensor in enumerate(inputs):
+                placeholder = tracer.create_proxy("placeholder", f"arg{i}_1", (), {})
+                track_tensor_tree(tensor, placeholder, constant=None, tracer=tracer)
+            with ProxyTorchDispatchMode(tracer, "real"), decompose(select_decomp_table()):
+                results = body(*inputs)
+            tracer.create_node("output", "output", ([get_proxy_slot(t, tracer).proxy.node for t in results],), {})
+        tracer.graph.eliminate_dead_code()
+        return torch.fx.GraphModule(tracer.root, tracer.graph), mode, inputs
 
 
 class _Recorder:
@@ -87,23 +180,31 @@ class _Recorder:
         self.call = args
 
 
+def _recording(recorders: list[_Recorder]) -> Callable[..., Any]:
+    """An ``__import__`` for Inductor's wrapper, in which a `_Recorder` is made of each kernel: none is compiled."""
+
+    class AsyncCompile:
+        def cpp_pybinding(self, argtypes: Any, source: str) -> _Recorder:
+            recorders.append(_Recorder(source))
+            return recorders[-1]
+
+        def wait(self, scope: dict[str, Any]) -> None: ...
+
+    def stand_in(name: str, *args: Any) -> Any:
+        if name == "torch._inductor.async_compile":
+            return SimpleNamespace(AsyncCompile=AsyncCompile)
+        return __import__(name, *args)
+
+    return stand_in
+
+
 @contextmanager
 def _inductor(settings: dict[str, Any]) -> Iterator[None]:
-    """Inductor, one thread at a time, with these settings and the compiler that is used: it probes what that can do."""
-    compiler = find_compiler()  # Inductor's is from CXX when it was imported, and must be one word
-    with _lock:
-        try:
-            with _patched(settings | ({} if compiler is None else {"cpp.cxx": (compiler.path,)})):
-                yield
-        except Exception as error:  # of parts that are private, or a compiler that does not tell its version
-            raise BuildError(f"Inductor raised {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _patched(settings: dict[str, Any]) -> Iterator[None]:
+    """Inductor, with these settings and the compiler that is used: it probes what that can do. See `_alone`."""
     import torch._inductor.config as config
     from torch._inductor import cpu_vec_isa
 
+    compiler = find_compiler()  # Inductor's is from CXX when it was imported, and must be one word
     # torch knows its instruction set; Inductor compiles and loads a probe for each, in a directory that is not ours
     widest_first = [
         type("Known", (stock_isa,), {"__bool__": lambda self: True, "__hash__": stock_isa.__hash__})()
@@ -111,7 +212,7 @@ def _patched(settings: dict[str, Any]) -> Iterator[None]:
     ]
     names = {"AVX512": widest_first, "AVX2": widest_first[1:]}
     known = names.get(torch.backends.cpu.get_cpu_capability())
-    with config.patch(settings):
+    with config.patch(settings | ({} if compiler is None else {"cpp.cxx": (compiler.path,)})):
         stock = cpu_vec_isa.valid_vec_isa_list
         if known is not None:
             cpu_vec_isa.valid_vec_isa_list = lambda: known  # type: ignore[assignment]
@@ -130,11 +231,6 @@ def lower_cpp(traced: Traced, vector_bits: int | None = None) -> Lowered:
     Raises:
         LoweringError: when Inductor makes more than one kernel or allocates a buffer.
     """
-    from torch._inductor.async_compile import AsyncCompile
-    from torch._inductor.debug import DebugContext
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.virtualized import V
-
     # threads=1: the launcher shares out the work. vec_isa_ok: no 5 s of probes where the instruction set is none that
     # is named above. compile_threads=1: no worker pool, which would steal a core from the training it speeds up.
     settings = {
@@ -147,30 +243,26 @@ def lower_cpp(traced: Traced, vector_bits: int | None = None) -> Lowered:
         "cpp_wrapper": False,
     }
     recorders: list[_Recorder] = []
+    with _alone(), _inductor(settings):
+        from torch._inductor.debug import DebugContext
+        from torch._inductor.graph import GraphLowering
+        from torch._inductor.virtualized import V
 
-    def record(self: Any, argtypes: Any, source: str) -> _Recorder:
-        recorders.append(_Recorder(source))
-        return recorders[-1]
-
-    with _inductor(settings), V.set_fake_mode(traced.fake_mode), V.set_debug_handler(DebugContext()):
-        lowering = GraphLowering(
-            traced.graph, example_inputs=traced.inputs, shape_env=traced.fake_mode.shape_env, is_inference=True
-        )
-        with V.set_graph_handler(lowering):
-            lowering.run(*traced.inputs)
-            wrapper = lowering.codegen()[0].value
-        stock = AsyncCompile.cpp_pybinding
-        AsyncCompile.cpp_pybinding = record  # type: ignore[assignment, method-assign]
-        try:
-            namespace: dict[str, Any] = {"__name__": "compiled_optim.lowered"}
-            exec(compile(wrapper, "<compiled_optim wrapper>", "exec"), namespace)
-        finally:
-            AsyncCompile.cpp_pybinding = stock  # type: ignore[method-assign]
+        with V.set_fake_mode(traced.fake_mode), V.set_debug_handler(DebugContext()):
+            lowering = GraphLowering(
+                traced.graph, example_inputs=traced.inputs, shape_env=traced.fake_mode.shape_env, is_inference=True
+            )
+            with V.set_graph_handler(lowering):
+                lowering.run(*traced.inputs)
+                wrapper = lowering.codegen()[0].value
+        namespace: dict[str, Any] = {"__builtins__": {**vars(builtins), "__import__": _recording(recorders)}}
+        exec(compile(wrapper, "<compiled_optim wrapper>", "exec"), namespace)
+        # One call on small tensors shows which input is which argument: no generated text is parsed.
+        probes = [torch.zeros(64 if t.dim() else (), dtype=t.dtype, device="cpu") for t in traced.inputs]
+        if len(recorders) == 1:
+            namespace["call"](list(probes))
     if len(recorders) != 1:
         raise LoweringError(f"{traced.signature.name} is not one fusible loop: Inductor made {len(recorders)} kernels")
-    # One call on small tensors shows which input is which argument: no generated text is parsed.
-    probes = [torch.zeros(64 if t.dim() else (), dtype=t.dtype) for t in traced.inputs]
-    namespace["call"](list(probes))
     place = {t.data_ptr(): i for i, t in enumerate(probes)}
     arguments: list[int | None] = []
     for value in recorders[0].call:
@@ -184,9 +276,9 @@ def lower_cpp(traced: Traced, vector_bits: int | None = None) -> Lowered:
 
 def cpp_flags() -> list[str]:
     """The compiler's flags for source that `lower_cpp` returned: headers, vector instructions, semantics."""
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    with _alone(), _inductor({"cpp.vec_isa_ok": True}):
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    with _inductor({"cpp.vec_isa_ok": True}):
         isa = pick_vec_isa()
     macros = ["TORCH_INDUCTOR_CPP_WRAPPER", "STANDALONE_TORCH_HEADER", "C10_USING_CUSTOM_GENERATED_MACROS"]
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -37,6 +38,19 @@ def cache_directory() -> Path | None:
 def disk_cache() -> bool:
     """Whether native code may be kept on disk (`COMPILED_OPTIM_DISK_CACHE`, on unless set to 0)."""
     return _switch("COMPILED_OPTIM_DISK_CACHE", default=True)
+
+
+def cache_limit() -> int:
+    """How many bytes may be kept on disk (`COMPILED_OPTIM_CACHE_LIMIT`, 256M unless set; K, M or G are powers of 1024).
+
+    Raises:
+        ValueError: the variable is something else.
+    """
+    value = os.environ.get("COMPILED_OPTIM_CACHE_LIMIT", "")
+    given = re.fullmatch(r"([0-9]+)([KMG]?)", value or "256M")
+    if given is None:
+        raise ValueError(f"COMPILED_OPTIM_CACHE_LIMIT={value!r}: expected bytes, such as 90000, 512K or 2G, or nothing")
+    return int(given[1]) << 10 * " KMG".index(given[2] or " ")
 
 
 def disabled() -> bool:

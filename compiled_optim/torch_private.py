@@ -11,7 +11,8 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -35,6 +36,7 @@ try:
     from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
     from torch.optim.lbfgs import _strong_wolfe
     from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+    from torch.utils._python_dispatch import _disable_current_modes
 
     # An object of a class under this base can be an argument of an operator. torch 2.14 prints a warning of the old
     # names when they are imported.
@@ -66,6 +68,21 @@ def compiling_disabled() -> str | None:
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
     stance = getattr(getattr(eval_frame, "_stance", None), "stance", "default")
     return f'torch.compiler.set_stance("{stance}")' if stance in ("force_eager", "eager_on_recompile") else None
+
+
+@contextmanager
+def outside_modes() -> Iterator[None]:
+    """What the caller has entered is left: inference mode, a default device, autocast, fake tensors, transforms."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with ExitStack() as stack:
+        while torch._C._len_torch_function_stack():  # a default device is one of these
+            stack.enter_context(torch.overrides._pop_mode_temporarily())
+        stack.enter_context(temporarily_clear_interpreter_stack())
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch._C._DisableAutocast())
+        stack.enter_context(torch.inference_mode(False))
+        yield
 
 
 def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:

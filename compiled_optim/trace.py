@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compiled_optim import lower
+from compiled_optim import lower, torch_private
 from compiled_optim.references import Form, is_own, refers_to
 from compiled_optim.rule import apply, arithmetic_dtype
 
@@ -113,7 +113,7 @@ def _try(traced: Traced) -> None:
     signature = traced.signature
     if traced.fake_mode.shape_env.guards:
         raise _untraceable(signature, "depends on how many elements there are")
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch_private.outside_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for i, shape in enumerate((*_SHAPES, *[_SHAPES[0]] * (len(_TRIALS) - 1))):
             scalars = [_TRIALS[max(0, i - len(_SHAPES) + 1)] ** (1 - 2 * k) for k in range(len(signature.scalars))]
             try:

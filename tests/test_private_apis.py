@@ -174,6 +174,29 @@ def test_flags_name_headers_that_exist() -> None:
     assert (kernels.Path(includes[0]) / "torch/csrc/inductor/cpp_prefix.h").is_file()
 
 
+def test_dynamo_compiles_under_its_lock() -> None:
+    from torch._dynamo import convert_frame
+
+    held = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        held.append((lower.holds_dynamo(), convert_frame.compile_lock._is_owned()))
+        return graph.forward
+
+    torch.compile(lambda x: x + 7, backend=backend)(torch.ones(1))
+    assert held == [(True, True)]
+    assert not lower.holds_dynamo()
+
+
+def test_lowering_compiles_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's wrapper imports AsyncCompile from where it is replaced."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    monkeypatch.setattr(AsyncCompile, "__init__", lambda self: pytest.fail("Inductor's own compiler is used"))
+    assert "AsyncCompile" in inspect.getsource(inspect.getmodule(AsyncCompile))  # type: ignore[arg-type]
+    lower.lower_cpp(trace(signature()))
+
+
 def test_line_search_takes_and_returns_what_lbfgs_expects() -> None:
     x, d = [torch.tensor([3.0])], torch.tensor([-6.0])
     parameters = list(inspect.signature(torch_private.strong_wolfe).parameters)

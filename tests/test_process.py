@@ -16,6 +16,9 @@ import pytest
 import torch
 
 import compiled_optim
+from compiled_optim import kernels, lower
+from compiled_optim.declare import number
+from compiled_optim.trace import Signature, trace
 
 TRAIN = """
 import json, os, sys, torch
@@ -32,7 +35,7 @@ value, optimizer = train()
 row, = compiled_optim.explain(optimizer)
 facts = dict(sum=value.sum().item(), execution=row.execution, origin=row.origin, info=list(compiled_optim.cache_info()),
              modules=[m for m in ("torch._inductor", "torch._dynamo", "torch.distributed.tensor", "sympy",
-                                  "subprocess_ran") if m in sys.modules])
+                                  "host") if m in sys.modules])
 """
 REPORT = "\nprint(json.dumps(facts))\n"
 
@@ -57,7 +60,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
     place = tmp_path_factory.mktemp("warm")
     directory = str(place / "cache")
     facts = run(TRAIN + REPORT, COMPILED_OPTIM_CACHE_DIR=directory, TORCHINDUCTOR_CACHE_DIR=str(place / "inductor"))
-    # lowering builds and loads nothing in a directory that is Inductor's
+    # lowering writes nothing in a directory that is Inductor's
     assert not [path for path in (place / "inductor").rglob("*") if path.is_file()]
     assert (facts["execution"], facts["origin"]) == ("multi_tensor", "compiled")
     return directory, facts["sum"]
@@ -180,6 +183,89 @@ facts = dict(status=status, child=json.loads(os.read(read, 4096)), sum=facts["su
     assert facts["child"] == [facts["sum"], facts["big"]]
 
 
+def test_a_child_forked_before_the_first_step(warm: tuple[str, float]) -> None:
+    """The parent has OpenMP's threads by then; what the child loads must not ask for a team of them."""
+    code = """
+import json, os, torch
+import compiled_optim
+from compiled_optim.lbfgs import history
+torch.set_num_threads(2)
+torch.ones(1 << 20).sum()
+p = torch.nn.Parameter(torch.ones(1 << 14))  # for torch's operations one thread is enough
+p.grad = torch.ones(1 << 14)
+child = os.fork()
+if child == 0:
+    compiled_optim.AdamW([p], lr=0.5, weight_decay=0, compiled=True).step()
+    os._exit(0 if abs(p[0].item() - 0.5) < 1e-6 and history._threads(p) == 1 else 1)
+facts = dict(status=os.waitpid(child, 0)[1])
+"""
+    assert run(code + REPORT, COMPILED_OPTIM_CACHE_DIR=warm[0])["status"] == 0
+
+
+LOWERING = """
+import os, sys, threading, json, torch
+import compiled_optim
+from compiled_optim import lower
+torch.set_num_threads(1)
+def step(cls, **options):
+    p = torch.nn.Parameter(torch.ones(4)); p.grad = torch.ones(4)
+    cls([p], lr=1.0, compiled=True, **options).step()
+    return p.detach()[0].item()
+"""
+
+
+def test_a_child_forked_while_a_thread_lowers(warm: tuple[str, float]) -> None:
+    """It waits for the end of that; the child lowers and compiles what it needs."""
+    code = (
+        LOWERING
+        + """
+lowering, stock = threading.Event(), lower._inductor
+def inductor(settings):
+    lowering.set()
+    return stock(settings)
+lower._inductor = inductor
+thread = threading.Thread(target=step, args=(compiled_optim.RMSprop,))
+thread.start()
+lowering.wait()
+child = os.fork()
+if child == 0:
+    os._exit(0 if step(compiled_optim.SGD) == 0.0 else 1)
+facts = dict(status=os.waitpid(child, 0)[1])
+thread.join()
+"""
+        + REPORT
+    )
+    assert run(code, COMPILED_OPTIM_CACHE_DIR=warm[0])["status"] == 0
+
+
+def test_a_child_forked_amid_a_lowering_falls_back() -> None:
+    code = (
+        LOWERING
+        + """
+import warnings
+lower._FORK_SECONDS = 0.01
+release = threading.Event()
+def hold():
+    with lower._lock:
+        held.set()
+        release.wait()
+held = threading.Event()
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value = step(compiled_optim.SGD)
+    os._exit(0 if value == 0.0 and "forked while another thread" in str(caught[0].message) else 1)
+release.set()
+facts = dict(status=os.waitpid(child, 0)[1])
+"""
+        + REPORT
+    )
+    assert run(code, COMPILED_OPTIM_STRICT="0", COMPILED_OPTIM_DISK_CACHE="0")["status"] == 0
+
+
 def test_one_libgomp_and_thread_count_of_torch(warm: tuple[str, float]) -> None:
     code = (
         TRAIN
@@ -219,6 +305,94 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def lowered(rule: Callable[..., Any]) -> str:
+    """The source that a rule is lowered to."""
+
+    class Rule(compiled_optim.Optimizer):
+        lr: float = number(default=1e-3)
+        update = staticmethod(rule)
+
+        @staticmethod
+        def scalars(h: Any, step: Any) -> dict[str, Any]:
+            return {"lr": h.lr}
+
+    switches = Rule.declaration.choose(Rule.declaration.check({})).switches
+    return lower.lower_cpp(trace(Signature(Rule, switches, (torch.float32,), (), ("lr",)))).source
+
+
+def plain_update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+    return p - g * k.lr
+
+
+def test_lowering_changes_nothing_for_another_thread() -> None:
+    """A compiled function is called, one is compiled, and a module is called while a rule is traced."""
+    expected = lowered(plain_update)
+    double, model = torch.compile(lambda x: x * 2, backend="eager"), torch.nn.Linear(2, 2)
+    double(torch.ones(2))
+    stock = torch.nn.Module.__call__
+    seen: list[Any] = []
+
+    def use() -> None:
+        seen.append((double(torch.ones(2)).tolist(), model(torch.ones(2)).shape, torch.nn.Module.__call__ is stock))
+
+    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+        in_threads(1, lambda _: use())
+        return plain_update(p, g, s, k, on)
+
+    assert lowered(update) == expected
+    assert {repr(each) for each in seen} == {repr(([2.0, 2.0], torch.Size([2]), True))}
+
+
+def test_dynamo_compiles_before_or_after_lowering() -> None:
+    """Neither sees what the other changes while it lasts."""
+    compiling, order = threading.Event(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        order.append("graph")
+        return graph.forward
+
+    def compile_graph() -> None:
+        compiling.set()
+        assert torch.compile(lambda x: x * 3, backend=backend)(torch.ones(1)).item() == 3
+
+    thread = threading.Thread(target=compile_graph)
+
+    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+        if lower.holds_dynamo() and not compiling.is_set():
+            thread.start()
+            compiling.wait()
+            thread.join(0.2)  # which it would have done in this time, were it let
+            order.append("rule")
+        return plain_update(p, g, s, k, on)
+
+    lowered(update)
+    thread.join()
+    assert order == ["rule", "graph"]
+
+
+def test_kernels_begun_in_a_trace_do_not_wait_for_who_waits_for_it() -> None:
+    """Dynamo's lock is held by who begins kernels, and waited for by who holds that of the kernels."""
+    held, release = threading.Event(), threading.Event()
+
+    def obtain(_: int) -> None:
+        with kernels._lock:
+            held.set()
+            release.wait()
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        assert lower.holds_dynamo()
+        kernels.begin(())
+        release.set()
+        return graph.forward
+
+    thread = threading.Thread(target=obtain, args=(0,))
+    thread.start()
+    held.wait()
+    assert torch.compile(lambda x: x * 5, backend=backend)(torch.ones(1)).item() == 5
+    thread.join()
+    assert not lower.holds_dynamo()
 
 
 def test_sixteen_threads_with_an_optimizer_each_share_one_kernel() -> None:

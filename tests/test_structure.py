@@ -51,9 +51,11 @@ LAYERS = [
     ("declare",),
     ("fallback",),
     ("cache.libraries",),
+    ("cache.tidy",),
     ("cache.store",),
     ("cache.build",),
-    ("settings",),
+    ("cache.trust",),
+    ("settings", "process"),
     ("version", "launch.__init__", "cache.__init__", "in_graph.__init__"),
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
@@ -16,8 +17,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from .trust import directory_problem
+
+_PREFIX = "compiled_optim-build-"
 _SHOWN_BYTES = 4096
 _SHOWN_LINES = 12
+# Runs a command in a process group in which all are killed when the standard input ends.
+_WATCHED = 'exec 3<&0; { read -r _ <&3; kill -KILL 0; } >/dev/null 2>&1 & exec "$@" </dev/null 3<&-'
 
 
 class BuildError(RuntimeError):
@@ -61,22 +67,68 @@ def _identity(word: str) -> str:
 
 @contextmanager
 def private_directory() -> Iterator[Path]:
-    """A new directory that only this user can enter, removed at exit.
+    """A new directory that only this user can enter, removed at exit; those of killed processes are removed first.
 
     Raises:
-        BuildError: there is no place for temporary files.
+        BuildError: there is no place for temporary files, or others could exchange the directory.
     """
     owner = os.getpid()
     try:
-        path = tempfile.mkdtemp(prefix="compiled_optim-")
-        os.chmod(path, 0o700)  # an odd umask takes bits from the owner, too
+        temporary = Path(tempfile.gettempdir()).resolve()
+        _sweep(temporary)
+        path, lock = _locked_directory(temporary)
+        problem = directory_problem(path)
     except OSError as error:
         raise BuildError(f"no private directory to compile in: {error}") from error
     try:
-        yield Path(path)
+        if problem is not None:
+            raise BuildError(
+                f"no private directory to compile in: {problem}. Set TMPDIR to one that only you can write"
+            )
+        yield path
     finally:
         if os.getpid() == owner:  # a forked child unwinds a copy of this frame, but the directory is its parent's
             shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_directory(parent: Path) -> tuple[Path, int]:
+    """A new directory, and a descriptor that has it locked for as long as this process lives."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        os.chmod(path, 0o700)  # an odd umask takes bits from the owner, too
+        with suppress(FileNotFoundError, BlockingIOError):  # swept before it was locked
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                _lock(lock)
+                os.stat(path)
+            except BaseException:
+                os.close(lock)
+                raise
+            return path, lock
+
+
+def _lock(directory: int) -> None:
+    """Locks it; raises BlockingIOError if another process has. Where locks do not work, nothing is swept either."""
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
+
+def _sweep(parent: Path) -> None:
+    """Removes what `private_directory` made for processes that were killed."""
+    for path in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(lock).st_uid == os.geteuid():
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 class Build:
@@ -95,8 +147,8 @@ class Build:
         try:
             with open(self._log, "xb") as log, _uninterrupted():
                 self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
+                    ["/bin/sh", "-c", _WATCHED, "sh", *command],
+                    stdin=subprocess.PIPE,  # ends when this process does
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=environment,
@@ -142,6 +194,8 @@ class Build:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
     if process.poll() is None:  # never so in a forked child, whose process this is not
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -12,7 +12,7 @@ import sysconfig
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -22,6 +22,7 @@ import torch
 from ..version import __version__
 from .build import Build, find_compiler, private_directory, start_build
 from .store import SCHEMA, Fact, counters, open_store
+from .tidy import tidy
 
 T = TypeVar("T")
 Produce = Callable[[], tuple[str, Sequence[str]]]
@@ -84,17 +85,17 @@ class Pending(Generic[T]):
         self._build, self._held = None, False
         self._stack.close()
 
-    def _find(self) -> Library[T] | None:
+    def _find(self, origin: Literal["disk", "compiled"] = "disk") -> Library[T] | None:
         if self._store is None:
             return None
-        entry = self._store.find(self._key, None if self._compiler is None else self._compiler.fingerprint)
-        if entry is None:
-            return None
-        try:
-            return self._loaded(entry.library, "disk", entry.facts)
-        except _LOAD_ERRORS as error:
-            self._store.set_aside(self._key, entry.library, f"{entry.library.name} does not load: {error}")
-            return None
+        with self._store.find(self._key, None if self._compiler is None else self._compiler.fingerprint) as entry:
+            if entry is None:
+                return None
+            try:
+                return self._loaded(entry.path, origin, entry.facts)
+            except _LOAD_ERRORS as error:  # perhaps because nothing may be executed from that file system
+                self._store.set_aside(self._key, entry.library, f"{entry.library.name} does not load: {error}")
+                return None
 
     def _start(self, lock_seconds: float) -> None:
         """Find the library or start to compile it; neither if another writer does, and is not to be waited for."""
@@ -124,14 +125,14 @@ class Pending(Generic[T]):
         build.wait()
         if self._compiler is not None and self._store is not None and self._held:
             try:
-                entry = self._store.publish(self._key, build.output, self._facts, self._compiler.fingerprint)
+                self._store.publish(self._key, build.output, self._facts, self._compiler.fingerprint)
             except OSError as error:
                 counters.count_error(f"{self._key} cannot be published: {error}")
             else:
-                try:
-                    return self._loaded(entry.library, "compiled", entry.facts)
-                except _LOAD_ERRORS as error:  # perhaps because nothing may be executed from that file system
-                    self._store.set_aside(self._key, entry.library, f"{entry.library.name} does not load: {error}")
+                with suppress(OSError):
+                    tidy(self._store, self._key)
+                if (library := self._find("compiled")) is not None:
+                    return library
         elif self._store is not None:
             counters.count_error(f"{self._key} is not published: it is locked by another writer, or locks do not work")
         return self._loaded(build.output, "compiled", self._facts)  # once loaded, the file may be deleted

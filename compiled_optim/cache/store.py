@@ -1,7 +1,8 @@
 """Native code on disk, in a form that can be trusted: nothing is loaded that is not mine, whole and in its place.
 
 A flat directory holds, for each key, `<key>-<start of sha256>.so`, the library; `<key>.json`, its manifest, published
-last; and `<key>.lock`, which writers take. Readers take no lock and write nothing, so read-only media serve their hits.
+last; and `<key>.lock`, while a writer holds it. Readers take no lock and write nothing, so read-only media serve their
+hits; where they may they set a library's time of access, by which the least recently used are known.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import json
 import os
 import re
 import secrets
-import stat
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Container, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeAlias, Union
 
 from .. import settings
+from .trust import Distrust, contents, loadable, open_mine
+from .trust import directory_problem as directory_problem
 
 SCHEMA = 1
 Fact: TypeAlias = Union[str, int, float, "list[Fact]"]
@@ -33,7 +35,7 @@ _KEPT_REASONS = 20
 
 _KEY = r"[0-9a-f]{32}"
 _TEMPORARY = r"\.[0-9a-f]{16}\.tmp"
-_OURS = re.compile(rf"{_KEY}(-[0-9a-f]{{16}}\.so|\.json|\.lock)(\.bad|{_TEMPORARY})?")
+OURS = re.compile(rf"({_KEY})(-[0-9a-f]{{16}}\.so|\.json|\.lock)(\.bad|{_TEMPORARY})?")  # the names of our files
 
 
 class CacheWarning(UserWarning):
@@ -68,15 +70,12 @@ _warned: set[str | None] = set()
 
 @dataclass(frozen=True)
 class Entry:
-    """A library found whole, and what its maker recorded about it."""
+    """A library found whole, and what its maker recorded about it; ``path`` is where to load it from."""
 
     key: str
     library: Path
+    path: Path
     facts: dict[str, Fact]
-
-
-class _Bad(Exception):
-    """This file must not be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +102,18 @@ class _Manifest:
         try:
             fields = json.loads(data)
         except (ValueError, RecursionError):
-            raise _Bad("manifest is not JSON") from None
+            raise Distrust("manifest is not JSON") from None
         types = {"schema": int, "key": str, "compiler": str, "sha256": str, "size": int, "facts": dict, "digest": str}
         if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != types:
-            raise _Bad("manifest has other fields than expected")
+            raise Distrust("manifest has other fields than expected")
         digest = fields.pop("digest")
         manifest = cls(**fields)
         if manifest._digest() != digest:
-            raise _Bad("manifest is damaged")
+            raise Distrust("manifest is damaged")
         if manifest.schema != SCHEMA or manifest.key != key or not re.fullmatch("[0-9a-f]{64}", manifest.sha256):
-            raise _Bad("manifest describes something else")
+            raise Distrust("manifest describes something else")
         if not 0 < manifest.size <= _LIBRARY_LIMIT:
-            raise _Bad(f"manifest gives an impossible size of {manifest.size} bytes")
+            raise Distrust(f"manifest gives an impossible size of {manifest.size} bytes")
         return manifest
 
 
@@ -135,7 +134,7 @@ def open_store() -> Store | None:
         except OSError as error:
             problem = f"{root} cannot be used ({error})"
         if problem is None:
-            return Store(root)
+            return Store(root.parent.resolve() / root.name, settings.cache_limit())
     if problem not in _warned:
         _warned.add(problem)
         message = (
@@ -155,58 +154,20 @@ def _make_private(directory: Path) -> None:
         os.chmod(directory, 0o700)  # an odd umask takes bits from the owner, too
 
 
-def directory_problem(directory: Path) -> str | None:
-    """Why code in a directory cannot be trusted; None if it is a real one that this user alone can write.
-
-    Raises:
-        OSError: the directory cannot be examined.
-    """
-    status = os.lstat(directory)
-    if not stat.S_ISDIR(status.st_mode):
-        return f"{directory} is a link or a file; expected a directory"
-    if status.st_uid != os.geteuid():
-        return f"{directory} belongs to user {status.st_uid}; expected {os.geteuid()}"
-    if status.st_mode & 0o022:
-        return f"{directory} can be written by others (mode {stat.S_IMODE(status.st_mode):o}; chmod go-w mends it)"
-    for parent in directory.resolve().parents:
-        mode = os.lstat(parent).st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            return f"{directory} can be replaced by others, because anybody can write {parent}"
-    return None
-
-
-def _read(path: Path, limit: int) -> bytes:
-    """Read a file of mine and of no more than `limit` bytes, following no link and waiting for no FIFO."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise _Bad(f"{path.name} is a link or a socket") from None
-        raise
-    try:
-        status = os.fstat(descriptor)
-        if status.st_nlink == 0:
-            raise FileNotFoundError(errno.ENOENT, "deleted while it was opened", str(path))
-        if not stat.S_ISREG(status.st_mode):
-            raise _Bad(f"{path.name} is not a regular file")
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022 or status.st_nlink != 1:
-            raise _Bad(f"{path.name} has another owner, another writer or another name")
-        if status.st_size > limit:
-            raise _Bad(f"{path.name} has {status.st_size} bytes, {limit} at most were expected")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(limit)
-    finally:
-        os.close(descriptor)
-
-
 class Store:
-    """The files of one directory that `directory_problem` found nothing wrong with. Keys come from `machine_key`."""
+    """The files of one directory that `directory_problem` found nothing wrong with. Keys come from `machine_key`.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        root: the directory.
+        limit: how many bytes a library may have.
+    """
 
-    def find(self, key: str, fingerprint: str | None) -> Entry | None:
-        """Look up an entry and check it from end to end.
+    def __init__(self, root: Path, limit: int) -> None:
+        self.root, self.limit = root, limit
+
+    @contextmanager
+    def find(self, key: str, fingerprint: str | None) -> Iterator[Entry | None]:
+        """Look up an entry and check it from end to end; in the context, what was checked can be loaded.
 
         Args:
             key: the entry's key.
@@ -216,23 +177,45 @@ class Store:
         Returns:
             None for a miss, which includes every error. A bad entry is set aside and counted first.
         """
-        library = None
+        with ExitStack() as stack:
+            yield self._find(key, fingerprint, stack)
+
+    def _find(self, key: str, fingerprint: str | None, stack: ExitStack) -> Entry | None:
+        library, before = None, None
         try:
-            manifest = _Manifest.decode(_read(self.root / f"{key}.json", _MANIFEST_LIMIT), key)
-            if fingerprint is not None and manifest.compiler != fingerprint:
-                return None
-            library = self.root / manifest.library
-            if hashlib.sha256(_read(library, manifest.size)).hexdigest() != manifest.sha256:
-                raise _Bad(f"{library.name} is damaged")
-            return Entry(key, library, manifest.facts)
+            while True:
+                manifest = self._manifest(key)
+                if fingerprint is not None and manifest.compiler != fingerprint:
+                    return None
+                library = self.root / manifest.library
+                try:
+                    descriptor = open_mine(library, manifest.size)
+                    break
+                except FileNotFoundError:
+                    if manifest == before:
+                        raise
+                before = manifest  # a writer may just have replaced both
+            stack.callback(os.close, descriptor)
+            if hashlib.sha256(contents(descriptor, manifest.size)).hexdigest() != manifest.sha256:
+                raise Distrust(f"{library.name} is damaged")
+            with suppress(OSError):
+                os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
+            return Entry(key, library, loadable(descriptor, library), manifest.facts)
         except FileNotFoundError:
             if library is not None:
                 self.set_aside(key, library, f"{library.name} is missing")
-        except _Bad as bad:
-            self.set_aside(key, library, str(bad))
+        except Distrust as problem:
+            self.set_aside(key, library, str(problem))
         except OSError as error:
             counters.count_error(f"{key} cannot be read: {error}")
         return None
+
+    def _manifest(self, key: str) -> _Manifest:
+        descriptor = open_mine(self.root / f"{key}.json", _MANIFEST_LIMIT)
+        try:
+            return _Manifest.decode(contents(descriptor, _MANIFEST_LIMIT), key)
+        finally:
+            os.close(descriptor)
 
     def set_aside(self, key: str, library: Path | None, reason: str) -> None:
         """Put a bad entry out of the way and count it, unless another process just did so."""
@@ -241,7 +224,7 @@ class Store:
             if library is not None:
                 _put_away(library)
 
-    def publish(self, key: str, library: Path, facts: Mapping[str, Fact], fingerprint: str) -> Entry:
+    def publish(self, key: str, library: Path, facts: Mapping[str, Fact], fingerprint: str) -> None:
         """Copy a library into the store; call it while holding `writer`.
 
         Args:
@@ -255,10 +238,9 @@ class Store:
         """
         code = library.read_bytes()
         manifest = _Manifest(SCHEMA, key, fingerprint, hashlib.sha256(code).hexdigest(), len(code), dict(facts))
-        self._remove(re.compile(rf"{key}.*{_TEMPORARY}"))  # of a writer that was killed
-        self._write(manifest.library, code, _LIBRARY_LIMIT)
+        self._write(manifest.library, code, min(_LIBRARY_LIMIT, self.limit))
         self._write(f"{key}.json", manifest.encode(), _MANIFEST_LIMIT)
-        return Entry(key, self.root / manifest.library, manifest.facts)
+        self._sweep(key)
 
     def _write(self, name: str, data: bytes, limit: int) -> None:
         if not 0 < len(data) <= limit:
@@ -291,32 +273,56 @@ class Store:
         Returns:
             Whether it is held. If not, after the time limit or where locks do not work, do not publish.
         """
-        owner, held = os.getpid(), False
-        try:
-            descriptor = os.open(
-                self.root / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
-            )
-        except OSError:
+        owner, path = os.getpid(), self.root / f"{key}.lock"
+        descriptor = _lock(path, seconds)
+        if descriptor is None:
             yield False
             return
         try:
-            held = _lock(descriptor, seconds)
-            yield held
+            yield True
         finally:
-            if held and os.getpid() == owner:
+            if os.getpid() == owner:
+                with suppress(OSError):
+                    os.unlink(path)
                 fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked meanwhile shares the lock, and may live long
             os.close(descriptor)
 
+    def sweep(self, key: str) -> None:
+        """Remove what killed writers and bad entries left of a key, unless it is being written."""
+        with self.writer(key, 0) as held:
+            if held:
+                self._sweep(key)
+
+    def _sweep(self, key: str) -> None:
+        kept = {f"{key}.json", f"{key}.lock"}
+        with suppress(FileNotFoundError, Distrust):
+            kept.add(self._manifest(key).library)
+        self._remove(re.compile(re.escape(key) + ".*"), kept)
+
+    def drop(self, key: str) -> None:
+        """Remove an entry, unless it is being written."""
+        with self.writer(key, 0) as held:
+            if held:
+                _delete(self.root / f"{key}.json")  # first: a library without one is a miss, the reverse is a bad entry
+                self._remove(re.compile(re.escape(key) + ".*"), {f"{key}.lock"})
+
     def clear(self) -> None:
         """Remove every file that has a name of ours and nothing else; others may use or clear the store meanwhile."""
-        self._remove(_OURS)
+        self._remove(OURS)
 
-    def _remove(self, pattern: re.Pattern[str]) -> None:
+    def _remove(self, pattern: re.Pattern[str], kept: Container[str] = ()) -> None:
         with suppress(FileNotFoundError):
             for name in os.listdir(self.root):
-                if pattern.fullmatch(name):
-                    with suppress(OSError):
-                        os.unlink(self.root / name)
+                if OURS.fullmatch(name) and pattern.fullmatch(name) and name not in kept:
+                    _delete(self.root / name)
+
+
+def _delete(path: Path) -> None:
+    with suppress(OSError):
+        try:
+            os.unlink(path)
+        except (IsADirectoryError, PermissionError):
+            os.rmdir(path)
 
 
 def _put_away(path: Path) -> bool:
@@ -331,17 +337,29 @@ def _put_away(path: Path) -> bool:
     return True
 
 
-def _lock(descriptor: int, seconds: float) -> bool:
+def _lock(path: Path, seconds: float) -> int | None:
+    """A descriptor that holds the lock at ``path``, which its holder removes; None if it cannot be had."""
     deadline = time.monotonic() + seconds
     while True:
+        held = False
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        except OSError:
+            return None
         try:
             os.fchmod(descriptor, 0o600)  # as in `_write`
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            held = os.fstat(descriptor).st_nlink > 0
+            if held:
+                return descriptor
+            continue  # its last holder has removed it
         except BlockingIOError:
             pass
         except OSError:
-            return False
+            return None
+        finally:
+            if not held:
+                os.close(descriptor)
         if time.monotonic() >= deadline:
-            return False
+            return None
         time.sleep(_POLL_SECONDS)

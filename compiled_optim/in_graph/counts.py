@@ -78,14 +78,14 @@ class Counts:
             self._seen = None
         if not self._vectors:
             return
-        index = slice(None) if everyone else torch.tensor(members)
+        index = slice(None) if everyone else torch.tensor(members, device="cpu")
         step, *others = self._vectors.values()
         if everyone:
             step.add_(1)
         else:
             step[index] += 1
         for vector, values in zip(others, zip(*carried, strict=True), strict=True):
-            vector[index] = torch.tensor(values, dtype=vector.dtype)
+            vector[index] = torch.tensor(values, dtype=vector.dtype, device="cpu")
         if everyone and not others and self._seen is not None and all(self._are_equal):
             self._equal = [tuple(c + 1 for c in count) for count in self._equal if count is not None]
             self._seen = step._version

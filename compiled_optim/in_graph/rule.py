@@ -113,7 +113,7 @@ class RuleInputs(Inputs):
         self._made = set()
         on_host = [i for i, g in enumerate(self._groups) if not groups[g].get("capturable")]
         names = optimizer.declaration.counts if on_host else ()
-        dtype = optimizer._count_tensor(torch.empty(()), {}, 0.0).dtype
+        dtype = optimizer._count_tensor(torch.empty((), device="cpu"), {}, 0.0).dtype
         self._counts = Counts(names, dtype, self._groups, self.states)
         self._cannot = "" if set(map(type, params)) <= set(PLAIN) else "a tensor subclass"
         if self._share_memory:  # as a parameter that is listed twice does
@@ -234,7 +234,7 @@ class RuleInputs(Inputs):
         if self._made:
             self._give(optimizer, layout.members)
         optimizer._stepped()
-        return torch.tensor(table, dtype=dtype)
+        return torch.tensor(table, dtype=dtype, device="cpu")
 
     def _give(self, optimizer: Optimizer, members: tuple[int, ...]) -> None:
         """The state that was made becomes the optimizer's."""

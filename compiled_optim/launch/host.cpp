@@ -8,8 +8,6 @@
 
 namespace {
 
-bool forked = false;
-
 // nullptr with a Python error for anything but a plan.
 Plan* plan_of(PyObject* capsule) { return static_cast<Plan*>(PyCapsule_GetPointer(capsule, "compiled_optim.plan")); }
 
@@ -204,7 +202,7 @@ void launch_all(Plan* plan, const Foreseen& scalars, int threads) {
   auto call = [&](const Launch& launch, const Table& table) {
     const auto tensors = static_cast<int64_t>(table.rows.size());
     if (!tensors) return;
-    const int team = forked || table.begins.back() < kOneThread ? 1 : threads;
+    const int team = table.begins.back() < kOneThread ? 1 : threads;
     launch.kernel(tensors, table.cells.data(), table.begins.data(), table.rows.data(), scalars.table.data(),
                   scalars.columns, team);
   };
@@ -338,12 +336,6 @@ PyObject* start(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
-// after_fork(): OpenMP's threads do not survive a fork, so the child runs one (pitfall in issue 2).
-PyObject* after_fork(PyObject*, PyObject*) {
-  forked = true;
-  Py_RETURN_NONE;
-}
-
 PyMethodDef methods[] = {{"make", make, METH_VARARGS, nullptr},
                          {"add_launch", add_launch, METH_VARARGS, nullptr},
                          {"add_group", add_group, METH_VARARGS, nullptr},
@@ -354,10 +346,9 @@ PyMethodDef methods[] = {{"make", make, METH_VARARGS, nullptr},
                          {"is_whole", is_whole, METH_O, nullptr},
                          {"matches", matches, METH_VARARGS, nullptr},
                          {"start", start, METH_VARARGS, nullptr},
-                         {"after_fork", after_fork, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "host", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "compiled_optim._host", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit_host() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__host() { return PyModule_Create(&module); }

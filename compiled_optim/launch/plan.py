@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from compiled_optim import dtensors, kernels, lower, torch_private
+from compiled_optim import dtensors, kernels, lower, process, torch_private
 from compiled_optim.references import Form, UnknownReferenceError, is_own, references, refers_to
 from compiled_optim.trace import Signature
 from compiled_optim.updates import Journal, is_count, publish, withdraw
@@ -99,9 +99,8 @@ class Plan:
             stand_ins += self._shards_of_gradients(optimizer)
         if not numbers:  # to make a float of another object runs Python, which may take gradients away
             rows = [(group, counts, tuple(map(float, values))) for group, counts, values in rows]
-        threads = torch.get_num_threads()
         outcome: str | list[Counts] | None
-        outcome = self.host.run(self.native, lists, state, rows, stand_ins, threads)
+        outcome = self.host.run(self.native, lists, state, rows, stand_ins, process.team_size())
         if outcome is None and self.journal:
             self.journal.clear()
         if outcome is None and self.sharded:

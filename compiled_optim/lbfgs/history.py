@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
-import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compiled_optim import lower, settings
+from compiled_optim import lower, process, settings
 from compiled_optim.cache import libraries
 
 _FIRST_SLOTS = 4  # of a ring
@@ -138,8 +136,7 @@ _ONE_THREAD = 32_768  # bytes of a vector below which one thread is faster: meas
 _FLAGS = ("-O3", "-march=native", "-fopenmp")
 _SOURCE = Path(__file__).with_name("history.cpp")
 _library: ctypes.CDLL | None = None
-_lock = threading.Lock()
-_forked = False
+_lock = process.new_lock()
 
 
 class Kernels:
@@ -215,7 +212,7 @@ def in_memory(vector: Tensor) -> bool:
 
 
 def _threads(vector: Tensor) -> int:
-    return 1 if _forked or vector.nbytes < _ONE_THREAD else torch.get_num_threads()
+    return 1 if vector.nbytes < _ONE_THREAD else process.team_size()
 
 
 def _obtain() -> tuple[ctypes.CDLL, str, float]:
@@ -242,12 +239,3 @@ def _load(path: Path) -> ctypes.CDLL:
         direction.argtypes = [*integers, *[address] * 7, ctypes.c_int]
         direction.restype = ctypes.c_double
     return library
-
-
-def _after_fork() -> None:
-    global _lock, _forked
-    _lock = threading.Lock()  # its holder does not exist in the child
-    _forked = True  # nor do OpenMP's threads: a team of them would wait forever
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -56,7 +56,7 @@ def plot_schedule(
 def curve(schedule: Scheduler, steps: int, group: int = 0, of: str = "lr") -> list[Any]:
     """The values at ``range(steps)``."""
     try:
-        values: list[Any] = schedule.value(torch.arange(steps, dtype=torch.float64), group, of).tolist()
+        values: list[Any] = schedule.value(torch.arange(steps, dtype=torch.float64, device="cpu"), group, of).tolist()
     except TypeError:  # for functions of numbers only
         values = [schedule.value(i, group, of) for i in range(steps)]
     return values

@@ -276,13 +276,35 @@ def _file_for_directory(cache: Path) -> None:
     cache.touch()
 
 
+def _give_away(path: Path) -> None:
+    os.chown(path, 12345, -1)
+
+
+def _give_away_sticky(path: Path) -> None:
+    path.chmod(0o1777)
+    _give_away(path)
+
+
+# Each lets somebody else exchange what is in a directory.
+PARENT_DAMAGE: dict[str, tuple[Damage, str]] = {
+    "world can write": (lambda parent: parent.chmod(0o777), "can be replaced by others, .*mode 777"),
+    "group can write": (lambda parent: parent.chmod(0o775), "can be replaced by others, .*mode 775"),
+    "foreign": (_give_away, "can be replaced by others, .* belongs to user 12345"),
+    "foreign and sticky": (_give_away_sticky, "can be replaced by others, .* belongs to user 12345"),
+}
+
+
+def _of_parent(damage: Damage) -> Damage:
+    return lambda cache: damage(cache.parent)
+
+
 DIRECTORY_DAMAGE: dict[str, tuple[Damage, str]] = {
     "foreign owner": (lambda cache: os.chown(cache, 12345, -1), "belongs to user 12345"),
     "group can write": (lambda cache: cache.chmod(0o770), "mode 770"),
     "world can write": (lambda cache: cache.chmod(0o707), "mode 707"),
     "link": (_link_directory, "is a link"),
     "file": (_file_for_directory, "expected a directory"),
-    "replaceable": (lambda cache: cache.parent.chmod(0o777), "can be replaced by others"),
+    **{f"parent: {name}": (_of_parent(damage), message) for name, (damage, message) in PARENT_DAMAGE.items()},
 }
 BAD_COMPILERS: dict[str, tuple[str, type[Exception], str]] = {
     "fails": ("echo 'x.cpp:1: error: }' >&2; exit 1", RuntimeError, r"status 1: .*-shared[^\n]*\nx.cpp:1: error: }"),
@@ -291,7 +313,7 @@ BAD_COMPILERS: dict[str, tuple[str, type[Exception], str]] = {
     "writes nothing": ("exit 0", RuntimeError, "wrote no library"),
     "writes an empty file": (': > "$output"', RuntimeError, "wrote no library"),
     "writes garbage": ('echo hello > "$output"', OSError, "library.so: file too short"),
-    "cannot start": ("#!/absent", RuntimeError, "cannot be started"),
+    "cannot start": ("#!/absent", RuntimeError, r"status 12[67]: .*\n.*not found"),
 }
 
 
@@ -318,14 +340,19 @@ def opened() -> store.Store:
     return found
 
 
-def found_compiler() -> build.Compiler:
-    compiler = build.find_compiler()
+def found_compiler(*, named: bool = True) -> build.Compiler:
+    """The one that CXX names, or that of this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not named:
+            patch.delenv("CXX", raising=False)
+        compiler = build.find_compiler()
     assert compiler is not None
     return compiler
 
 
 def find(fingerprint: str | None = None) -> store.Entry | None:
-    return opened().find(KEY, fingerprint)
+    with opened().find(KEY, fingerprint) as entry:
+        return entry
 
 
 def begin(key: str = KEY) -> libraries.Pending[int]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,9 @@ from fault_tools import (
     opened,
 )
 
-from compiled_optim.cache import build, libraries, store
+from compiled_optim.cache import build, libraries, store, tidy
+
+KEYS = [digit * 32 for digit in "0123456"]
 
 
 def test_compiled_once_then_read_without_writing(here: Here) -> None:
@@ -188,15 +191,105 @@ def test_planted_library_never_runs(here: Here, entry: Entry, monkeypatch: Patch
 
 
 @pytest.mark.parametrize(("fault", "message"), DIRECTORY_DAMAGE.values(), ids=DIRECTORY_DAMAGE)
-def test_directory_that_others_could_change(here: Here, entry: Entry, fault: Damage, message: str) -> None:
+def test_directory_that_others_could_change(
+    here: Here, entry: Entry, fault: Damage, message: str, monkeypatch: Patch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     if "belongs" in message and os.geteuid() != 0:
         pytest.skip("only root can give a directory away")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
     fault(here.cache)
     with pytest.warns(store.CacheWarning, match=message) as caught:
         assert obtain().value == 42
     assert len(caught) == 1
     assert obtain().origin == "compiled"  # silently: warnings are errors here
     assert here.builds() == 3
+
+
+def test_sticky_parent_of_mine_is_trusted(here: Here, entry: Entry) -> None:
+    here.path.chmod(0o1777)  # as /tmp is root's
+    assert obtain().origin == "disk"
+
+
+def test_what_was_checked_is_loaded(here: Here, entry: Entry) -> None:
+    """Whatever somebody puts in its place between the check and the load."""
+
+    def exchanged(path: Path) -> int:
+        os.rename(here.cache, here.path / "away")
+        here.cache.mkdir()
+        shutil.copy(here.path / "other.so", here.cache / entry.library.name)
+        return load(path)
+
+    build.build(found_compiler(named=False), SOURCE.replace("42", "666"), (), here.path / "other.so")
+    assert obtain(load=exchanged).value == 42
+    assert load(here.path / "other.so") == 666
+
+
+def test_libraries_loaded_one_after_another_are_not_mixed_up(here: Here) -> None:
+    """The loader remembers names, and a descriptor has the number of one that was closed before."""
+    for i, key in enumerate(KEYS[:4]):
+        library = here.path / f"{i}.so"
+        build.build(found_compiler(named=False), SOURCE.replace("42", str(i)), (), library)
+        here.use(fault_tools.copying_compiler(here.path / "cxx", library, here.log))
+        assert obtain(key).value == i
+    here.use(here.path / "absent")
+    assert [obtain(key).value for key in KEYS[3::-1]] == [3, 2, 1, 0]
+
+
+def obtain_in_order(keys: Sequence[str]) -> None:
+    for key in keys:
+        obtain(key)
+
+
+def keys_in(directory: Path) -> set[str]:
+    return {path.name[:32] for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("limit", ["bytes", "entries"])
+def test_least_recently_used_entries_are_dropped(here: Here, monkeypatch: Patch, limit: str) -> None:
+    if limit == "bytes":
+        monkeypatch.setenv("COMPILED_OPTIM_CACHE_LIMIT", str(3 * here.real.stat().st_size + 3000))
+    else:
+        monkeypatch.setattr(tidy, "ENTRIES", 3)
+    obtain_in_order([*KEYS[:3], KEYS[0], KEYS[3]])
+    assert keys_in(here.cache) == {KEYS[0], KEYS[2], KEYS[3]}
+    obtain_in_order([KEYS[2], KEYS[4], KEYS[5]])
+    assert keys_in(here.cache) == {KEYS[2], KEYS[4], KEYS[5]}
+    assert store.counters == store.Counters()
+    builds = here.builds()
+    obtain_in_order([KEYS[2], KEYS[5]])
+    assert here.builds() == builds
+    assert len(list(here.cache.iterdir())) == 6
+
+
+def test_library_larger_than_the_limit_is_not_kept(here: Here, entry: Entry, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("COMPILED_OPTIM_CACHE_LIMIT", "1K")
+    assert obtain(OTHER_KEY).value == 42
+    assert keys_in(here.cache) == {KEY}
+    assert "1024" in store.counters.reasons[0]
+
+
+def test_entry_dropped_between_manifest_and_library_is_a_plain_miss(here: Here, entry: Entry) -> None:
+    opened().drop(KEY)
+    assert list(here.cache.iterdir()) == []
+    entry.library.touch()
+    assert find() is None
+    assert store.counters == store.Counters()
+
+
+def test_writers_sweep_what_others_left(here: Here, entry: Entry) -> None:
+    """Locks, temporary files and bad entries of every key, but not of one that is being written."""
+    shutil.copy(entry.library, here.cache / f"{KEY}-{'0' * 16}.so")  # of a manifest that was replaced
+    left = [f"{KEYS[1]}.lock", f"{KEYS[2]}.json.{'0' * 16}.tmp", f"{KEYS[3]}.json.bad", f"{KEYS[4]}-{'0' * 16}.so"]
+    for name in [*left, f"{KEYS[5]}.json.{'0' * 16}.tmp", "notes.txt"]:
+        (here.cache / name).touch()
+    (here.cache / f"{KEYS[6]}.json.bad").mkdir()
+    os.truncate(here.cache / f"{KEYS[3]}.json.bad", 2**40)  # takes no room
+    with opened().writer(KEYS[5], 0) as held:
+        assert held
+        assert obtain(OTHER_KEY).value == 42
+        assert keys_in(here.cache) == {KEY, OTHER_KEY, KEYS[5], "notes.txt"}
+    assert find() is not None
+    (here.cache / f"{KEYS[5]}.json.{'0' * 16}.tmp").unlink()
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o777])
@@ -214,4 +307,4 @@ def test_modes_do_not_depend_on_umask(here: Here, monkeypatch: Patch, umask: int
     deep = here.cache / "new" / "deep"
     assert {path.stat().st_mode & 0o777 for path in (here.cache, deep.parent, deep)} == {0o700}
     assert {path.stat().st_mode & 0o777 for path in deep.iterdir()} == {0o600}
-    assert len(list(deep.iterdir())) == 3
+    assert len(list(deep.iterdir())) == 2

@@ -24,7 +24,9 @@ from fault_tools import (
     FLAGS,
     KEY,
     OTHER_KEY,
+    PARENT_DAMAGE,
     SOURCE,
+    Damage,
     Entry,
     Gate,
     Here,
@@ -138,7 +140,6 @@ def obtain_failing(
 
 @pytest.mark.parametrize(("name", "nth"), PUBLISHING)
 def test_writer_killed_while_publishing(here: Here, monkeypatch: Patch, name: str, nth: int) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(here.path))  # the dead cannot tidy up here
     child = in_child(lambda: obtain_failing(here, monkeypatch, name, nth, fault_tools.die))
     assert status_of(child) == -signal.SIGKILL
     assert find() is None
@@ -266,13 +267,44 @@ def test_interrupt_while_compiling(here: Here, monkeypatch: Patch, moment: str) 
         os.kill(child, signal.SIGINT)
     assert status_of(child) == 0
     hanging.wait_for_death()
+    assert list(here.cache.iterdir()) == []
+
+
+def test_killed_while_compiling(here: Here) -> None:
+    """Its compiler dies with it, and the next process that compiles removes what it left."""
+    good = os.environ["CXX"]
+    hanging = fault_tools.Hanging(here)
+    child = in_child(obtain)
+    hanging.wait()
+    os.kill(child, signal.SIGKILL)
+    assert status_of(child) == -signal.SIGKILL
+    hanging.wait_for_death()
+    (left,) = here.temporary.iterdir()
     assert [path.name for path in here.cache.iterdir()] == [f"{KEY}.lock"]
+    with build.private_directory() as alive:
+        here.use(good)
+        assert obtain(OTHER_KEY).value == 42
+        assert alive.exists()
+    assert not left.exists()
+    assert {path.stem[:32] for path in here.cache.iterdir()} == {OTHER_KEY}
 
 
 def test_no_place_for_temporary_files(here: Here, monkeypatch: Patch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(here.path / "absent"))
     with pytest.raises(build.BuildError, match="no private directory"):
         obtain()
+
+
+@pytest.mark.parametrize(("damage", "message"), PARENT_DAMAGE.values(), ids=PARENT_DAMAGE)
+def test_temporary_directory_that_others_could_exchange(here: Here, damage: Damage, message: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory away")
+    damage(here.temporary)
+    with pytest.raises(build.BuildError, match=message):
+        obtain()
+    here.temporary.chmod(0o1777)
+    os.chown(here.temporary, os.geteuid(), -1)
+    assert obtain().value == 42
 
 
 @pytest.mark.parametrize("name", ["with space", "ünï-cødé-目", "-dash", "new\nline", "quo'te\"$(x)"])
@@ -337,6 +369,13 @@ def test_switches(monkeypatch: Patch) -> None:
         monkeypatch.setenv(name, "maybe")
         with pytest.raises(ValueError, match=f"{name}='maybe'"):
             function()
+    for value, size in [("", 2**28), ("0", 0), ("90000", 90000), ("3K", 3072), ("2M", 2**21), ("1G", 2**30)]:
+        monkeypatch.setenv("COMPILED_OPTIM_CACHE_LIMIT", value)
+        assert settings.cache_limit() == size
+    for value in ("-1", "1.5M", "1MB", "M", "many"):
+        monkeypatch.setenv("COMPILED_OPTIM_CACHE_LIMIT", value)
+        with pytest.raises(ValueError, match=f"COMPILED_OPTIM_CACHE_LIMIT='{value}'"):
+            settings.cache_limit()
 
 
 def test_machine_key(monkeypatch: Patch) -> None:
