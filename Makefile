@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-torch lint graphs bench clean
+.PHONY: help venv demo test test-torch lint graphs bench fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -43,6 +43,11 @@ lint: .venv/.stamp ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict compiled_optim
+
+SEED ?= 0
+STEPS ?= 20000
+fuzz: .venv/.stamp ## change optimizers at random beside torch.optim, C++ under sanitizers (SEED=0 STEPS=20000)
+	$(BIN)/python -m fuzz --sanitize --seed $(SEED) --steps $(STEPS)
 
 graphs: .venv/.stamp ## write the graph and source of every kernel to graphs/
 	$(BIN)/python -m compiled_optim.graphs graphs

@@ -1,0 +1,1 @@
+"""Random changes between and during steps, beside torch.optim: `python -m fuzz --help`."""
