@@ -12,10 +12,11 @@ from torch import Tensor
 from compiled_optim import dtensors, eager, foreach, kernels, lower, settings, torch_private
 from compiled_optim.cache.build import BuildError
 from compiled_optim.cache.libraries import NoCompilerError
+from compiled_optim.checks import refuse
 from compiled_optim.fallback import fall_back, fall_back_for
 from compiled_optim.launch.plan import Counts, Plan, Row, expected, make_plan
 from compiled_optim.rule import evaluate, first_counts
-from compiled_optim.updates import Journal, Values, look, publish_all, refuse, withdraw
+from compiled_optim.updates import Journal, Values, look, publish_all, withdraw
 
 if TYPE_CHECKING:
     from compiled_optim.declare import Choice

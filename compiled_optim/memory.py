@@ -13,6 +13,14 @@ _is_sparse = attrgetter("is_sparse")
 Span = tuple[int, int, int, bool]  # begin and end in bytes, whose it is, whether that writes it
 
 
+class ShortStorageError(RuntimeError):
+    """The elements of ``tensor`` are not all in memory."""
+
+    def __init__(self, tensor: Tensor, message: str) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+
+
 class Memory:
     """Which updates of a step must wait for others. Kept from step to step, so that addresses are sorted when they
     change only."""
@@ -30,6 +38,9 @@ class Memory:
         Args:
             written: the parameter of each update, and its state.
             read: the gradient of each.
+
+        Raises:
+            ShortStorageError: for a tensor whose storage was resized and does not hold it any more.
         """
         addresses = [*_addresses([*chain(*written)]), *[row[0].numel() for row in written]]
         if addresses != self._written:
@@ -53,10 +64,11 @@ class Memory:
 
     def _is_written(self, read: Sequence[Tensor], addresses: list[int]) -> bool:
         begins, ends = self._begins, self._ends
-        if not all(map(Tensor.is_contiguous, read)):
-            spans = [span for t in read if (span := _span(t))]
+        held = all([t.untyped_storage().nbytes() >= t.nbytes for t in read]) if 0 not in addresses else False  # noqa: C419
+        if held and all(map(Tensor.is_contiguous, read)):
+            spans = [(at, at + t.nbytes) for at, t in zip(addresses, read, strict=True)]
         else:
-            spans = [(at, at + t.nbytes) for at, t in zip(addresses, read, strict=True) if at]
+            spans = [span for t in read if (span := _span(t))]
         # what is written does not overlap, so the last that begins before an end is the one that reaches furthest
         before = [bisect_left(begins, end) for _, end in spans]
         return any(ends[i - 1] > begin for i, (begin, _) in zip(before, spans, strict=True) if i)
@@ -78,12 +90,18 @@ def _address(t: Tensor) -> int:
 
 def _span(t: Tensor) -> tuple[int, int] | None:
     """The bytes from the first element to the last, or None if there are none to share."""
-    address = _address(t)
-    if not address or not t.numel():
+    if t.is_sparse or t.is_meta or not t.numel():
+        return None
+    try:
+        address, storage = t.data_ptr(), t.untyped_storage().nbytes()
+    except RuntimeError:  # of a subclass without memory of its own
         return None
     elements = t.numel()
     if not t.is_contiguous():
         elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    needed = (t.storage_offset() + elements) * t.element_size()
+    if storage < needed:
+        raise ShortStorageError(t, f"needs a storage of {needed} bytes, and its storage has {storage}")
     return address, address + elements * t.element_size()
 
 

@@ -12,6 +12,7 @@ from typing_extensions import dataclass_transform
 
 from compiled_optim import checkpoint, execution, torch_private
 from compiled_optim.attached import Attached
+from compiled_optim.checks import is_count, number_of
 from compiled_optim.declare import (
     Choice,
     Declaration,
@@ -26,7 +27,6 @@ from compiled_optim.declare import (
     take_fields,
 )
 from compiled_optim.in_graph import steps
-from compiled_optim.updates import is_count, number_of
 
 
 @dataclass_transform(field_specifiers=(number, flag, buffer, carried, counter))

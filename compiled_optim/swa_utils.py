@@ -16,11 +16,12 @@ from torch.nn import Module
 from torch.optim import swa_utils
 
 from compiled_optim import lower, torch_private
+from compiled_optim.checks import PLAIN
 from compiled_optim.declare import number
 from compiled_optim.execution import COMPILE_ERRORS, switched_off
 from compiled_optim.fallback import fall_back, fall_back_for
 from compiled_optim.in_graph.inputs import same
-from compiled_optim.launch.plan import PLAIN, Plan, Row, make_plan
+from compiled_optim.launch.plan import Plan, Row, make_plan
 from compiled_optim.lr_scheduler import SWALR
 from compiled_optim.optimizer import Optimizer
 from compiled_optim.scalar import lerp

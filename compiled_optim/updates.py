@@ -17,15 +17,26 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from compiled_optim import dtensors, torch_private
-from compiled_optim.memory import Memory
+from compiled_optim.checks import (
+    COUNT_DTYPES,
+    PLAIN,
+    check_buffer,
+    check_gradient,
+    check_kind,
+    check_param,
+    check_whole,
+    described,
+    is_count,
+    place,
+    refuse,
+)
+from compiled_optim.memory import Memory, ShortStorageError
 
 if TYPE_CHECKING:
     from compiled_optim.declare import Choice
     from compiled_optim.optimizer import Optimizer
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _gradient = attrgetter("grad")
-COUNT_DTYPES = (torch.float32, torch.float64)
 
 # of a param group and counts, as `rule.evaluate` returns them
 Values = tuple[dict[str, Any], tuple[Any, ...]]
@@ -69,7 +80,7 @@ class Update:
             else:
                 step, *carried = [t.item() for t in counts]
         except RuntimeError as error:
-            got = ", ".join(f"{name!r} {_described(self.state[name])}" for name in self.counts)
+            got = ", ".join(f"{name!r} {described(self.state[name])}" for name in self.counts)
             raise RuntimeError(f"state must hold numbers that the host can read, got {got}: {error}") from error
         return (step + 1, *carried)
 
@@ -107,17 +118,17 @@ def look(
         if i not in kept:
             choices[i].hyper._fields  # noqa: B018  # or raises
             kept[i] = declaration.kept(choices[i].switches)
-        sharded = type(p) not in _PLAIN and torch_private.is_dtensor(p)
+        sharded = type(p) not in PLAIN and torch_private.is_dtensor(p)
         if sharded:
             grad = dtensors.local_gradient(p, grad)
         if grad.layout is not torch.strided or not optimizer.accepts_dense:
-            grad = _taken(optimizer, choices[i], grad)
+            grad = check_gradient(optimizer, choices[i], grad)
         state = optimizer.state.get(p) or {}
         made, fresh = None, False
         if begun and p in begun:
             state, made = begun[p], {}
         elif _lacks(state, declaration.counts, kept[i]):
-            _check_whole(optimizer, p, state)
+            check_whole(optimizer, p, state)
             made = optimizer.make_state(p, groups[i], choices[i].switches, allocate=allocate)
             fresh = any(name in made for name in kept[i])
             state = begun[p] = {**state, **made}
@@ -125,8 +136,8 @@ def look(
         if sharded:
             listed, p, state = p, dtensors.local(p), dtensors.local_state(p, state, kept[i])
         shape = p.shape
-        if grad.shape != shape or not (p.layout is torch.strided and p.is_contiguous()):
-            _check_param(optimizer, owner, p, grad)
+        if grad.shape != shape or not (p.layout is torch.strided and p.is_contiguous()) or p.is_conj():
+            check_param(optimizer, owner, p, grad)
         kind: list[Any] = [i, p.device, p.dtype, grad.device, grad.dtype]
         for name in kept[i]:
             t = state[name]
@@ -137,7 +148,7 @@ def look(
             kind += (t.dtype, t.device)
         update = Update(i, p, grad, state, kept[i], declaration.counts, fresh, made, tuple(kind), listed)
         if update.kind not in kinds:
-            _check_kind(optimizer, update)
+            check_kind(optimizer, owner, p, grad, {name: state[name] for name in kept[i]})
             kinds.add(update.kind)
         updates.append(update)
     if allocate:
@@ -148,8 +159,22 @@ def look(
 def _take_turns(optimizer: Optimizer, updates: list[Update]) -> None:
     memory = optimizer._memory = optimizer._memory or Memory()
     written = [[u.param, *[u.state[name] for name in (*u.counts, *u.buffers)]] for u in updates]
-    for u, turn in zip(updates, memory.turns(written, [u.grad for u in updates]), strict=True):
+    try:
+        turns = memory.turns(written, [u.grad for u in updates])
+    except ShortStorageError as error:
+        raise RuntimeError(_short(optimizer, updates, error)) from error
+    for u, turn in zip(updates, turns, strict=True):
         u.turn = turn
+
+
+def _short(optimizer: Optimizer, updates: list[Update], error: ShortStorageError) -> str:
+    for u in updates:
+        named = {"data": u.param, "gradient": u.grad, **{f"state {name!r}": t for name, t in u.state.items()}}
+        for name, t in named.items():
+            if t is error.tensor:
+                owner = place(optimizer, u.param if u.listed is None else u.listed)
+                return f"{optimizer.declaration.name}: the {name} of the parameter {owner} {error}"
+    return str(error)
 
 
 def _lacks(state: dict[str, Any], counts: tuple[str, ...], buffers: tuple[str, ...]) -> bool:
@@ -159,145 +184,6 @@ def _lacks(state: dict[str, Any], counts: tuple[str, ...], buffers: tuple[str, .
         if type(count) is not Tensor or count.dtype not in COUNT_DTYPES or (count.dim() and not is_count(count)):
             return True
     return any(state.get(name) is None for name in buffers)
-
-
-def is_count(value: Any) -> bool:
-    """Whether a step can count in this, as it is."""
-    exact = isinstance(value, Tensor) and value.dtype in COUNT_DTYPES and value.layout is torch.strided
-    return exact and value.numel() == 1
-
-
-def number_of(optimizer: Optimizer, p: Tensor, name: str, value: Any) -> float:
-    """The number that a step count, or another 0-d state, stands for.
-
-    Raises:
-        TypeError: if it is none; the message names the state, its value and what was expected.
-    """
-    try:
-        if isinstance(value, Tensor) and (value.is_complex() or value.layout is not torch.strided):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        expected = "must be a number or a tensor of 1 element"
-        raise TypeError(
-            f"{_named(optimizer, name)} of the parameter {_place(optimizer, p)} {expected}, got {_described(value)}"
-        ) from None
-
-
-# ---- what is raised
-
-
-def refuse(optimizer: Optimizer, choices: list[Choice]) -> None:
-    """Raises RuntimeError for ``capturable`` without graphs, and what `dtensors.refuse` raises."""
-    for group in optimizer.param_groups:
-        capturable = group.get("capturable")
-        for p in group["params"]:
-            if type(p) not in _PLAIN and p.grad is not None and torch_private.is_dtensor(p):
-                dtensors.refuse(optimizer, p)
-            if capturable and p.grad is not None and p.device.type == "cpu":
-                raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
-
-
-def _taken(optimizer: Optimizer, choice: Choice, grad: Tensor) -> Tensor:
-    """A gradient that is not dense, or of an algorithm that takes no other; in COO layout."""
-    name = optimizer.declaration.name
-    if grad.layout is torch.strided:
-        raise RuntimeError(f"{name} does not support dense gradients, please consider Adam instead")
-    if not optimizer.accepts_sparse:
-        raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
-    optimizer.keeps_untouched_rows(choice.switches)
-    if grad.layout is not torch.sparse_coo:
-        grad = grad.to_sparse(layout=torch.sparse_coo)
-    torch_private.check_indices(grad)
-    return grad
-
-
-def _check_whole(optimizer: Optimizer, p: Tensor, state: dict[str, Any]) -> None:
-    """State is made as a whole, but for what a switch that was turned on adds: a part that lacks was lost."""
-    declaration = optimizer.declaration
-    needed = [*declaration.counts, *(name for name, b in declaration.buffers.items() if b.when is None)]
-    missing = [name for name in needed if state.get(name) is None]
-    if missing and len(missing) < len(needed):
-        there = [name for name in needed if name not in missing]
-        where = _place(optimizer, p)
-        raise KeyError(f"{_named(optimizer, missing[0])} of the parameter {where} is missing beside its {there}")
-
-
-def _check_param(optimizer: Optimizer, owner: Tensor, p: Tensor, grad: Tensor) -> None:
-    name, where = optimizer.declaration.name, _place(optimizer, owner)
-    if grad.shape != p.shape:
-        raise RuntimeError(
-            f"{name}: the gradient of the parameter {where} must have its shape, got {tuple(grad.shape)}"
-        )
-    if _overlaps(p):
-        raise RuntimeError(
-            f"{name}: the elements of the parameter {where} must not share a single memory location, "
-            f"got strides {p.stride()}"
-        )
-
-
-def check_buffer(optimizer: Optimizer, p: Tensor, name: str, value: Any, shape: torch.Size) -> None:
-    """Raises RuntimeError if a state does not fit its parameter; the message names both and what was expected.
-
-    Args:
-        shape: of the parameter, or of its shard if the state is one.
-    """
-    expected = None
-    if not isinstance(value, Tensor):
-        expected = "must be a tensor"
-    elif value.shape != shape:
-        expected = "must have its shape"
-    elif value.layout is not torch.strided and p.layout is torch.strided:
-        expected = "must be dense"
-    elif _overlaps(value):
-        expected = "must not have elements that share a single memory location"
-    if expected:
-        found = tuple(value.shape) if expected == "must have its shape" else _described(value)
-        where = _place(optimizer, p)
-        raise RuntimeError(f"{_named(optimizer, name)} of the parameter {where} {expected}, got {found}")
-
-
-def _check_kind(optimizer: Optimizer, u: Update) -> None:
-    """What all updates of one kind share."""
-    p, owner = u.param, u.param if u.listed is None else u.listed
-    if u.grad.device != p.device:
-        name, where = optimizer.declaration.name, _place(optimizer, owner)
-        raise RuntimeError(f"{name}: the gradient of the parameter {where} must be on {p.device}, got {u.grad.device}")
-    for name in u.buffers:
-        t = u.state[name]
-        if t is None:
-            continue
-        expected = f"must be on {p.device}" if t.device != p.device else None
-        if t.is_complex() != p.is_complex() or not (t.is_complex() or t.is_floating_point()):
-            expected = "must be complex" if p.is_complex() else "must be of a real floating-point dtype"
-        if expected:
-            where = _place(optimizer, owner)
-            raise RuntimeError(f"{_named(optimizer, name)} of the parameter {where} {expected}, got {_described(t)}")
-
-
-def _overlaps(t: Tensor) -> bool:
-    return t.layout is torch.strided and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
-
-
-def _named(optimizer: Optimizer, name: str) -> str:
-    return f"{optimizer.declaration.name}: state {name!r}"
-
-
-def _place(optimizer: Optimizer, p: Tensor) -> str:
-    for i, group in enumerate(optimizer.param_groups):
-        for j, other in enumerate(group["params"]):
-            if other is p:
-                return f"of shape {tuple(p.shape)} at index {j} of param group {i}"
-    return f"of shape {tuple(p.shape)}"
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        layout = "" if value.layout is torch.strided else f" {str(value.layout).removeprefix('torch.')}"
-        return f"a{layout} tensor of {value.dtype} and shape {tuple(value.shape)} on {value.device}"
-    if isinstance(value, int) and value.bit_length() > 1024:
-        return f"an int of {value.bit_length()} bits"
-    return f"{value!r} of type {type(value).__name__}"
 
 
 # ---- the order of a step

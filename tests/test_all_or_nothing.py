@@ -67,6 +67,16 @@ def test_state_of_another_shape(cls: Any, how: dict[str, Any]) -> None:
 
 
 @both
+def test_a_parameter_that_becomes_lazily_conjugated(compiled: bool) -> None:
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.complex128)) for _ in range(2)]
+    optimizer = SGD(params, compiled=compiled)
+    train(2, (optimizer, params))
+    params[1].data = params[1].data.conj()
+    set_gradients(params)
+    assert_raises_and_keeps(optimizer, params, RuntimeError, "must not be lazily conjugated, use its resolve_conj")
+
+
+@both
 @pytest.mark.parametrize(("misfit", "message"), MISFITS.values(), ids=MISFITS)
 def test_state_that_does_not_fit(misfit: Callable[[Tensor], Any], message: str, compiled: bool) -> None:
     params = parameters()

@@ -118,13 +118,14 @@ def parts(optimizer: Any, p: Tensor) -> dict[str, Tensor]:
     return {"data": p, "gradient": p.grad, **{f"state '{k}'": v for k, v in optimizer.state[p].items()}}
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("left", [0, 8, 40])
 @pytest.mark.parametrize("part", ["data", "gradient", "state 'step'", "state 'exp_avg_sq'", "state 'mu_product'"])
-def test_a_storage_is_too_short(part: str, left: int) -> None:
+def test_a_storage_is_too_short(part: str, left: int, compiled: bool) -> None:
     if left and part in ("state 'step'", "state 'mu_product'"):
         left = 2
     params = [torch.nn.Parameter(t.float()) for t in tensors([(5,), (5, 7), ()])]
-    optimizer = NAdam([{"params": params[:1]}, {"params": params[1:]}], compiled=True)
+    optimizer = NAdam([{"params": params[:1]}, {"params": params[1:]}], compiled=compiled)
     for _ in range(2):
         for p in params:
             p.grad = torch.randn_like(p)

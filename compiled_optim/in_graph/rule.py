@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_optim import eager, torch_private, updates
+from compiled_optim import checks, eager, torch_private, updates
+from compiled_optim.checks import PLAIN
 from compiled_optim.declare import Declaration, Number
 from compiled_optim.in_graph.counts import Counts
 from compiled_optim.in_graph.inputs import TOKEN, Handle, Inputs, operator, same
-from compiled_optim.launch.plan import PLAIN
 from compiled_optim.memory import Memory
 from compiled_optim.rule import Namespace, arithmetic_dtype, evaluate, first_counts
 from compiled_optim.tensor_list import TensorList
@@ -168,7 +168,7 @@ class RuleInputs(Inputs):
             for p, group, state in zip(self.params, self._groups, self.states, strict=True):
                 for name in declaration.kept(choices[group].switches):
                     if state.get(name) is not None:
-                        updates.check_buffer(optimizer, p, name, state[name], p.shape)
+                        checks.check_buffer(optimizer, p, name, state[name], p.shape)
         except Exception:
             return True  # and raises when it runs, if it still concerns what is updated then
         return False

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from compiled_optim import dtensors, kernels, lower, process, torch_private
+from compiled_optim.checks import PLAIN, is_count
 from compiled_optim.references import Form, UnknownReferenceError, is_own, references, refers_to
 from compiled_optim.trace import Signature
-from compiled_optim.updates import Journal, is_count, publish, withdraw
+from compiled_optim.updates import Journal, publish, withdraw
 
 if TYPE_CHECKING:
     from compiled_optim.declare import Choice
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
 _NUMBERS = {float, int, bool}
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp
 
 # a param group and the counts of a step; with its scalars, and what is carried on
