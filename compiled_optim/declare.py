@@ -207,10 +207,14 @@ class Declaration:
             parts = self.parts(name, value)
             if any(isinstance(p, Tensor) for p in parts) and not all(isinstance(p, Tensor) for p in parts):
                 raise ValueError(f"{self.name}: {name} must be all floats or all tensors, got {value!r}")
-            for label, part in zip(self._rule_names(name), parts, strict=True):
+            for label, part, given in zip(self._rule_names(name), parts, self._given(name, value), strict=True):
                 if not field.admits(part):
-                    raise ValueError(f"{self.name}: {label} must be {field.range}, got {part!r}")
+                    raise ValueError(f"{self.name}: {label} must be {field.range}, got {given!r}")
         return checked
+
+    def _given(self, name: str, value: Any) -> list[Any]:
+        """The parts of a value as they were given, for messages."""
+        return list(value) if isinstance(self.options[name].default, tuple) else [value]
 
     def parts(self, name: str, value: Any) -> tuple[Any, ...]:
         """A hyperparameter as plain numbers and tensors of one element: one, or as many as its default has.
@@ -228,14 +232,14 @@ class Declaration:
             raise TypeError(f"{self.name}: {name} must have {len(field.default)} values, got {value!r}")
         elif len(parts) != len(field.default):
             raise ValueError(f"{self.name}: {name} must have {len(field.default)} values, got {value!r}")
-        for label, part in zip(self._rule_names(name), parts, strict=True):
+        for label, part, given in zip(self._rule_names(name), parts, self._given(name, value), strict=True):
             if isinstance(part, Tensor):
                 if part.numel() != 1 or part.is_complex():
                     got = f"{part.dtype} and shape {tuple(part.shape)}"
                     raise ValueError(f"{self.name}: {label} must be a number or a real tensor of 1 element, got {got}")
             elif not isinstance(part, int | float):
-                kind = type(part).__name__
-                raise TypeError(f"{self.name}: {label} must be {field.range}, got {part!r} of type {kind}")
+                kind = type(given).__name__
+                raise TypeError(f"{self.name}: {label} must be {field.range}, got {given!r} of type {kind}")
             elif isinstance(part, int) and part.bit_length() > 1023:
                 got = f"an int of {part.bit_length()} bits"
                 raise ValueError(f"{self.name}: {label} must be {field.range} and fit a float, got {got}")

@@ -47,7 +47,9 @@ def swap_data(_: Any, params: list[Any]) -> None:
 
 def replace_state_tensors(optimizer: Any, params: list[Any]) -> None:
     for name, value in optimizer.state[params[0]].items():
-        optimizer.state[params[0]][name] = copy.copy(value) if name == "step" else torch.rand_like(value)
+        # RMSprop subtracts the square of another average from one of squares
+        more = 1.0 if name == "square_avg" else 0.0
+        optimizer.state[params[0]][name] = copy.copy(value) if name == "step" else torch.rand_like(value) + more
 
 
 def replace_dictionary(optimizer: Any, params: list[Any]) -> None:
