@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compiled_optim import foreach, kernels
 from compiled_optim.algorithms import (
@@ -24,10 +24,12 @@ from compiled_optim.algorithms import (
 from compiled_optim.cache.store import CacheWarning, open_store
 from compiled_optim.fallback import CompileError, CompileFallbackWarning
 from compiled_optim.kernels import CacheInfo, cache_info
-from compiled_optim.lbfgs import LBFGS
 from compiled_optim.optimizer import Optimizer
 from compiled_optim.report import explain
 from compiled_optim.version import __version__
+
+if TYPE_CHECKING:
+    from compiled_optim.lbfgs import LBFGS
 
 
 def cache_dir() -> Path | None:
@@ -49,9 +51,11 @@ _MODULES = ("declare", "lr_scheduler", "swa_utils", "testing")
 
 
 def __getattr__(name: str) -> Any:
-    """Modules and `plot_schedule` when they are asked for: `lr_scheduler` imports sympy, which takes 0.4 s."""
+    """Modules, `LBFGS` and `plot_schedule` when they are asked for: `lr_scheduler` imports sympy, which takes 0.4 s."""
     if name in _MODULES:
         return importlib.import_module(f"compiled_optim.{name}")
+    if name == "LBFGS":  # with its kernels, which few need
+        return importlib.import_module("compiled_optim.lbfgs").LBFGS
     if name == "plot_schedule":
         return importlib.import_module("compiled_optim.lr_scheduler").plot_schedule
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

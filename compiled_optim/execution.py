@@ -141,7 +141,8 @@ class Execution:
         try:
             self._launch(optimizer)
         finally:
-            optimizer._gradients = None
+            if optimizer._gradients is not None:
+                optimizer._gradients = None
 
     def _launch(self, optimizer: Optimizer) -> None:
         changed = self._read_options(optimizer)
@@ -153,8 +154,9 @@ class Execution:
             for _ in range(3):  # at worst: the plan is stale, the new one needs other scalars, and has them
                 if plan is None:
                     return
-                others = [(group, p) for group, p, _ in plan.elsewhere]
-                rest = eager.prepare(optimizer, others) if others else None
+                rest = None
+                if plan.elsewhere:
+                    rest = eager.prepare(optimizer, [(group, p) for group, p, _ in plan.elsewhere])
                 outcome = plan.run(optimizer, self._rows(optimizer, foreseen))
                 if outcome is None:
                     break

@@ -22,7 +22,7 @@ import torch
 from compiled_optim import lower, process, settings, torch_private
 from compiled_optim.cache import libraries
 from compiled_optim.launch.source import translation_unit
-from compiled_optim.references import UnknownReferenceError, references
+from compiled_optim.references import UnknownReferenceError, is_own, references
 from compiled_optim.trace import Signature, trace
 
 
@@ -180,7 +180,7 @@ def bytes_per_element(signature: Signature, lowered: lower.Lowered) -> int:
 def _begin_host() -> libraries.Pending[ModuleType]:
     source = (_LAUNCH / "host.cpp").read_text()
     headers = [file.read_text() for file in sorted(_LAUNCH.glob("*.h"))]
-    flags = [*lower.BASE_FLAGS, "-O2", f"-I{_LAUNCH}", f"-I{sysconfig.get_path('include')}"]
+    flags = [*lower.BASE_FLAGS, "-O3", f"-I{_LAUNCH}", f"-I{sysconfig.get_path('include')}"]
 
     def load(path: Path) -> ModuleType:
         loader = importlib.machinery.ExtensionFileLoader("compiled_optim._host", str(path))  # its name in sys.modules
@@ -201,8 +201,11 @@ def _identity(signature: Signature) -> tuple[list[str], bool]:
     cls = signature.algorithm
     dtypes = ",".join(map(str, signature.dtypes))
     names = ",".join((*signature.buffers, "|", *signature.scalars))
+    form: Any
     try:
-        form, complete = signature.references or references(cls.update), _in_a_file(cls)
+        # of the package's own its file says it all, and a warm start need not look at bytecode
+        form = _source_of(cls.update) if is_own(cls.update) else signature.references or references(cls.update)
+        complete = _in_a_file(cls)
     except UnknownReferenceError:
         form, complete = (), False
     return [f"{cls.__module__}.{cls.__qualname__}", repr(form), repr(signature.switches), dtypes, names], complete
@@ -216,8 +219,12 @@ def _in_a_file(cls: type) -> bool:
         return False
 
 
+def _source_of(rule: Any) -> str:
+    return hashlib.sha256(Path(rule.__globals__["__file__"]).read_bytes()).hexdigest()
+
+
 @functools.cache
 def _engine() -> str:
     """A hash of the files that decide what a rule is compiled to."""
-    files = ("rule.py", "trace.py", "lower.py", "launch/source.py")
+    files = ("rule.py", "scalar.py", "tensor_list.py", "trace.py", "lower.py", "launch/source.py")
     return hashlib.sha256(b"\0".join((_PACKAGE / f).read_bytes() for f in files)).hexdigest()

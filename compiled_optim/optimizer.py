@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import dataclass_transform
 
-from compiled_optim import checkpoint, execution, torch_private
-from compiled_optim.attached import Attached
+from compiled_optim import execution, torch_private
 from compiled_optim.checks import is_count, number_of
 from compiled_optim.declare import (
     Choice,
@@ -27,6 +26,9 @@ from compiled_optim.declare import (
     take_fields,
 )
 from compiled_optim.in_graph import steps
+
+if TYPE_CHECKING:
+    from compiled_optim.attached import Attached
 
 
 @dataclass_transform(field_specifiers=(number, flag, buffer, carried, counter))
@@ -167,7 +169,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._unscale():
-            self._check_schedule()
+            if self._attached is not None:
+                self._attached.check()
             execution.step(self)
             self._stepped()
         return loss
@@ -209,6 +212,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                 f"schedule must be the only one attached, got a {name} beside a {type(present).__name__}: attach a "
                 "ChainedScheduler or a SequentialLR of both, or detach() the first"
             )
+        from compiled_optim.attached import Attached
+
         self._attached = Attached(schedule, self)
 
     def detach(self, schedule: Any) -> None:
@@ -338,6 +343,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                 torch_private.undecorated("load_state_dict")(self, state_dict)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 declared = self.declaration
+                from compiled_optim import checkpoint
+
                 raise checkpoint.problem(declared.name, declared.slots, state_dict) or error from None
             for group, tensors in zip(self.param_groups, kept, strict=True):
                 for name, tensor in tensors.items():

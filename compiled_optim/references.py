@@ -7,7 +7,6 @@ functions by their code and what they refer to in turn, those of torch and Pytho
 
 from __future__ import annotations
 
-import dis
 import functools
 import hashlib
 from abc import ABCMeta
@@ -204,6 +203,8 @@ class _Code(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _analyse(code: CodeType) -> _Code:
+    import dis  # here, for a warm start reads no bytecode
+
     inner = [_analyse(c) for c in code.co_consts if isinstance(c, CodeType)]
     problem = next((c.problem for c in inner if c.problem), "")
     first = code.co_varnames[0] if code.co_argcount else None

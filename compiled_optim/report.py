@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compiled_optim.lbfgs import LBFGS
 from compiled_optim.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from compiled_optim.lbfgs import LBFGS
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
         return Explanation(_eager_rows(everything, "compiled=False"), [])
     if execution is None:
         return Explanation(_eager_rows(everything, "no step was taken yet"), [])
-    if isinstance(optimizer, LBFGS):
+    if not isinstance(optimizer, Optimizer):  # LBFGS
         rows, k = _eager_rows(everything, execution.reason), execution.kernels
         if not execution.reason:
             rows = [replace(r, execution="lbfgs", kernel=k.name, origin=k.origin, seconds=k.seconds) for r in rows]
@@ -105,6 +107,8 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
 
 def _unwrapped(wrapper: Any) -> Optimizer | LBFGS:
     """The innermost optimizer of this package. A wrapper may be of its class, but it is not the wrapper that steps."""
+    from compiled_optim.lbfgs import LBFGS
+
     found, seen, inner = None, set(), wrapper
     while inner is not None and id(inner) not in seen:
         seen.add(id(inner))

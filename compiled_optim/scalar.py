@@ -35,3 +35,10 @@ def lerp(start: Any, end: Any, weight: Any) -> Any:
     # as torch.lerp, whose decomposition takes no symbolic length
     near = weight < 0.5
     return where(near, start, end) + (end - start) * where(near, weight, weight - 1)
+
+
+def add_square(start: Any, x: Any, weight: Any) -> Any:
+    """``start + weight * x * x``, which overflows where the product does and not where ``x * x`` would."""
+    if isinstance(weight, Tensor | TensorList):
+        return start + x * weight * x
+    return start.addcmul(x, x, value=weight)

@@ -78,6 +78,9 @@ class TensorList:
     def clamp_min(self, least: float) -> TensorList:
         return self._with(torch._foreach_clamp_min, least)
 
+    def addcmul(self, a: TensorList, b: TensorList, *, value: float) -> TensorList:
+        return TensorList(torch._foreach_addcmul(self.tensors, a.tensors, b.tensors, value))
+
     def lerp(self, end: TensorList, weight: float) -> TensorList:
         return TensorList(torch._foreach_lerp(self.tensors, end.tensors, weight))
 

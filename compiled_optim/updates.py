@@ -45,7 +45,7 @@ Scalars = Callable[[int, Sequence[Any]], Values]
 Journal = list[tuple[Tensor, dict[str, Any] | None, dict[str, Any]]]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class Update:
     """One parameter that has a gradient.
 

@@ -358,7 +358,7 @@ def test_the_host_module_raises() -> None:
         (plan, ([t],), {}, (), [], 1),
         (plan, ([t],), {}, [3], [], 1),
         (plan, ([t],), {}, [(0, (1.0, 2.0), ())], [], 1),
-        (plan, ([t],), {}, [(0, (1.0,), ("x",))], [], 1),
+        (plan, ([t],), {}, [(0, ("x",), (1.0,))], [], 1),
         (plan, ([t],), {}, [(0, (1.0,), (1.0,)), (0, (2.0,), ())], [], 1),
         (plan, ([t],), {}, [], [3], 1),
         (plan, ([t],), {}, [], [(t,)], 1),
@@ -367,4 +367,5 @@ def test_the_host_module_raises() -> None:
     ]:
         with pytest.raises((TypeError, ValueError, RuntimeError)):
             host.run(*args)
+    assert host.run(plan, ([t],), {}, [(0, (1.0,), ("x",))], [], 1) is False  # no number
     assert host.run(plan, ([t],), {}, [], [], 1) is None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compiled_optim.declare import buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
+from compiled_optim.scalar import add_square
 
 
 class Adadelta(Optimizer):
@@ -40,7 +41,7 @@ class Adadelta(Optimizer):
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
         if on.weight_decay:
             g = g + p * k.weight_decay
-        s.square_avg = s.square_avg * k.rho + g * k.one_minus_rho * g
+        s.square_avg = add_square(s.square_avg * k.rho, g, k.one_minus_rho)
         delta = (s.acc_delta + k.eps).sqrt() / (s.square_avg + k.eps).sqrt() * g
-        s.acc_delta = s.acc_delta * k.rho + delta * k.one_minus_rho * delta
+        s.acc_delta = add_square(s.acc_delta * k.rho, delta, k.one_minus_rho)
         return p - delta * k.lr

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compiled_optim.declare import buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
-from compiled_optim.scalar import lerp
+from compiled_optim.scalar import add_square, lerp
 
 
 class Adam(Optimizer):
@@ -55,7 +55,7 @@ class Adam(Optimizer):
         elif on.weight_decay:
             g = g + p * k.decay
         s.exp_avg = lerp(s.exp_avg, g, k.one_minus_beta1)
-        s.exp_avg_sq = v = s.exp_avg_sq * k.beta2 + g * k.one_minus_beta2 * g
+        s.exp_avg_sq = v = add_square(s.exp_avg_sq * k.beta2, g, k.one_minus_beta2)
         if on.amsgrad:
             s.max_exp_avg_sq = v = s.max_exp_avg_sq.maximum(v)
         return p - s.exp_avg / (v.sqrt() * k.correction2 + k.eps) * k.step_size

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compiled_optim.declare import buffer, carried, counter, flag, number
 from compiled_optim.optimizer import Optimizer
-from compiled_optim.scalar import lerp
+from compiled_optim.scalar import add_square, lerp
 
 
 class NAdam(Optimizer):
@@ -59,6 +59,6 @@ class NAdam(Optimizer):
         elif on.weight_decay:
             g = g + p * k.decay
         s.exp_avg = lerp(s.exp_avg, g, k.one_minus_beta1)
-        s.exp_avg_sq = s.exp_avg_sq * k.beta2 + g * k.one_minus_beta2 * g
+        s.exp_avg_sq = add_square(s.exp_avg_sq * k.beta2, g, k.one_minus_beta2)
         step = g * k.gradient_step + s.exp_avg * k.momentum_step
         return p - step / (s.exp_avg_sq.sqrt() * k.correction2 + k.eps)

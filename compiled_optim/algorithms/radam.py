@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compiled_optim.declare import buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
-from compiled_optim.scalar import lerp, maximum, where
+from compiled_optim.scalar import add_square, lerp, maximum, where
 
 
 class RAdam(Optimizer):
@@ -62,6 +62,6 @@ class RAdam(Optimizer):
         elif on.weight_decay:
             g = g + p * k.decay
         s.exp_avg = lerp(s.exp_avg, g, k.one_minus_beta1)
-        s.exp_avg_sq = s.exp_avg_sq * k.beta2 + g * k.one_minus_beta2 * g
+        s.exp_avg_sq = add_square(s.exp_avg_sq * k.beta2, g, k.one_minus_beta2)
         rectified = s.exp_avg / (s.exp_avg_sq.sqrt() + k.eps) * k.rectification
         return p - where(k.rectification > 0, rectified, s.exp_avg) * k.step_size

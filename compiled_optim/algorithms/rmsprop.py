@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compiled_optim.declare import buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
-from compiled_optim.scalar import lerp
+from compiled_optim.scalar import add_square, lerp
 
 
 class RMSprop(Optimizer):
@@ -53,7 +53,7 @@ class RMSprop(Optimizer):
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
         if on.weight_decay:
             g = g + p * k.weight_decay
-        s.square_avg = variance = s.square_avg * k.alpha + g * k.one_minus_alpha * g
+        s.square_avg = variance = add_square(s.square_avg * k.alpha, g, k.one_minus_alpha)
         if on.centered:
             s.grad_avg = lerp(s.grad_avg, g, k.one_minus_alpha)
             # the difference of squares in factors, for either square may be infinite; rounding can leave it below zero

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compiled_optim.declare import buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
-from compiled_optim.scalar import lerp
+from compiled_optim.scalar import add_square, lerp
 
 
 class SparseAdam(Optimizer):
@@ -68,5 +68,5 @@ class SparseAdam(Optimizer):
     @staticmethod
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
         s.exp_avg = lerp(s.exp_avg, g, k.one_minus_beta1)
-        s.exp_avg_sq = s.exp_avg_sq * k.beta2 + g * k.one_minus_beta2 * g
+        s.exp_avg_sq = add_square(s.exp_avg_sq * k.beta2, g, k.one_minus_beta2)
         return p - s.exp_avg / (s.exp_avg_sq.sqrt() + k.eps) * k.step_size

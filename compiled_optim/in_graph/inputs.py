@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from operator import is_
@@ -37,10 +38,7 @@ class Handle(Name):
         return [] if owner is None else owner._inputs.guarded()
 
 
-if not torch_private.MISSING:  # or there are no operators
-    torch_private.register_opaque(Name)
-    torch_private.register_opaque(Handle, Handle.guarded)
-_library: Any = torch.library.Library("compiled_optim", "DEF")  # type: ignore[no-untyped-call]
+_operators: list[tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...]]] = []
 
 
 def operator(fake: Callable[..., Any], *written: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -50,17 +48,30 @@ def operator(fake: Callable[..., Any], *written: str) -> Callable[[Callable[...,
         fake: called in its place where there are no values.
     """
 
-    # torch.library.custom_op would take 25 us more in each call, for autograd and versions that no one reads in a graph
     def register(function: Callable[..., T]) -> Callable[..., T]:
-        if torch_private.MISSING:
-            return function
-        name = function.__name__
-        _library.define(name + torch.library.infer_schema(function, mutates_args=written))
-        _library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"compiled_optim::{name}", fake, lib=_library)
+        _operators.append((function, fake, written))
         return function
 
     return register
+
+
+@functools.cache
+def _define_operators() -> Any:
+    """When the first graph is traced: a process without any would wait 6 ms for them.
+
+    Returns:
+        The library, with which they would be gone.
+    """
+    torch_private.register_opaque(Name)
+    torch_private.register_opaque(Handle, Handle.guarded)
+    library: Any = torch.library.Library("compiled_optim", "DEF")  # type: ignore[no-untyped-call]
+    # torch.library.custom_op would take 25 us more in each call, for autograd and versions that no one reads in a graph
+    for function, fake, written in _operators:
+        name = function.__name__
+        library.define(name + torch.library.infer_schema(function, mutates_args=written))
+        library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"compiled_optim::{name}", fake, lib=library)
+    return library
 
 
 class Inputs:
@@ -111,6 +122,8 @@ class Inputs:
     def enter(self) -> bool:
         """The first of these: whether there can be a part of the graph."""
         self.look()
+        if not torch_private.MISSING:
+            _define_operators()
         if obstacle := torch_private.join_trace(type(self._owner())):
             fall_back(_warned, f"steps run outside of graphs: {obstacle}", "install a version that is known to work")
         return not obstacle

@@ -171,7 +171,7 @@ PyObject* conflicts(PyObject*, PyObject* args) {
     Memory memory(std::move(eager), slots_at_most, static_cast<size_t>(counts));
     for (size_t e = 0; e < tensors.size(); e++)
       for (size_t c = 0; c < tensors[e].size(); c++)
-        if (const auto* t = tensors[e][c]) memory.note(e, c, t, reach(t), static_cast<int64_t>(t->itemsize()));
+        if (const auto* t = tensors[e][c]) memory.note(e, c, range(t, reach(t), static_cast<int64_t>(t->itemsize()), c == Memory::kGradient));
     std::vector<const char*> reasons(tensors.size(), nullptr);
     for (bool found = true; found;) {  // what is refused is updated eagerly, and so is what overlaps that
       found = false;
@@ -232,7 +232,8 @@ class Held {
 };
 
 // run(plan, lists of parameters, state, rows, stand-ins, threads): None after a step. Otherwise nothing was written: a
-// string says why the plan no longer fits, a list names the (group, counts) whose scalars are needed.
+// string says why the plan no longer fits, a list names the (group, counts) whose scalars are needed, and False says
+// that a row holds other objects than numbers, of which to make some would run Python.
 // `rows` lists (group, counts, scalars and what is carried on) as foreseen; `stand-ins` lists (parameter, copy of its
 // gradient), or (parameter, values, indices) of a sparse one.
 // No Python runs between the first look at a tensor and the last write but in the launch without the interpreter lock,
@@ -248,6 +249,7 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Steps steps{std::max<size_t>(1, plan->counts)};
     Foreseen scalars;
     if (!scalars.read(args[3], steps.width)) return nullptr;
+    if (!scalars.are_numbers) Py_RETURN_FALSE;
     const int64_t carried = plan->counts ? static_cast<int64_t>(plan->counts) - 1 : 0;
     const long threads = std::max(1L, PyLong_AsLong(args[5]));
     if (PyErr_Occurred()) return nullptr;

@@ -1,6 +1,8 @@
 // Which tensors of a step share memory. In a launch many parameters are updated at once, by several threads; what
 // overlaps must be updated one after the other.
 #pragma once
+#include <c10/core/CPUAllocator.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -14,8 +16,16 @@ struct Range {
   bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
 };
 
+// Whether a tensor has its memory alone: torch allocated it, and nothing else holds the storage, or the tensor.
+bool is_sole_owner(c10::TensorImpl* t) {
+  const auto& storage = t->storage();
+  return c10::raw::intrusive_ptr::use_count(t) == 1 && storage.use_count() == 1 &&
+         storage.allocator() == c10::GetCPUAllocator();
+}
+
 // The first `elements` of a tensor in memory. What is only read stays shared with its lazy clones.
-Range range(const c10::TensorImpl* t, int64_t elements, int64_t itemsize, bool only_read) {
+[[gnu::always_inline]] inline Range range(const c10::TensorImpl* t, int64_t elements, int64_t itemsize,
+                                          bool only_read) {
   if (!elements) return {};
   auto* storage = t->storage().unsafeGetStorageImpl();
   const auto* data = static_cast<const char*>(only_read ? storage->data() : storage->mutable_data());
@@ -35,8 +45,7 @@ enum Sharing : uint8_t {
 constexpr uint8_t kRefused = kOwnState | kCounts | kEager;
 
 // The ranges of all parameters as they were last seen, found to overlap or not when one is written that was elsewhere
-// before. A new gradient is looked up among what is written: 100 of them cost 3 us, 100 parameters in their old places
-// less than 1 (issue 11).
+// before. A new gradient that others may share memory with is looked up among what is written: 100 of them cost 3 us.
 class Memory {
  public:
   enum Cell : size_t { kGradient, kParam, kCounts0 };  // then the other counts, and the buffers
@@ -48,12 +57,12 @@ class Memory {
     sharing_.resize(eager_.size());
   }
 
-  void note(size_t entry, size_t cell, const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
+  // ``owned``: whether no other tensor can lie there.
+  void note(size_t entry, size_t cell, Range now, bool owned = false) {
     Range& last = ranges_[entry * cells_ + cell];
-    const Range now = range(t, elements, itemsize, cell == kGradient);
     if (now == last) return;
     last = now;
-    stale_ = stale_ || shared_ || cell != kGradient || is_written(now);
+    stale_ = stale_ || shared_ || cell != kGradient || (!owned && is_written(now));
   }
   Range at(size_t entry, size_t cell) const { return ranges_[entry * cells_ + cell]; }
   char* address(size_t entry, size_t cell) const { return const_cast<char*>(at(entry, cell).begin); }

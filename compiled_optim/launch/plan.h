@@ -49,6 +49,7 @@ struct Entry {
   PyObject* param;
   int group, launch;
   bool fresh;
+  int64_t elements = 0;                      // in this step
   const c10::TensorImpl* indices = nullptr;  // of its gradient in this step, if that is sparse
 };
 

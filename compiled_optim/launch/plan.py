@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer
 
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
-_NUMBERS = {float, int, bool}
 _ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp
 
 # a param group and the counts of a step; with its scalars, and what is carried on
@@ -80,15 +79,12 @@ class Plan:
         # one that changed its layout is not prepared: the host module then says that it no longer fits
         copied = [(p, grad) for p in self.copied if (grad := optimizer.gradient(p)) is not None and not grad.is_sparse]
         stand_ins: list[tuple[Tensor, ...]] = list((optimizer._gradients or {}).items())
-        numbers = _NUMBERS.issuperset([type(value) for _, _, values in rows for value in values])
-        if not numbers:
-            stand_ins += [(p, grad) for params in lists for p in params if (grad := optimizer.gradient(p)) is not None]
-        whole = self.host.is_whole  # the host module names what is not
-        stand_ins += [(p, _like_parameter(p, grad)) for p, grad in copied if whole(grad)]
+        if copied:  # what is not whole is named by the host module
+            stand_ins += [(p, _like_parameter(p, grad)) for p, grad in copied if self.host.is_whole(grad)]
         for p in self.sparse:
             if p.grad is not None and p.grad.is_sparse:
                 values, indices = torch_private.sparse_parts(p.grad)
-                stand_ins.append((p, values.contiguous() if whole(values) else values, indices))
+                stand_ins.append((p, values.contiguous() if self.host.is_whole(values) else values, indices))
             elif p.grad is not None and not optimizer.accepts_dense:
                 return "a gradient is dense"
         state: Any = optimizer.state
@@ -97,15 +93,19 @@ class Plan:
             state = _local_states(optimizer)
             stand_ins = [stand_in for stand_in in stand_ins if not torch_private.is_dtensor(stand_in[0])]
             stand_ins += self._shards_of_gradients(optimizer)
-        if not numbers:  # to make a float of another object runs Python, which may take gradients away
-            rows = [(group, counts, tuple(map(float, values))) for group, counts, values in rows]
-        outcome: str | list[Counts] | None
+        outcome: Any
         outcome = self.host.run(self.native, lists, state, rows, stand_ins, process.team_size())
+        if outcome is False:  # to make floats of its scalars runs Python, which may take gradients away
+            given = {id(stand_in[0]) for stand_in in stand_ins}
+            left = [p for params in lists for p in params if p.grad is not None and id(p) not in given]
+            stand_ins += [(p, p.grad) for p in left]
+            rows = [(group, counts, tuple(map(float, values))) for group, counts, values in rows]
+            outcome = self.host.run(self.native, lists, state, rows, stand_ins, process.team_size())
         if outcome is None and self.journal:
             self.journal.clear()
-        if outcome is None and self.sharded:
+        if self.sharded and outcome is None:
             increment_version([p for p in self.sharded if optimizer.gradient(p) is not None])
-        return outcome
+        return outcome  # type: ignore[no-any-return]
 
     def _shards_of_gradients(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
         given = [(p, grad) for p in self.sharded if (grad := optimizer.gradient(p)) is not None]

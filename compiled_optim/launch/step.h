@@ -47,22 +47,26 @@ bool read_stand_ins(PyObject* list, StandIns& found) {
   return true;
 }
 
-[[noreturn]] void throw_short(const Plan* plan, size_t entry, const c10::TensorImpl* t, const std::string& what) {
+// Out of the way of what runs in each step.
+[[noreturn, gnu::cold, gnu::noinline]] void throw_short(const Plan* plan, size_t entry, const c10::TensorImpl* t,
+                                                        size_t cell, const char* what = "gradient") {
   const int64_t needed = bytes_needed(t, reach(t), static_cast<int64_t>(t->itemsize()));
-  throw std::runtime_error("the " + what + " of " + name(plan, entry) + " needs a storage of " +
+  const std::string part = cell == Memory::kGradient ? what
+                           : cell == Memory::kParam  ? "data"
+                                                     : "state '" + plan->slot_names[cell - Memory::kCounts0] + "'";
+  throw std::runtime_error("the " + part + " of " + name(plan, entry) + " needs a storage of " +
                            std::to_string(needed) + " bytes, and its storage has " +
                            std::to_string(t->storage().nbytes()));
 }
 
-std::string what(const Plan* plan, size_t cell) {
-  if (cell == Memory::kGradient) return "gradient";
-  return cell == Memory::kParam ? "data" : "state '" + plan->slot_names[cell - Memory::kCounts0] + "'";
-}
-
-// Notes where a tensor lies. Throws where its storage does not hold it.
-void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
-  if (!is_whole(t, elements, itemsize)) throw_short(plan, entry, t, what(plan, cell));
-  plan->memory.note(entry, cell, t, elements, itemsize);
+// Notes where a tensor lies. Throws where its storage does not hold it: what was resized lies elsewhere, so only a
+// gradient, whose memory may be another's in each step, is asked for its storage again.
+[[gnu::always_inline]] inline void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t,
+                                        int64_t elements, int64_t itemsize) {
+  const Range now = range(t, elements, itemsize, cell == Memory::kGradient);
+  if (cell != Memory::kGradient && now == plan->memory.at(entry, cell)) return;
+  if (!is_whole(t, elements, itemsize)) throw_short(plan, entry, t, cell);
+  plan->memory.note(entry, cell, now, cell == Memory::kGradient && is_sole_owner(const_cast<c10::TensorImpl*>(t)));
 }
 
 void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t) {
@@ -83,7 +87,7 @@ void note_eager(Plan* plan, size_t e, PyObject* given) {
 
 // What no longer holds of a gradient; throws if it was not copied because its storage does not hold it.
 const char* odd_gradient(const Plan* plan, size_t entry, const c10::TensorImpl* grad) {
-  if (in_memory(grad) && !is_whole(grad)) throw_short(plan, entry, grad, "gradient");
+  if (in_memory(grad) && !is_whole(grad)) throw_short(plan, entry, grad, Memory::kGradient);
   return "a gradient changed its layout or dtype";
 }
 
@@ -132,10 +136,10 @@ const char* collect(Plan* plan, PyObject* state, const StandIns& stand_ins) {
       tensors[cell] = t;
       note(plan, e, cell, t, elements, itemsize);
     };
-    const int64_t elements = param->numel(), itemsize = launch.itemsize;
+    const int64_t elements = entry.elements = param->numel(), itemsize = launch.itemsize;
     take(Memory::kParam, param, elements, itemsize);
     take(Memory::kGradient, grad, entry.indices ? grad->numel() : elements, itemsize);
-    if (entry.indices && !is_whole(entry.indices)) throw_short(plan, e, entry.indices, "gradient's index");
+    if (entry.indices && !is_whole(entry.indices)) throw_short(plan, e, entry.indices, Memory::kGradient, "gradient's index");
     PyObject** slots = plan->slots.data() + e * slot_count;
     for (size_t c = 0; c < plan->counts; c++) {
       const auto* count = slots[c] ? unpack(slots[c]) : nullptr;
@@ -213,8 +217,7 @@ const char* tabulate(Plan* plan, Steps& steps, std::vector<Count>& counters) {
     table.cells.push_back(const_cast<char*>(gradient.begin));
     for (const size_t role : launch.roles) table.cells.push_back(plan->memory.address(e, Memory::kCounts0 + role));
     if (!entry.indices) {
-      const Range param = plan->memory.at(e, Memory::kParam);
-      table.end_tensor((param.end - param.begin) / launch.itemsize * launch.width, row);
+      table.end_tensor(entry.elements * launch.width, row);
       continue;
     }
     const std::vector<void*> whole(table.cells.begin() + first, table.cells.end());

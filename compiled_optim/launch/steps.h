@@ -41,14 +41,12 @@ struct Foreseen {
   std::vector<double> counts, table;
   int64_t columns = 0;
 
-  // False on a Python error. A value may be any object that makes a float of itself, so this runs Python.
+  bool are_numbers = true;  // or not all was read
+
+  // False on a Python error. Runs no Python.
   bool read(PyObject* rows, size_t width) {
     for (Py_ssize_t r = 0; r < PyList_GET_SIZE(rows); r++) {
-      PyObject* row = PyList_GET_ITEM(rows, r);
-      Py_INCREF(row);
-      const bool read = read_row(row, width);
-      Py_DECREF(row);
-      if (!read) return false;
+      if (!read_row(PyList_GET_ITEM(rows, r), width)) return false;
     }
     return true;
   }
@@ -59,9 +57,12 @@ struct Foreseen {
   }
 
  private:
-  static bool append(std::vector<double>& out, PyObject* tuple) {
+  bool append(std::vector<double>& out, PyObject* tuple) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++) {
-      out.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(tuple, i)));
+      PyObject* value = PyTuple_GET_ITEM(tuple, i);
+      are_numbers = are_numbers && (PyFloat_Check(value) || PyLong_CheckExact(value) || PyBool_Check(value));
+      if (!are_numbers) return true;
+      out.push_back(PyFloat_AsDouble(value));
       if (out.back() == -1.0 && PyErr_Occurred()) return false;
     }
     return true;
@@ -86,7 +87,12 @@ struct Foreseen {
     }
     columns = found;
     groups.push_back(group);
-    return append(counts, given) && append(table, values);
+    if (!append(counts, given)) return false;
+    if (!are_numbers) {
+      PyErr_SetString(PyExc_TypeError, "counts must be numbers");
+      return false;
+    }
+    return append(table, values);
   }
 };
 
