@@ -167,7 +167,7 @@ class Declaration:
         self.counts = ("step", *self.carried) if counted else ()  # 0-d state, which the host reads
         self.slots = (*self.counts, *self.buffers)
         self.switch_type: Any = namedtuple("Switches", [k for k, v in self.options.items() if v.switch])  # type: ignore[misc]
-        self.read = itemgetter(*self.options)
+        self._read = itemgetter(*self.options)
         names = [(n, field) for k, field in self.options.items() for n in self._rule_names(k)]
         self.hyper_type: Any = namedtuple("Hyper", [n for n, _ in names])  # type: ignore[misc]
         self._numbers_at = [i for i, (_, field) in enumerate(names) if isinstance(field, Number)]
@@ -211,6 +211,18 @@ class Declaration:
                 if not field.admits(part):
                     raise ValueError(f"{self.name}: {label} must be {field.range}, got {given!r}")
         return checked
+
+    def read(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The options of a param group as they stand there.
+
+        Raises:
+            KeyError: naming the one that is missing.
+        """
+        try:
+            return self._read(group)  # type: ignore[no-any-return]
+        except KeyError as error:
+            missing, found = error.args[0], [name for name in group if name != "params"]
+            raise KeyError(f"{self.name}: a param group must have {missing!r}, got {found}") from None
 
     def _given(self, name: str, value: Any) -> list[Any]:
         """The parts of a value as they were given, for messages."""

@@ -105,6 +105,11 @@ def _span(t: Tensor) -> tuple[int, int] | None:
     return address, address + elements * t.element_size()
 
 
+def check_storage(t: Tensor) -> None:
+    """Raises ShortStorageError for a tensor whose elements are not all in memory."""
+    _span(t)
+
+
 def _in_order(written: Sequence[Sequence[Tensor]], read: Sequence[Tensor]) -> list[int]:
     spans: list[Span] = []
     for i, (row, grad) in enumerate(zip(written, read, strict=True)):

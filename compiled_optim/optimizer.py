@@ -111,12 +111,9 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         if fused:
             self._step_supports_amp_scaling = True
         if self.state_at_construction:
-            # as torch.optim makes it: with the constructor's initial values, whatever a group says
-            names = {b.initial for b in self.declaration.buffers.values()}
-            initial = {name: value for name, value in defaults.items() if name in names}
             for group, choice in zip(self.param_groups, self.choices(), strict=True):
                 for p in group["params"]:
-                    self.state[p].update(self.make_state(p, {**group, **initial}, choice.switches))
+                    self.state[p].update(self.make_state(p, group, choice.switches))
         self._inputs = steps.inputs_of(self)
 
     @classmethod
@@ -263,7 +260,9 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             if present.get(name) is None:
                 made[name] = None
                 if allocate:
-                    value = self.declaration.buffers[name].first(group)
+                    # torch.optim takes the constructor's value where state is made there, whatever a group says
+                    values = self.defaults if self.state_at_construction else group
+                    value = self.declaration.buffers[name].first(values)
                     both = complex(value, value) if p.is_complex() else value  # real and imaginary part are two numbers
                     made[name] = torch.full_like(p, both, memory_format=torch.preserve_format)
         return made

@@ -23,6 +23,7 @@ from compiled_optim.fallback import fall_back, fall_back_for
 from compiled_optim.in_graph.inputs import same
 from compiled_optim.launch.plan import Plan, Row, make_plan
 from compiled_optim.lr_scheduler import SWALR
+from compiled_optim.memory import ShortStorageError, check_storage
 from compiled_optim.optimizer import Optimizer
 from compiled_optim.scalar import lerp
 
@@ -241,6 +242,11 @@ class AveragedModel(swa_utils.AveragedModel):
     def _update_eagerly(self, model: Module) -> None:
         """As torch does; what it has written before it raises is taken back."""
         mine, theirs = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        for t in (*mine, *theirs):  # torch would read and write where nothing is
+            try:
+                check_storage(t)
+            except ShortStorageError as error:
+                raise RuntimeError(f"a tensor of shape {tuple(t.shape)} of the model or its average {error}") from error
         can_raise = not isinstance(self._function, _Weighted) or _kinds(mine) != _kinds(theirs)
         saved = [(t, t.detach().clone()) for t in mine] if can_raise else []
         try:

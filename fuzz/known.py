@@ -26,20 +26,18 @@ _LISTED = [
     ("value", r", not -?(nan|inf) ", "", "ours is finite where torch's is not"),
     ("value", r"(nan|inf).* \(torch\.complex", "", "an element that is not finite: a pair of reals here"),
     ("torch raises", "", "API has changed, `state_steps`", "a step count may be a number"),
-    (
-        "torch raises",
-        "",
-        r"Use \.reshape\(\.\.\.\) instead",
-        "LBFGS takes parameters and gradients that are not contiguous",
-    ),
+    ("torch raises", "", r"Use \.reshape\(\.\.\.\) instead", "LBFGS takes tensors that are not contiguous"),
+    ("torch raises", "", "dot : expected both vectors", "LBFGS computes in the dtype of its gradient"),
+    ("torch raises", "", "expected dtype .* for `end`", "state may have another dtype than its parameter"),
+    ("torch raises", "", "must be Number, not Fraction", "an option may be any real number"),
+    ("torch raises", "", r"add\(sparse, dense\) is not supported", "a sparse gradient may be applied as a dense one"),
+    ("torch raises", "", "KeyError: '(sum|step)'", "Adagrad makes state that was taken away, as torch's newer one"),
     ("odd error", "is missing beside its", "", "a KeyError that names the state, where torch has an AttributeError"),
+    ("odd error", "a param group must have", "", "a KeyError that names the option"),
     ("ours raises", "must be on cpu", "", "state on another device is refused by name; torch computes on meta"),
-    (
-        "ours raises",
-        r"LBFGS: expected '\w+' in the state after",
-        "",
-        "LBFGS refuses state without a key that torch does without in this step",
-    ),
+    ("ours raises", r"LBFGS: expected '\w+' in the state after", "", "torch does without that key in this step"),
+    ("ours raises", "must not be lazily conjugated", "", "refused by name, as by torch's Adam but not its SGD"),
+    ("ours raises", "(dampening|initial_accumulator_value) must be", "", "torch does not read it in this step"),
 ]
 
 

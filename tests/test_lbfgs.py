@@ -222,7 +222,7 @@ def test_hooks_fire_once_and_the_profiler_sees_a_step(overridden: bool, compiled
     events: list[str] = []
     run.optimizer.register_step_pre_hook(lambda *_: events.append("before"))
     run.optimizer.register_step_post_hook(lambda *_: events.append("after"))
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         run.optimizer.step(lambda: events.append("loss") or run.closure())
     assert (events[0], events[-1], events.count("before"), events.count("after")) == ("before", "after", 1, 1)
     name = "Derived" if overridden else "LBFGS"

@@ -290,3 +290,30 @@ def test_numbers_of_other_types(compiled: bool) -> None:
         train(2, (mine, ours), (theirs, stock))
         assert_equal(ours, stock)
         assert through_a_file(mine.state_dict())["param_groups"][0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_an_option_that_is_missing_is_named(compiled: bool) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = Adam([p], compiled=compiled)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    before = p.tolist()
+    del optimizer.param_groups[0]["eps"]
+    with pytest.raises(KeyError, match=r"Adam: a param group must have .*eps.*, got .*betas"):
+        optimizer.step()
+    assert p.tolist() == before
+    assert optimizer.state[p]["step"] == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_state_that_was_taken_away_begins_as_the_constructor_said(compiled: bool) -> None:
+    """As in torch.optim, where an initial value in a param group counts for nothing."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = Adagrad([p], initial_accumulator_value=0.5, compiled=compiled)
+    optimizer.param_groups[0]["initial_accumulator_value"] = 9.0
+    p.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.state.clear()
+    optimizer.step()
+    assert optimizer.state[p]["sum"].tolist() == [1.5] * 3

@@ -294,3 +294,18 @@ def test_the_ema_recipe_with_a_custom_avg_fn() -> None:
         reference.update_parameters(model)
         mine.update_parameters(model)
     assert_same_state(mine, reference)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("whose", ["the model", "the average"])
+def test_a_tensor_without_memory_is_named(whose: str, compiled: bool) -> None:
+    """torch reads and writes where nothing is."""
+    model = torch.nn.Linear(8, 8)
+    average = swa_utils.AveragedModel(model, compiled=compiled)
+    for _ in range(2):
+        average.update_parameters(model)
+    tensor = model.weight if whose == "the model" else average.module.weight
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"of shape \(8, 8\).* needs .*256 bytes.* has 0"):
+        average.update_parameters(model)
+    assert average.n_averaged == 2
