@@ -30,9 +30,8 @@ from compiled_optim.updates import (
 if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer
 
-# Bounds the temporaries of a step, and keeps them in cache. At twice this, the C library may give their memory back and
-# take it again in each operation: 1,300 page faults in a step of 100 small tensors.
-BUCKET_ELEMENTS = 1 << 16
+# Bounds the temporaries of a step, and keeps them in cache.
+BUCKET_ELEMENTS = 1 << 17
 # A tensor of this size is updated by itself: copying it to a bucket costs more than the calls that are saved.
 ALONE_ELEMENTS = 1 << 14
 

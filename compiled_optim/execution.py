@@ -63,14 +63,6 @@ def _scalar_names(optimizer: Optimizer, choices: list[Choice]) -> list[tuple[str
     return names
 
 
-def _differ(a: Any, b: Any) -> bool:
-    """Whether options do, where some may be arrays, which answer for each element."""
-    try:
-        return bool(a != b)
-    except (RuntimeError, ValueError):
-        return True
-
-
 class Execution:
     """The compiled execution of one optimizer. It holds no reference to it, and is made anew in a copy.
 
@@ -195,7 +187,11 @@ class Execution:
         why = None
         for i, group in enumerate(groups):
             options, old = read(group), self._choices[i]
-            if old.has_tensors or _differ(options, self._options[i]):
+            try:
+                equal = options == self._options[i]
+            except (RuntimeError, ValueError):  # of arrays, which answer for each element
+                equal = False
+            if old.has_tensors or not equal:
                 self._options[i], self._choices[i] = options, optimizer.declaration.choose(group)
                 if self._choices[i].switches != old.switches:
                     why = "a switch changed"

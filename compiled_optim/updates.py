@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import partial
+from operator import attrgetter, is_
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer
 
 _gradient = attrgetter("grad")
+_is_none = partial(is_, None)
 
 # of a param group and counts, as `rule.evaluate` returns them
 Values = tuple[dict[str, Any], tuple[Any, ...]]
@@ -135,10 +137,11 @@ def look(
         listed, owner = None, p
         if sharded:
             listed, p, state = p, dtensors.local(p), dtensors.local_state(p, state, kept[i])
-        shape = p.shape
-        if grad.shape != shape or not (p.layout is torch.strided and p.is_contiguous()) or p.is_conj():
+        shape, dtype = p.shape, p.dtype
+        plain = p.layout is torch.strided and p.is_contiguous() and not (dtype.is_complex and p.is_conj())
+        if grad.shape != shape or not plain:
             check_param(optimizer, owner, p, grad)
-        kind: list[Any] = [i, p.device, p.dtype, grad.device, grad.dtype]
+        kind: list[Any] = [i, p.device, dtype, grad.device, grad.dtype]
         for name in kept[i]:
             t = state[name]
             if t is None:
@@ -183,7 +186,7 @@ def _lacks(state: dict[str, Any], counts: tuple[str, ...], buffers: tuple[str, .
         count = state.get(name)
         if type(count) is not Tensor or count.dtype not in COUNT_DTYPES or (count.dim() and not is_count(count)):
             return True
-    return any(state.get(name) is None for name in buffers)
+    return any(map(_is_none, map(state.get, buffers)))
 
 
 # ---- the order of a step
