@@ -6,7 +6,11 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiled_optim import foreach, kernels
+from compiled_optim._engine.cache.store import CacheWarning, open_store
+from compiled_optim._engine.executions import foreach
+from compiled_optim._engine.fallback import CompileError, CompileFallbackWarning
+from compiled_optim._engine.kernels import registry
+from compiled_optim._engine.kernels.registry import CacheInfo, cache_info
 from compiled_optim.algorithms import (
     ASGD,
     SGD,
@@ -21,9 +25,6 @@ from compiled_optim.algorithms import (
     Rprop,
     SparseAdam,
 )
-from compiled_optim.cache.store import CacheWarning, open_store
-from compiled_optim.fallback import CompileError, CompileFallbackWarning
-from compiled_optim.kernels import CacheInfo, cache_info
 from compiled_optim.optimizer import Optimizer
 from compiled_optim.report import explain
 from compiled_optim.version import __version__
@@ -40,7 +41,7 @@ def cache_dir() -> Path | None:
 
 def cache_clear(disk: bool = False) -> None:
     """Forgets all kernels of this process and its counts; ``disk``: deletes those on disk too."""
-    kernels.forget()
+    registry.forget()
     foreach.forget()
     store = open_store() if disk else None
     if store is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compiled_optim import settings
+from compiled_optim._engine import settings
 
 if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from compiled_optim import algorithms, lower
+from compiled_optim import algorithms
+from compiled_optim._engine.kernels.backends.cpu import translation_unit
+from compiled_optim._engine.kernels.registry import bytes_per_element
+from compiled_optim._engine.kernels.trace import Signature, Traced, trace
+from compiled_optim._engine.rule import evaluate, first_counts
+from compiled_optim._engine.torch_private import inductor
 from compiled_optim.declare import Flag
-from compiled_optim.kernels import bytes_per_element
-from compiled_optim.launch.source import translation_unit
 from compiled_optim.optimizer import Optimizer
-from compiled_optim.rule import evaluate, first_counts
-from compiled_optim.trace import Signature, Traced, trace
 
 # AVX2 is what every x86-64 machine that runs the tests has; the kernel in use is as wide as its machine allows.
 VECTOR_BITS = 256
@@ -47,7 +48,7 @@ def records() -> dict[str, str]:
     texts: dict[str, str] = {}
     for name, signature in signatures():
         traced = trace(signature)
-        lowered = lower.lower_cpp(traced, vector_bits=VECTOR_BITS)
+        lowered = inductor.lower_cpp(traced, vector_bits=VECTOR_BITS)
         traffic = f"launches per step: 1, bytes per element: {bytes_per_element(signature, lowered)}"
         lines = [f"# {signature.name}", f"# {traffic}", "", *_graph_lines(traced), ""]
         texts[f"{name}.fx.txt"] = "\n".join(lines)

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import dataclass_transform
 
-from compiled_optim import execution, torch_private
-from compiled_optim.checks import is_count, number_of
+from compiled_optim._engine.executions import dispatch
+from compiled_optim._engine.executions.checks import is_count, number_of
+from compiled_optim._engine.in_graph import operators
+from compiled_optim._engine.torch_private import dynamo, optim
 from compiled_optim.declare import (
     Choice,
     Declaration,
@@ -25,7 +27,6 @@ from compiled_optim.declare import (
     number,
     take_fields,
 )
-from compiled_optim.in_graph import steps
 
 if TYPE_CHECKING:
     from compiled_optim.attached import Attached
@@ -114,7 +115,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             for group, choice in zip(self.param_groups, self.choices(), strict=True):
                 for p in group["params"]:
                     self.state[p].update(self.make_state(p, group, choice.switches))
-        self._inputs = steps.inputs_of(self)
+        self._inputs = operators.inputs_of(self)
 
     @classmethod
     def validate(cls, h: Any) -> None:
@@ -145,9 +146,9 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             The loss of ``closure``, or None.
         """
         if torch.compiler.is_compiling():
-            return steps.trace_step(self) if closure is None else steps.trace_closure(self, closure)
-        if closure is not None and torch_private.compiles_frames():  # which the closure broke
-            return steps.resume_closure(self, closure)
+            return operators.trace_step(self) if closure is None else operators.trace_closure(self, closure)
+        if closure is not None and dynamo.compiles_frames():  # which the closure broke
+            return operators.resume_closure(self, closure)
         return self._run_step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it: 10 us a step, hooks or none
@@ -156,7 +157,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     def _run_step(self, closure: Callable[[], Any] | None) -> Any:
         # A step overridden in a subclass was wrapped by torch, which has run the hooks.
-        if torch_private.step_is_observed(self) and type(self).step is Optimizer.step:
+        if optim.step_is_observed(self) and type(self).step is Optimizer.step:
             return _observed_step(self) if closure is None else _observed_step(self, closure=closure)
         return self._step(closure)
 
@@ -168,7 +169,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         if self._unscale():
             if self._attached is not None:
                 self._attached.check()
-            execution.step(self)
+            dispatch.step(self)
             self._stepped()
         return loss
 
@@ -295,7 +296,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                 state = self.state.get(p, {})
                 # torch.optim.SGD keeps the momentum of sparse gradients sparse
                 state.update({k: v.to_dense() for k, v in state.items() if isinstance(v, Tensor) and v.is_sparse})
-        self._inputs = self._inputs or steps.inputs_of(self)
+        self._inputs = self._inputs or operators.inputs_of(self)
 
     def _restore_counts(self, group: dict[str, Any]) -> None:
         """Numbers become tensors, and tensors that torch's ``load_state_dict`` cast as if they were moments, again."""
@@ -310,7 +311,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         """Adds a param group, as in torch.optim; sequences and numpy scalars among its options become Python's."""
         count = len(self.param_groups)
         try:
-            torch_private.undecorated("add_param_group")(self, param_group)
+            optim.undecorated("add_param_group")(self, param_group)
             group = self.param_groups[-1]
             group.update({name: coerce(group[name]) for name in self.declaration.options})
         except BaseException:
@@ -319,7 +320,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim's ``state_dict`` lays it out; either side loads the other's."""
-        saved: dict[str, Any] = torch_private.undecorated("state_dict")(self)
+        saved: dict[str, Any] = optim.undecorated("state_dict")(self)
         for group in saved.get("param_groups", ()):
             options = {k: v for k, v in group.items() if k in self.declaration.options and not isinstance(v, list)}
             group.update({name: coerce(value) for name, value in options.items()})
@@ -339,10 +340,10 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         values = [{k: v.detach().clone() for k, v in tensors.items()} for tensors in kept]
         try:
             try:
-                torch_private.undecorated("load_state_dict")(self, state_dict)
+                optim.undecorated("load_state_dict")(self, state_dict)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 declared = self.declaration
-                from compiled_optim import checkpoint
+                from compiled_optim._engine import checkpoint
 
                 raise checkpoint.problem(declared.name, declared.slots, state_dict) or error from None
             for group, tensors in zip(self.param_groups, kept, strict=True):
@@ -370,9 +371,9 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients, as in torch.optim."""
         if torch.compiler.is_compiling():
-            steps.trace_zero_grad(self, set_to_none)
+            operators.trace_zero_grad(self, set_to_none)
         else:
-            torch_private.undecorated("zero_grad")(self, set_to_none)
+            optim.undecorated("zero_grad")(self, set_to_none)
 
 
 take_fields(Optimizer)

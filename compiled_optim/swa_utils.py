@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import swa_utils
 
-from compiled_optim import lower, torch_private
-from compiled_optim.checks import PLAIN
+from compiled_optim._engine.executions.checks import PLAIN
+from compiled_optim._engine.executions.dispatch import COMPILE_ERRORS, switched_off
+from compiled_optim._engine.executions.launch import Plan, Row, make_plan
+from compiled_optim._engine.executions.memory import ShortStorageError, check_storage
+from compiled_optim._engine.fallback import fall_back, fall_back_for
+from compiled_optim._engine.in_graph.handles import same
+from compiled_optim._engine.torch_private import dynamo, inductor
+from compiled_optim._engine.values import lerp
 from compiled_optim.declare import number
-from compiled_optim.execution import COMPILE_ERRORS, switched_off
-from compiled_optim.fallback import fall_back, fall_back_for
-from compiled_optim.in_graph.inputs import same
-from compiled_optim.launch.plan import Plan, Row, make_plan
 from compiled_optim.lr_scheduler import SWALR
-from compiled_optim.memory import ShortStorageError, check_storage
 from compiled_optim.optimizer import Optimizer
-from compiled_optim.scalar import lerp
 
 __all__ = [
     "SWALR",
@@ -147,7 +147,7 @@ class _Launcher:
         if self.plan is not None and not self.plan.is_current(self.rule):
             self.failed = "what its avg_fn refers to has changed since that was compiled"
         if self.failed:
-            raise lower.LoweringError(self.failed)
+            raise inductor.LoweringError(self.failed)
         self.rule._gradients = model_of
         rows: list[Row] = [(0, (2.0,), (weight,))]
         outcome: Any = None
@@ -157,7 +157,7 @@ class _Launcher:
             others = [p for _, p, _ in self.plan.elsewhere]
             for p in (*self.plan.copied, *others):
                 if p.shape != model_of[p].shape or (p.dtype != model_of[p].dtype and not casts):
-                    raise lower.LoweringError("a tensor of the model is of another shape or dtype than its average")
+                    raise inductor.LoweringError("a tensor of the model is of another shape or dtype than its average")
             new = [(p, other(p, model_of[p]).expand(p.shape)) for p in others]
             outcome = self.plan.run(self.rule, rows)
             if outcome is None:
@@ -265,13 +265,13 @@ class AveragedModel(swa_utils.AveragedModel):
     def _launch(self, model: Module, n: int) -> None:
         fn = self._function
         if self.multi_avg_fn is not None and not isinstance(fn, _Weighted):
-            raise lower.LoweringError("a multi_avg_fn works on lists in place, and only an avg_fn can be compiled")
+            raise inductor.LoweringError("a multi_avg_fn works on lists in place, and only an avg_fn can be compiled")
         mine, my_buffers = _tensors(self.module)
         theirs, their_buffers = _tensors(model)
         if self.use_buffers:
             mine, theirs = mine + my_buffers, theirs + their_buffers
         elif [b.shape for b in my_buffers] != [b.shape for b in their_buffers]:
-            raise lower.LoweringError("the buffers of the model are of other shapes than those of its average")
+            raise inductor.LoweringError("the buffers of the model are of other shapes than those of its average")
         model_of = dict(zip(mine, theirs, strict=False))
         if len(model_of) < len(mine) or len(set(map(id, theirs))) < len(theirs):  # each tied parameter once
             model_of = dict(zip(dict.fromkeys(mine), dict.fromkeys(theirs), strict=False))
@@ -279,7 +279,7 @@ class AveragedModel(swa_utils.AveragedModel):
             model_of = {p: current.detach() for p, current in model_of.items()}
         averaged = list(model_of)
         if not isinstance(fn, _Weighted) and any(p.is_complex() for p in averaged):
-            raise lower.LoweringError("a kernel takes complex numbers as two, which an avg_fn may not")
+            raise inductor.LoweringError("a kernel takes complex numbers as two, which an avg_fn may not")
         launcher = self._launcher
         if launcher is None or not launcher.fits(averaged, fn):
             launcher = self._launcher = _Launcher(averaged, fn)
@@ -300,7 +300,7 @@ class AveragedModel(swa_utils.AveragedModel):
         return average
 
 
-_update_outside_graphs = torch_private.never_traced(AveragedModel._update)
+_update_outside_graphs = dynamo.never_traced(AveragedModel._update)
 
 
 def _tensors(module: Module) -> tuple[list[Tensor], list[Tensor]]:

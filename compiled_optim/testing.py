@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_optim import torch_private
+from compiled_optim._engine.kernels.registry import cache_info
+from compiled_optim._engine.torch_private import dynamo
 from compiled_optim.declare import Flag, Number
-from compiled_optim.kernels import cache_info
 from compiled_optim.optimizer import Optimizer
 from compiled_optim.report import explain
 
@@ -91,9 +91,9 @@ def assert_compiles(
         AssertionError: if it was another number, with both counts. What the block itself raises passes unchanged.
     """
     found = Compilations()
-    graphs_before, kernels_before = torch_private.graphs_compiled(), cache_info().kernels
+    graphs_before, kernels_before = dynamo.graphs_compiled(), cache_info().kernels
     yield found
-    found.graphs, found.kernels = torch_private.graphs_compiled() - graphs_before, cache_info().kernels - kernels_before
+    found.graphs, found.kernels = dynamo.graphs_compiled() - graphs_before, cache_info().kernels - kernels_before
     both = f"found {found.graphs} graphs and {found.kernels} kernels"
     assert n in (None, found.graphs + found.kernels), f"{n} graphs and kernels together expected, {both}"
     assert graphs in (None, found.graphs), f"{graphs} graphs expected, {both}"

@@ -12,9 +12,10 @@ from test_checkpoints import assert_frozen, frozen
 from torch import Tensor
 from training import assert_equal, both, parameters, set_gradients, train
 
-from compiled_optim import SGD, Adam, AdamW, Optimizer, eager
+from compiled_optim import SGD, Adam, AdamW, Optimizer
+from compiled_optim._engine.executions import lists
+from compiled_optim._engine.executions.launch import Plan
 from compiled_optim.declare import buffer, number
-from compiled_optim.launch.plan import Plan
 
 EXECUTIONS: list[dict[str, Any]] = [{}, {"foreach": False}, {"compiled": True}, {"compiled": "foreach"}]
 every_execution = pytest.mark.parametrize("how", EXECUTIONS, ids=lambda how: str(how or "eager"))
@@ -203,7 +204,7 @@ def test_an_interrupted_first_step_stays_the_first(compiled: bool, monkeypatch: 
     mine, theirs = SGD(ours, **options, compiled=compiled), torch.optim.SGD(stock, **options)
     set_gradients(ours, stock)
     before = frozen(mine, ours)
-    where, name = (Plan, "run") if compiled else (eager, "run_bucket")
+    where, name = (Plan, "run") if compiled else (lists, "run_bucket")
     real = getattr(where, name)
     monkeypatch.setattr(where, name, interrupted)
     with pytest.raises(KeyboardInterrupt):

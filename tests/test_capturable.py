@@ -27,7 +27,7 @@ STEPS = 12  # RAdam rectifies from the sixth
 @pytest.fixture
 def unrefused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Capturable steps on CPU."""
-    monkeypatch.setattr("compiled_optim.updates.refuse", lambda optimizer, choices: None)
+    monkeypatch.setattr("compiled_optim._engine.executions.survey.refuse", lambda optimizer, choices: None)
 
 
 class NoValueIsRead(TorchDispatchMode):

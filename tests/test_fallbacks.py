@@ -25,8 +25,8 @@ from compiled_optim import (
     cache_clear,
     cache_info,
     explain,
-    kernels,
 )
+from compiled_optim._engine.kernels import registry
 from compiled_optim.declare import buffer, number
 
 lenient = pytest.mark.usefixtures("lenient")
@@ -116,7 +116,7 @@ BROKEN = {
 def words(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
     """An installation that cannot compile; what the warning must say."""
 
-    kernels.host_module()  # is kept
+    registry.host_module()  # is kept
     monkeypatch.setenv("COMPILED_OPTIM_CACHE_DIR", str(tmp_path / "cache"))
     cache_clear()
     request.param(monkeypatch, tmp_path)

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from compiled_optim import algorithms, torch_private
+from compiled_optim import algorithms
+from compiled_optim._engine.torch_private import version
 from compiled_optim.graphs import records
 
 DIRECTORY = Path(__file__).parent.parent / "graphs"
 
 
-@pytest.mark.skipif(torch_private.torch_version() != (2, 13), reason="the records are those of torch 2.13")
+@pytest.mark.skipif(version.torch_version() != (2, 13), reason="the records are those of torch 2.13")
 @pytest.mark.skipif(
     not torch.backends.cpu.get_cpu_capability().startswith("AVX"),
     reason="the records hold AVX2 kernels, which this machine cannot lower",

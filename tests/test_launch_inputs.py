@@ -11,7 +11,8 @@ import torch
 from lockstep import Lockstep, tensors
 from torch import Tensor
 
-from compiled_optim import SGD, Adam, NAdam, Optimizer, SparseAdam, kernels
+from compiled_optim import SGD, Adam, NAdam, Optimizer, SparseAdam
+from compiled_optim._engine.kernels import registry
 from compiled_optim.declare import number
 from compiled_optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -322,7 +323,7 @@ def test_another_thread_resizes_what_a_launch_uses() -> None:
 
 
 def test_the_host_module_raises() -> None:
-    host = kernels.host_module()
+    host = registry.host_module()
     t = torch.ones(2)
     plan = host.make(("step", "exp_avg"), 1)
     bad: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [

@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 import compiled_optim
-from compiled_optim import kernels
+from compiled_optim._engine.kernels import registry
+from compiled_optim._engine.torch_private import version
 
 PACKAGE = Path(compiled_optim.__file__).parent
 
 
 def private_imports() -> list[tuple[str, str]]:
-    """Each module, and each name in it, that is private to torch, as the two files import them."""
+    """Each module, and each name in it, that is private to torch, as torch_private/ imports them."""
     found: dict[tuple[str, str], None] = {}
-    for file in ("torch_private.py", "lower.py"):
-        for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+    for file in sorted((PACKAGE / "_engine" / "torch_private").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
             for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
                 module, name = (alias.name, "") if isinstance(node, ast.Import) else (node.module or "", alias.name)
                 if module.startswith("torch") and "._" in f"{module}.{name}":
@@ -69,7 +70,7 @@ def report(module, name):
             said.append(step(compiled, graph))
             if asked and (compiled or graph):
                 break
-        if asked == ["compiled_optim.torch_private"] and not graph:
+        if asked == ["compiled_optim._engine.torch_private.dynamo"] and not graph:
             step(False, graph=True)
     return bool(asked), [str(w.message) for w in caught] + said
 for module, name in json.loads(sys.argv[1]):
@@ -89,7 +90,7 @@ for module, name in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[tuple[str, str], tuple[bool, list[str]]]:
-    kernels.host_module()  # is on disk then
+    registry.host_module()  # is on disk then
     command = [sys.executable, "-c", CHILD, json.dumps(private_imports())]
     environment = {**os.environ, "COMPILED_OPTIM_STRICT": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -105,7 +106,7 @@ OTHERS = [{"torch._opaque_base", "register_opaque_type"}, {"torch._custom_class_
 @pytest.mark.parametrize(("module", "name"), private_imports(), ids="-".join)
 def test_a_missing_part_is_the_reason(module: str, name: str, outcomes: dict) -> None:  # type: ignore[type-arg]
     asked, messages = outcomes[module, name]
-    if not asked and {module, name} & OTHERS[compiled_optim.torch_private.torch_version() < (2, 14)]:
+    if not asked and {module, name} & OTHERS[version.torch_version() < (2, 14)]:
         pytest.skip("another version of torch has this")
     assert asked, "no step needs this: take it out, or a step that does in here"
     assert not [m for m in messages if m.startswith("raised")]

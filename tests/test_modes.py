@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import compiled_optim
-from compiled_optim import kernels, lower, torch_private
-from compiled_optim.trace import Signature, trace
+from compiled_optim._engine.kernels import registry
+from compiled_optim._engine.kernels.trace import Signature, trace
+from compiled_optim._engine.torch_private import dynamo, inductor
 
 
 class Functions(TorchFunctionMode):
@@ -85,13 +86,13 @@ def signature() -> Signature:
 @pytest.fixture(scope="module")
 def expected() -> str:
     """What lowering gives outside of modes."""
-    return lower.lower_cpp(trace(signature())).source
+    return inductor.lower_cpp(trace(signature())).source
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_first_compiled_step_under_a_mode(mode: Any, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_host", None)
-    kernels.forget()
+    monkeypatch.setattr(registry, "_host", None)
+    registry.forget()
     optimizers = []
     for context in (mode(), torch.enable_grad()):
         p = torch.nn.Parameter(torch.ones(4, device="cpu"))
@@ -102,7 +103,7 @@ def test_first_compiled_step_under_a_mode(mode: Any, expected: str, monkeypatch:
         assert p.tolist() == [0.5] * 4
     assert [compiled_optim.explain(o).rows[0].execution for o in optimizers] == ["multi_tensor"] * 2
     with mode():
-        assert lower.lower_cpp(trace(signature())).source == expected
+        assert inductor.lower_cpp(trace(signature())).source == expected
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
@@ -116,6 +117,6 @@ def test_outside_modes(mode: Any) -> None:
     context: AbstractContextManager[Any] = mode()
     with context:
         inside = made()
-        with torch_private.outside_modes():
+        with dynamo.outside_modes():
             assert made() == (torch.Tensor, "cpu", False, False)
         assert made() == inside

@@ -9,8 +9,8 @@ import torch
 from cases import CLASSES, gradient, named, oracle, switch_sets, tolerance, with_all_numbers
 
 import compiled_optim
-from compiled_optim.rule import evaluate, first_counts
-from compiled_optim.trace import Signature, trace
+from compiled_optim._engine.kernels.trace import Signature, trace
+from compiled_optim._engine.rule import evaluate, first_counts
 
 EACH_KERNEL = [(cls, with_all_numbers(cls, switches)) for cls in CLASSES for switches in switch_sets(cls)]
 

@@ -1,6 +1,6 @@
 """What compiled_optim takes from torch's private parts, one test each: a failure here says which upstream change broke.
 
-Everything private is used in compiled_optim/lower.py and torch_private.py, and by launch/tensors.h.
+Everything private is used in compiled_optim/_engine/torch_private/, and by kernels/host/tensors.h.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from compiled_optim import kernels, lower, torch_private
+from compiled_optim._engine.kernels import registry
+from compiled_optim._engine.kernels.trace import Signature, trace
+from compiled_optim._engine.torch_private import dynamo, inductor, optim, tensor_parts, version
 from compiled_optim.algorithms import AdamW
 from compiled_optim.testing import assert_compiles
-from compiled_optim.trace import Signature, trace
 
 
 def signature() -> Signature:
@@ -25,13 +26,13 @@ def signature() -> Signature:
 
 
 def test_version_is_in_the_range_that_was_checked() -> None:
-    assert lower.unsupported_version() is None
+    assert version.unsupported_version() is None
 
 
-@pytest.mark.parametrize("version", ["2.10.0", "2.16.0+cpu", "3.0.0a0"])
-def test_other_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "__version__", version)
-    assert version in (lower.unsupported_version() or "")
+@pytest.mark.parametrize("other", ["2.10.0", "2.16.0+cpu", "3.0.0a0"])
+def test_other_versions_are_refused(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", other)
+    assert other in (version.unsupported_version() or "")
 
 
 def test_optimizer_methods_are_wrapped_so_that_they_unwrap() -> None:
@@ -43,42 +44,42 @@ def test_optimizer_methods_are_wrapped_so_that_they_unwrap() -> None:
 
 def test_hooks_of_optimizers_are_where_they_were() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    assert not torch_private.step_is_observed(optimizer)
+    assert not optim.step_is_observed(optimizer)
     handle = register_optimizer_step_pre_hook(lambda *_: None)
-    assert torch_private.step_is_observed(optimizer)
+    assert optim.step_is_observed(optimizer)
     handle.remove()
     optimizer.register_step_post_hook(lambda *_: None)
-    assert torch_private.step_is_observed(optimizer)
+    assert optim.step_is_observed(optimizer)
     assert callable(torch.optim.Optimizer.profile_hook_step)
 
 
 def test_profiler_state_can_be_asked() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     with torch.autograd.profiler.profile():
-        assert torch_private.step_is_observed(optimizer)
-    assert not torch_private.step_is_observed(optimizer)
+        assert optim.step_is_observed(optimizer)
+    assert not optim.step_is_observed(optimizer)
 
 
 def test_stance_is_where_it_was() -> None:
-    assert torch_private.compiling_disabled() is None
+    assert dynamo.compiling_disabled() is None
     with torch.compiler.set_stance("force_eager"):
-        assert "force_eager" in (torch_private.compiling_disabled() or "")
-    assert torch_private.compiling_disabled() is None
+        assert "force_eager" in (dynamo.compiling_disabled() or "")
+    assert dynamo.compiling_disabled() is None
 
 
 def test_a_function_runs_outside_graphs_and_its_closure_is_compiled() -> None:
     seen = []
 
     def inside(x: torch.Tensor, closure: Any) -> Any:
-        seen.append((torch.compiler.is_compiling(), torch_private.compiles_frames()))
+        seen.append((torch.compiler.is_compiling(), dynamo.compiles_frames()))
         return closure(x) + 1
 
-    outside = torch_private.outside_graphs(inside)
+    outside = dynamo.outside_graphs(inside)
     compiled = torch.compile(lambda x: outside(x * 2, lambda y: y * 5) * 3, backend="eager")
     with assert_compiles(graphs=3):
         assert compiled(torch.ones(1)).item() == 33
     assert seen == [(False, False)]
-    assert not torch_private.compiles_frames()
+    assert not dynamo.compiles_frames()
 
 
 class Owner(torch.optim.SGD):
@@ -88,13 +89,11 @@ class Owner(torch.optim.SGD):
         super().__init__(params, lr=0.1)
         self.answers: list[Any] = []
 
-    @torch_private.constant_in_graphs
+    @dynamo.constant_in_graphs
     def ask(self) -> int:
-        torch_private.join_trace(type(self))
+        dynamo.join_trace(type(self))
         params = self.param_groups[0]["params"]
-        self.answers.append(
-            (torch_private.gradients_are_traced(params), torch_private.change_is_pending([self.param_groups[0]]))
-        )
+        self.answers.append((dynamo.gradients_are_traced(params), dynamo.change_is_pending([self.param_groups[0]])))
         return len(self.answers)
 
 
@@ -122,7 +121,7 @@ def test_constants_that_graphs_share_carry_no_source_over() -> None:
     from torch._dynamo.source import ConstantSource
     from torch._dynamo.variables.constant import ConstantVariable
 
-    if torch_private.torch_version() == (2, 11):
+    if version.torch_version() == (2, 11):
         assert ConstantVariable.create(None) is not ConstantVariable.create(None)
         pytest.skip("each graph has its own None: nothing to do")
     assert ConstantVariable.create(None) is ConstantVariable.create(None), "each graph has its own None: nothing to do"
@@ -134,17 +133,17 @@ def test_constants_that_graphs_share_carry_no_source_over() -> None:
 
 def test_static_addresses_are_marked_as_torch_marks_them() -> None:
     ours, stock = torch.ones(1), torch.ones(1)
-    torch_private.mark_static([ours])
+    dynamo.mark_static([ours])
     torch._dynamo.mark_static_address(stock, guard=False)
     assert vars(ours) == vars(stock)
 
 
 def test_dynamo_counts_its_graphs() -> None:
-    before = torch_private.graphs_compiled()
+    before = dynamo.graphs_compiled()
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
-    assert torch_private.graphs_compiled() == before + 1
+    assert dynamo.graphs_compiled() == before + 1
     torch.compiler.reset()
-    assert torch_private.graphs_compiled() == before + 1
+    assert dynamo.graphs_compiled() == before + 1
 
 
 def test_rules_trace_on_a_symbolic_length() -> None:
@@ -155,23 +154,23 @@ def test_rules_trace_on_a_symbolic_length() -> None:
 
 
 def test_inductor_makes_one_serial_loop_and_its_arguments_are_found() -> None:
-    lowered = lower.lower_cpp(trace(signature()))
+    lowered = inductor.lower_cpp(trace(signature()))
     assert lowered.source.count("void") >= 1
     assert "kernel(" in lowered.source, "the kernel is no longer named kernel"
     assert "#pragma omp" not in lowered.source, "cpp.threads=1 no longer makes a serial loop"
     assert "Vectorized" in lowered.source, "the loop is no longer vectorised"
     assert lowered.arguments.count(None) == 1, "the length is no longer one argument"
     assert {i for i in lowered.arguments if i is not None} == set(range(4 + len(signature().scalars)))
-    has_flag = torch_private.torch_version() >= (2, 13)
-    assert ("inductor_cpu_integer_div_error_flag" in lowered.source) == has_flag, "launch/source.py renames this flag"
+    has_flag = version.torch_version() >= (2, 13)
+    assert ("inductor_cpu_integer_div_error_flag" in lowered.source) == has_flag, "backends/cpu.py renames this flag"
 
 
 def test_flags_name_headers_that_exist() -> None:
-    flags = lower.cpp_flags()
+    flags = inductor.cpp_flags()
     includes = [flag[2:] for flag in flags if flag.startswith("-I")]
     assert any("CPU_CAPABILITY" in flag for flag in flags)
     assert includes
-    assert (kernels.Path(includes[0]) / "torch/csrc/inductor/cpp_prefix.h").is_file()
+    assert (registry.Path(includes[0]) / "torch/csrc/inductor/cpp_prefix.h").is_file()
 
 
 def test_dynamo_compiles_under_its_lock() -> None:
@@ -180,12 +179,12 @@ def test_dynamo_compiles_under_its_lock() -> None:
     held = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        held.append((lower.holds_dynamo(), convert_frame.compile_lock._is_owned()))
+        held.append((inductor.holds_dynamo(), convert_frame.compile_lock._is_owned()))
         return graph.forward
 
     torch.compile(lambda x: x + 7, backend=backend)(torch.ones(1))
     assert held == [(True, True)]
-    assert not lower.holds_dynamo()
+    assert not inductor.holds_dynamo()
 
 
 def test_lowering_compiles_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,12 +193,12 @@ def test_lowering_compiles_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(AsyncCompile, "__init__", lambda self: pytest.fail("Inductor's own compiler is used"))
     assert "AsyncCompile" in inspect.getsource(inspect.getmodule(AsyncCompile))  # type: ignore[arg-type]
-    lower.lower_cpp(trace(signature()))
+    inductor.lower_cpp(trace(signature()))
 
 
 def test_line_search_takes_and_returns_what_lbfgs_expects() -> None:
     x, d = [torch.tensor([3.0])], torch.tensor([-6.0])
-    parameters = list(inspect.signature(torch_private.strong_wolfe).parameters)
+    parameters = list(inspect.signature(optim.strong_wolfe).parameters)
     assert parameters[:7] == ["obj_func", "x", "t", "d", "f", "g", "gtd"]
     assert "max_ls" in parameters
 
@@ -207,7 +206,7 @@ def test_line_search_takes_and_returns_what_lbfgs_expects() -> None:
         at = x[0] + t * d
         return at.square().sum().item(), 2 * at
 
-    loss, g, t, calls = torch_private.strong_wolfe(evaluate, x, 1.0, d, 9.0, -d, -(d @ d), max_ls=25)
+    loss, g, t, calls = optim.strong_wolfe(evaluate, x, 1.0, d, 9.0, -d, -(d @ d), max_ls=25)
     assert (loss, g.item(), float(t)) == pytest.approx((0.0, 0.0, 0.5), abs=1e-6)
     assert calls > 1
 
@@ -217,27 +216,27 @@ def test_shards_of_dtensors_are_where_they_were(mesh: Any) -> None:
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     p: Any = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
-    assert torch_private.is_dtensor(p)
-    assert not torch_private.is_dtensor(torch.nn.Parameter(torch.ones(3)))
-    shard = torch_private.local_shard(p)
+    assert tensor_parts.is_dtensor(p)
+    assert not tensor_parts.is_dtensor(torch.nn.Parameter(torch.ones(3)))
+    shard = tensor_parts.local_shard(p)
     assert type(shard) is torch.Tensor
     assert shard.data_ptr() == p.to_local().data_ptr()
-    assert torch_private.local_shard(p) is shard, "plans are made again in every step"
+    assert tensor_parts.local_shard(p) is shard, "plans are made again in every step"
     p._local_tensor = AsyncCollectiveTensor(torch.full((3,), 2.0))
-    shard = torch_private.local_shard(p)
+    shard = tensor_parts.local_shard(p)
     assert type(shard) is torch.Tensor
     assert shard.tolist() == [2, 2, 2]
 
 
 def test_flatten_and_unflatten() -> None:
     tensors = [torch.randn(2, 3), torch.randn(()), torch.randn(4)]
-    flat = torch_private.flatten(tensors)
+    flat = tensor_parts.flatten(tensors)
     assert flat.shape == (11,)
-    assert all(torch.equal(a, b) for a, b in zip(torch_private.unflatten(flat, tensors), tensors, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensor_parts.unflatten(flat, tensors), tensors, strict=True))
 
 
 def test_tensors_are_laid_out_as_the_host_module_expects() -> None:
-    host = kernels.host_module()  # its start() compares the layout and raises
+    host = registry.host_module()  # its start() compares the layout and raises
     sample = torch.empty(2, 7, dtype=torch.float64)
     with pytest.raises(ImportError, match="lays out its tensors"):
         host.start(torch.Tensor, torch.nn.Parameter, sample, sample.data_ptr() + 8)

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import compiled_optim
-from compiled_optim import kernels, lower
+from compiled_optim._engine.kernels import registry
+from compiled_optim._engine.kernels.trace import Signature, trace
+from compiled_optim._engine.torch_private import inductor
 from compiled_optim.declare import number
-from compiled_optim.trace import Signature, trace
 
 TRAIN = """
 import json, os, sys, torch
@@ -205,7 +206,7 @@ facts = dict(status=os.waitpid(child, 0)[1])
 LOWERING = """
 import os, sys, threading, json, torch
 import compiled_optim
-from compiled_optim import lower
+from compiled_optim._engine.torch_private import inductor
 torch.set_num_threads(1)
 def step(cls, **options):
     p = torch.nn.Parameter(torch.ones(4)); p.grad = torch.ones(4)
@@ -219,11 +220,11 @@ def test_a_child_forked_while_a_thread_lowers(warm: tuple[str, float]) -> None:
     code = (
         LOWERING
         + """
-lowering, stock = threading.Event(), lower._inductor
-def inductor(settings):
+lowering, stock = threading.Event(), inductor._inductor
+def announced(settings):
     lowering.set()
     return stock(settings)
-lower._inductor = inductor
+inductor._inductor = announced
 thread = threading.Thread(target=step, args=(compiled_optim.Adadelta,))  # of which no other test keeps a kernel there
 thread.start()
 lowering.wait()
@@ -243,10 +244,10 @@ def test_a_child_forked_amid_a_lowering_falls_back() -> None:
         LOWERING
         + """
 import warnings
-lower._FORK_SECONDS = 0.01
+inductor._FORK_SECONDS = 0.01
 release = threading.Event()
 def hold():
-    with lower._lock:
+    with inductor._lock:
         held.set()
         release.wait()
 held = threading.Event()
@@ -319,7 +320,7 @@ def lowered(rule: Callable[..., Any]) -> str:
             return {"lr": h.lr}
 
     switches = Rule.declaration.choose(Rule.declaration.check({})).switches
-    return lower.lower_cpp(trace(Signature(Rule, switches, (torch.float32,), (), ("lr",)))).source
+    return inductor.lower_cpp(trace(Signature(Rule, switches, (torch.float32,), (), ("lr",)))).source
 
 
 def plain_update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
@@ -360,7 +361,7 @@ def test_dynamo_compiles_before_or_after_lowering() -> None:
     thread = threading.Thread(target=compile_graph)
 
     def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
-        if lower.holds_dynamo() and not compiling.is_set():
+        if inductor.holds_dynamo() and not compiling.is_set():
             thread.start()
             compiling.wait()
             thread.join(0.2)  # which it would have done in this time, were it let
@@ -377,13 +378,13 @@ def test_kernels_begun_in_a_trace_do_not_wait_for_who_waits_for_it() -> None:
     held, release = threading.Event(), threading.Event()
 
     def obtain(_: int) -> None:
-        with kernels._lock:
+        with registry._lock:
             held.set()
             release.wait()
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        assert lower.holds_dynamo()
-        kernels.begin(())
+        assert inductor.holds_dynamo()
+        registry.begin(())
         release.set()
         return graph.forward
 
@@ -392,7 +393,7 @@ def test_kernels_begun_in_a_trace_do_not_wait_for_who_waits_for_it() -> None:
     held.wait()
     assert torch.compile(lambda x: x * 5, backend=backend)(torch.ones(1)).item() == 5
     thread.join()
-    assert not lower.holds_dynamo()
+    assert not inductor.holds_dynamo()
 
 
 def test_sixteen_threads_with_an_optimizer_each_share_one_kernel() -> None:

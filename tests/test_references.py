@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from compiled_optim import AdamW, algorithms
-from compiled_optim.references import UnknownReferenceError, is_own, references
+from compiled_optim._engine.kernels.references import UnknownReferenceError, is_own, references
 
 FACTOR = 0.5
 CONFIG = types.ModuleType("config")
@@ -223,7 +223,7 @@ def test_code_is_what_counts_and_not_its_place() -> None:
 
 def test_the_same_in_every_process() -> None:
     code = """
-from compiled_optim.references import references
+from compiled_optim._engine.kernels.references import references
 names = {"a", "b", "c", "d"}
 print(references(lambda x: x if x in names or x in {"e", "f", "g"} else None))
 """

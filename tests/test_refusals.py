@@ -10,7 +10,8 @@ import torch
 from lockstep import Lockstep, tensors
 from torch import Tensor
 
-from compiled_optim import SGD, Adam, CompileError, CompileFallbackWarning, explain, foreach
+from compiled_optim import SGD, Adam, CompileError, CompileFallbackWarning, explain
+from compiled_optim._engine.executions import foreach
 
 SHAPES: list[tuple[int, ...]] = [(5, 7), (3, 4, 2, 2), (), (131,)]
 lenient = pytest.mark.usefixtures("lenient")

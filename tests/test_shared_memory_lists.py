@@ -11,7 +11,7 @@ from cases import FEW, named, oracle
 from torch import Tensor
 
 from compiled_optim import Adam
-from compiled_optim.memory import Memory
+from compiled_optim._engine.executions.memory import Memory
 from compiled_optim.testing import assert_compiles
 
 N = 24

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiled_optim.tensor_list import TensorList
+from compiled_optim._engine.values import TensorList
 
 SHAPES: list[tuple[int, ...]] = [(), (1,), (0,), (5,), (2, 3)]
 BINARY = [operator.add, operator.sub, operator.mul, operator.truediv]

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from compiled_optim._engine.values import add_square, lerp
 from compiled_optim.declare import buffer, carried, counter, flag, number
 from compiled_optim.optimizer import Optimizer
-from compiled_optim.scalar import add_square, lerp
 
 
 class NAdam(Optimizer):

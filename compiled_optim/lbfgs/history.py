@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_optim import lower, process, settings
-from compiled_optim.cache import libraries
+from compiled_optim._engine import process, settings
+from compiled_optim._engine.cache import native
+from compiled_optim._engine.torch_private import inductor
 
 _FIRST_SLOTS = 4  # of a ring
 CURVATURE = 1e-10  # a pair whose y.s is not above it is rejected, as in torch.optim (and in history.cpp)
@@ -145,7 +146,7 @@ class Kernels:
     ``origin``: "compiled", "disk", or "memory" if this process had them already; ``seconds``: until they were loaded.
 
     Raises:
-        libraries.NoCompilerError, build.BuildError, OSError: see `libraries.begin`.
+        native.NoCompilerError, build.BuildError, OSError: see `native.begin`.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -220,9 +221,9 @@ def _obtain() -> tuple[ctypes.CDLL, str, float]:
     with _lock:
         if _library is not None:
             return _library, "memory", 0.0
-        source, flags = _SOURCE.read_text(), [*lower.BASE_FLAGS, *_FLAGS]
-        key = libraries.machine_key("lbfgs", source, *flags)
-        found = libraries.obtain(key, lambda: (source, flags), _load)
+        source, flags = _SOURCE.read_text(), [*inductor.BASE_FLAGS, *_FLAGS]
+        key = native.machine_key("lbfgs", source, *flags)
+        found = native.obtain(key, lambda: (source, flags), _load)
         settings.logger.info("lbfgs: %s in %.1f s", found.origin, found.seconds)
         _library = found.value
         return _library, found.origin, found.seconds

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from compiled_optim import torch_private
-from compiled_optim.execution import COMPILE_ERRORS, switched_off
-from compiled_optim.fallback import fall_back
-from compiled_optim.in_graph import steps
+from compiled_optim._engine.executions.dispatch import COMPILE_ERRORS, switched_off
+from compiled_optim._engine.fallback import fall_back
+from compiled_optim._engine.in_graph import operators
+from compiled_optim._engine.torch_private import dynamo, optim, tensor_parts
 from compiled_optim.lbfgs import checks
 from compiled_optim.lbfgs.history import DTYPES, History, Kernels
 
@@ -73,7 +73,7 @@ class LBFGS(torch.optim.LBFGS):
         if maximize or "maximize" in self.defaults:  # older torch has no such option, and its groups are like torch's
             self.defaults["maximize"] = self.param_groups[0]["maximize"] = bool(maximize)
         self._compiled = bool(compiled)
-        self._inputs = steps.inputs_of(self)
+        self._inputs = operators.inputs_of(self)
 
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         """Performs up to ``max_iter`` iterations.
@@ -98,7 +98,7 @@ class LBFGS(torch.optim.LBFGS):
 
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any]) -> Any:
-        if any(map(torch_private.is_dtensor, self._params)):
+        if any(map(tensor_parts.is_dtensor, self._params)):
             raise RuntimeError(
                 "LBFGS does not support DTensor parameters: it takes products of whole vectors, and a process holds a "
                 "shard only; use an elementwise optimizer, such as AdamW, or a model that is not sharded"
@@ -142,7 +142,7 @@ class LBFGS(torch.optim.LBFGS):
             if search is not None:
                 state["t"] = 0.0  # while nothing has moved
                 evaluate = functools.partial(self._directional_evaluate, closure)
-                loss, g, t, calls = torch_private.strong_wolfe(
+                loss, g, t, calls = optim.strong_wolfe(
                     *(evaluate, self._clone_param(), t, d, loss, g, gtd),  # type: ignore[no-untyped-call]
                     max_ls=max_eval - evaluations,
                 )
@@ -206,7 +206,7 @@ class LBFGS(torch.optim.LBFGS):
             if p.shape != g.shape:
                 raise ValueError(f"LBFGS: expected a gradient of shape {tuple(p.shape)}, got {tuple(g.shape)}")
             if g.layout == torch.sparse_coo:
-                torch_private.check_indices(g)
+                tensor_parts.check_indices(g)
         dense = [g if g.layout == torch.strided else g.to_dense() for g in grads]
         reals = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in dense]
         flat = torch.cat([g.reshape(-1) for g in reals])
@@ -218,7 +218,7 @@ class LBFGS(torch.optim.LBFGS):
 
     def _add_grad(self, step_size: Any, update: Tensor) -> None:
         reals = self._real_params()
-        torch._foreach_add_(reals, torch_private.unflatten(update, reals), alpha=float(step_size))
+        torch._foreach_add_(reals, tensor_parts.unflatten(update, reals), alpha=float(step_size))
 
     def _set_param(self, params_data: list[Tensor]) -> None:
         torch._foreach_copy_(self._params, params_data)
@@ -237,7 +237,7 @@ class LBFGS(torch.optim.LBFGS):
         """The state as torch.optim.LBFGS lays it out, with copies of the history; either side loads the other's."""
         live, self.state = self.state, self._state_of_torch()
         try:
-            return torch_private.undecorated("state_dict")(self)  # type: ignore[no-any-return]
+            return optim.undecorated("state_dict")(self)  # type: ignore[no-any-return]
         finally:
             self.state = live
 
@@ -261,7 +261,7 @@ class LBFGS(torch.optim.LBFGS):
         checks.check_mapping("the checkpoint", state_dict)
         check = self.register_load_state_dict_pre_hook(_check_loaded)  # the last one: others may translate
         try:
-            torch_private.undecorated("load_state_dict")(self, state_dict)
+            optim.undecorated("load_state_dict")(self, state_dict)
         finally:
             check.remove()
 
@@ -271,7 +271,7 @@ class LBFGS(torch.optim.LBFGS):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._params, self._numel_cache = self.param_groups[0]["params"], None
-        self._inputs = self._inputs or steps.inputs_of(self)
+        self._inputs = self._inputs or operators.inputs_of(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes the only param group, from the constructor.
@@ -283,14 +283,14 @@ class LBFGS(torch.optim.LBFGS):
             raise ValueError(
                 "LBFGS: expected one param group, got a second one: it has no options of single parameters"
             )
-        torch_private.undecorated("add_param_group")(self, param_group)
+        optim.undecorated("add_param_group")(self, param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients, as in torch.optim."""
         if torch.compiler.is_compiling():
-            steps.trace_zero_grad(self, set_to_none)
+            operators.trace_zero_grad(self, set_to_none)
         else:
-            torch_private.undecorated("zero_grad")(self, set_to_none)
+            optim.undecorated("zero_grad")(self, set_to_none)
 
 
 class _Execution:
@@ -327,7 +327,7 @@ class _Execution:
 
 # with the hooks, and an entry in the profiler
 _observed_step = torch.optim.Optimizer.profile_hook_step(LBFGS._step)
-_step_outside_graphs = torch_private.outside_graphs(LBFGS._run_step)
+_step_outside_graphs = dynamo.outside_graphs(LBFGS._run_step)
 
 
 def _check_loaded(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from sympy.printing.pycode import PythonCodePrinter  # type: ignore[import-untyped]
 from torch import Tensor
 
-from compiled_optim import scalar
+from compiled_optim._engine.values import where
 
 Form = tuple[sp.Expr, dict[str, Any]]  # an expression, and the values of its symbols other than t
 
@@ -82,18 +82,18 @@ _HOST_CODE = vars(math) | {"floor": lambda x: float(math.floor(x)), "ceil": lamb
 
 
 def _least(*values: Any) -> Any:
-    return functools.reduce(lambda a, b: scalar.where(a < b, a, b), values)
+    return functools.reduce(lambda a, b: where(a < b, a, b), values)
 
 
 def _greatest(*values: Any) -> Any:
-    return functools.reduce(lambda a, b: scalar.where(a > b, a, b), values)
+    return functools.reduce(lambda a, b: where(a > b, a, b), values)
 
 
 _FUNCTIONS = "sin cos tan asin acos atan sinh cosh tanh exp log sqrt floor ceil erf"
 _TENSOR_CODE = {
     **{name: _elementwise(name) for name in _FUNCTIONS.split()},
     "divide": _divide,
-    "where": scalar.where,
+    "where": where,
     "sign": torch.sign,
     "min": _least,
     "max": _greatest,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from compiled_optim.in_graph import steps
-from compiled_optim.in_graph.inputs import Inputs
+from compiled_optim._engine.in_graph import operators
+from compiled_optim._engine.in_graph.handles import Inputs
 from compiled_optim.lr_scheduler.code import Form, base_lr, compiled, evaluate, t
 
 
@@ -53,7 +53,7 @@ class _Step:
 
     def __get__(self, scheduler: Any, owner: Any) -> Any:
         if scheduler is not None and torch.compiler.is_compiling():
-            return functools.partial(steps.trace_schedule, scheduler)
+            return functools.partial(operators.trace_schedule, scheduler)
         if self._function is None:
             return super(Scheduler, owner if scheduler is None else scheduler).step  # type: ignore[misc]
         return self._function.__get__(scheduler, owner)

@@ -19,14 +19,14 @@ from fault_tools import (
     obtain,
 )
 
-from compiled_optim.cache import build, store
+from compiled_optim._engine.cache import compiler, store
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library compiled once by the compiler of this machine."""
     output = tmp_path_factory.mktemp("real") / "real.so"
-    build.build(found_compiler(), SOURCE, FLAGS, output)
+    compiler.build(found_compiler(), SOURCE, FLAGS, output)
     return output
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from compiled_optim.cache import build, libraries, store
+from compiled_optim._engine.cache import compiler, native, store
 
 SOURCE = 'extern "C" int answer() { return 42; }'
 Call = Callable[..., Any]
@@ -330,8 +330,8 @@ def load(path: Path) -> int:
     return int(ctypes.CDLL(str(path)).answer())
 
 
-def obtain(key: str = KEY, load: Callable[[Path], Any] = load, **options: Any) -> libraries.Library[Any]:
-    return libraries.obtain(key, lambda: (SOURCE, FLAGS), load, **options)
+def obtain(key: str = KEY, load: Callable[[Path], Any] = load, **options: Any) -> native.Library[Any]:
+    return native.obtain(key, lambda: (SOURCE, FLAGS), load, **options)
 
 
 def opened() -> store.Store:
@@ -340,14 +340,14 @@ def opened() -> store.Store:
     return found
 
 
-def found_compiler(*, named: bool = True) -> build.Compiler:
+def found_compiler(*, named: bool = True) -> compiler.Compiler:
     """The one that CXX names, or that of this machine."""
     with pytest.MonkeyPatch.context() as patch:
         if not named:
             patch.delenv("CXX", raising=False)
-        compiler = build.find_compiler()
-    assert compiler is not None
-    return compiler
+        found = compiler.find_compiler()
+    assert found is not None
+    return found
 
 
 def find(fingerprint: str | None = None) -> store.Entry | None:
@@ -355,8 +355,8 @@ def find(fingerprint: str | None = None) -> store.Entry | None:
         return entry
 
 
-def begin(key: str = KEY) -> libraries.Pending[int]:
-    return libraries.begin(key, lambda: (SOURCE, FLAGS), load)
+def begin(key: str = KEY) -> native.Pending[int]:
+    return native.begin(key, lambda: (SOURCE, FLAGS), load)
 
 
 def contents(directory: Path) -> dict[str, tuple[int, int]]:

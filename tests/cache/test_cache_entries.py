@@ -29,7 +29,7 @@ from fault_tools import (
     opened,
 )
 
-from compiled_optim.cache import build, libraries, store, tidy
+from compiled_optim._engine.cache import compiler, native, store, tidy
 
 KEYS = [digit * 32 for digit in "0123456"]
 
@@ -54,7 +54,7 @@ def test_facts_may_be_found_while_producing() -> None:
         facts["kernels"] = 1
         return SOURCE, FLAGS
 
-    assert libraries.obtain(KEY, produce, load, facts).facts == {"kernels": 1}
+    assert native.obtain(KEY, produce, load, facts).facts == {"kernels": 1}
     found = find()
     assert found is not None
     assert found.facts == {"kernels": 1}
@@ -66,7 +66,7 @@ def test_another_compiler_is_a_miss_and_none_is_a_hit(here: Here, entry: Entry) 
     assert here.builds() == 2
     here.use(here.path / "absent")
     assert obtain().origin == "disk"
-    with pytest.raises(libraries.NoCompilerError, match=r"install g\+\+"):
+    with pytest.raises(native.NoCompilerError, match=r"install g\+\+"):
         obtain(OTHER_KEY)
     assert store.counters.bad == 0
 
@@ -182,7 +182,7 @@ def test_planted_library_never_runs(here: Here, entry: Entry, monkeypatch: Patch
     source = """#include <cstdlib>
         #include <sys/stat.h>
         __attribute__((constructor)) static void run() { mkdir(std::getenv("MARKER"), 0700); }"""
-    build.build(found_compiler(), source + SOURCE, (), planted)
+    compiler.build(found_compiler(), source + SOURCE, (), planted)
     shutil.copyfile(planted, entry.library)
     assert obtain().value == 42
     assert not marker.exists()
@@ -219,7 +219,7 @@ def test_what_was_checked_is_loaded(here: Here, entry: Entry) -> None:
         shutil.copy(here.path / "other.so", here.cache / entry.library.name)
         return load(path)
 
-    build.build(found_compiler(named=False), SOURCE.replace("42", "666"), (), here.path / "other.so")
+    compiler.build(found_compiler(named=False), SOURCE.replace("42", "666"), (), here.path / "other.so")
     assert obtain(load=exchanged).value == 42
     assert load(here.path / "other.so") == 666
 
@@ -228,7 +228,7 @@ def test_libraries_loaded_one_after_another_are_not_mixed_up(here: Here) -> None
     """The loader remembers names, and a descriptor has the number of one that was closed before."""
     for i, key in enumerate(KEYS[:4]):
         library = here.path / f"{i}.so"
-        build.build(found_compiler(named=False), SOURCE.replace("42", str(i)), (), library)
+        compiler.build(found_compiler(named=False), SOURCE.replace("42", str(i)), (), library)
         here.use(fault_tools.copying_compiler(here.path / "cxx", library, here.log))
         assert obtain(key).value == i
     here.use(here.path / "absent")
@@ -298,7 +298,7 @@ def test_modes_do_not_depend_on_umask(here: Here, monkeypatch: Patch, umask: int
     previous = os.umask(umask)
     try:
         store.open_store()
-        with opened().writer(KEY, 0) as held, build.private_directory() as private:
+        with opened().writer(KEY, 0) as held, compiler.private_directory() as private:
             assert held
             assert private.stat().st_mode & 0o777 == 0o700
             opened().publish(KEY, here.real, {}, "")

@@ -43,8 +43,8 @@ from fault_tools import (
     status_of,
 )
 
-from compiled_optim import settings
-from compiled_optim.cache import build, libraries, store
+from compiled_optim._engine import settings
+from compiled_optim._engine.cache import compiler, native, store
 
 
 def test_processes_on_one_cold_key_build_once(here: Here, gate: Gate) -> None:
@@ -91,7 +91,7 @@ def test_two_libraries_are_compiled_at_once(here: Here, gate: Gate) -> None:
 
 
 def test_stopped_lock_holder(here: Here, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(libraries, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(native, "LOCK_SECONDS", 0.1)
     monkeypatch.setattr(time, "time", itertools.count(1e9, -3600).__next__)  # a clock that is set back again and again
 
     def hold() -> None:
@@ -127,7 +127,7 @@ PUBLISHING = [(name, nth) for name in ("open", "fchmod", "write", "fsync", "rena
 
 def obtain_failing(
     here: Here, monkeypatch: Patch, name: str, nth: int, failure: Callable[[], object]
-) -> libraries.Library[int]:
+) -> native.Library[int]:
     """Obtain a library, but the nth call of an os function by `publish` fails."""
 
     def produce() -> tuple[str, Sequence[str]]:
@@ -135,7 +135,7 @@ def obtain_failing(
         monkeypatch.setattr(os, name, fault_tools.failing(getattr(os, name), failure, nth, under))
         return SOURCE, FLAGS
 
-    return libraries.obtain(KEY, produce, load)
+    return native.obtain(KEY, produce, load)
 
 
 @pytest.mark.parametrize(("name", "nth"), PUBLISHING)
@@ -167,7 +167,7 @@ def test_child_forked_while_compiling_disturbs_nothing(here: Here, gate: Gate) -
     gate.wait()
 
     def work() -> None:
-        with pytest.raises(build.BuildError, match="not by this one"):
+        with pytest.raises(compiler.BuildError, match="not by this one"):
             pending[0].result()
         pending.clear()
         with opened().writer(KEY, 0) as held:
@@ -236,10 +236,10 @@ def test_bad_compiler(here: Here, body: str, error: type[Exception], message: st
 
 def test_compiler_that_hangs(here: Here) -> None:
     hanging = fault_tools.Hanging(here)
-    with build.private_directory() as private:
-        started = build.start_build(found_compiler(), SOURCE, FLAGS, private / "library.so", seconds=0.3)
+    with compiler.private_directory() as private:
+        started = compiler.start_build(found_compiler(), SOURCE, FLAGS, private / "library.so", seconds=0.3)
         hanging.wait()
-        with pytest.raises(build.BuildError, match=r"longer than 0\.3 s"):
+        with pytest.raises(compiler.BuildError, match=r"longer than 0\.3 s"):
             started.wait()
     hanging.wait_for_death()
 
@@ -281,7 +281,7 @@ def test_killed_while_compiling(here: Here) -> None:
     hanging.wait_for_death()
     (left,) = here.temporary.iterdir()
     assert [path.name for path in here.cache.iterdir()] == [f"{KEY}.lock"]
-    with build.private_directory() as alive:
+    with compiler.private_directory() as alive:
         here.use(good)
         assert obtain(OTHER_KEY).value == 42
         assert alive.exists()
@@ -291,7 +291,7 @@ def test_killed_while_compiling(here: Here) -> None:
 
 def test_no_place_for_temporary_files(here: Here, monkeypatch: Patch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(here.path / "absent"))
-    with pytest.raises(build.BuildError, match="no private directory"):
+    with pytest.raises(compiler.BuildError, match="no private directory"):
         obtain()
 
 
@@ -300,7 +300,7 @@ def test_temporary_directory_that_others_could_exchange(here: Here, damage: Dama
     if os.geteuid() != 0:
         pytest.skip("only root can give a directory away")
     damage(here.temporary)
-    with pytest.raises(build.BuildError, match=message):
+    with pytest.raises(compiler.BuildError, match=message):
         obtain()
     here.temporary.chmod(0o1777)
     os.chown(here.temporary, os.geteuid(), -1)
@@ -339,7 +339,7 @@ def test_compiler_is_looked_for(here: Here, monkeypatch: Patch, tmp_path: Path) 
     assert found_compiler().fingerprint != wrapped.fingerprint
     for missing in ("absent", "g++ 'open quotation"):
         monkeypatch.setenv("CXX", missing)
-        assert build.find_compiler() is None
+        assert compiler.find_compiler() is None
 
 
 def test_cache_directory(monkeypatch: Patch, tmp_path: Path) -> None:
@@ -380,8 +380,8 @@ def test_switches(monkeypatch: Patch) -> None:
 
 def test_machine_key(monkeypatch: Patch) -> None:
     def key(*parts: str) -> str:
-        libraries._machine.cache_clear()
-        return libraries.machine_key(*parts)
+        native._machine.cache_clear()
+        return native.machine_key(*parts)
 
     keys = [key("a", "bc"), key("ab", "c"), key("abc")]
     for target, name in [(torch, "__version__"), (torch.version, "git_version"), (sys, "platform")]:
@@ -390,11 +390,11 @@ def test_machine_key(monkeypatch: Patch) -> None:
             keys.append(key("abc"))
     for name, value in [("__version__", "other"), ("SCHEMA", 0), ("_processor", lambda: "other")]:
         with monkeypatch.context() as patch:
-            patch.setattr(libraries, name, value)
+            patch.setattr(native, name, value)
             keys.append(key("abc"))
     assert len(set(keys)) == len(keys)
     assert key("abc") == keys[2]
-    command = "from compiled_optim.cache import libraries; print(libraries.machine_key('abc'))"
+    command = "from compiled_optim.cache import libraries; print(native.machine_key('abc'))"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     printed = subprocess.run(
         [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True

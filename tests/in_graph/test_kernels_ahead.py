@@ -10,7 +10,8 @@ import torch
 from loops import Pair, batch, build, compile_alone, train
 
 import compiled_optim
-from compiled_optim import SGD, kernels
+from compiled_optim import SGD
+from compiled_optim._engine.kernels import registry
 from compiled_optim.testing import assert_compiles
 
 
@@ -26,7 +27,7 @@ def test_it_is_there_when_the_graph_is() -> None:
     known = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        kernels.host_module()  # after what was begun
+        registry.host_module()  # after what was begun
         known.append(compiled_optim.cache_info().kernels)
         return graph.forward
 

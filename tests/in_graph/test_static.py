@@ -79,7 +79,7 @@ def test_no_value_is_read(cls: Any) -> None:
 )
 def test_values_of_capturable_steps(cls: Any, tensors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their arithmetic, on CPU where such steps are refused otherwise; every number changes on the way."""
-    monkeypatch.setattr("compiled_optim.updates.refuse", lambda optimizer, choices: None)
+    monkeypatch.setattr("compiled_optim._engine.executions.survey.refuse", lambda optimizer, choices: None)
     options = with_all_numbers(cls, rich_options(cls))
     start = [torch.randn(shape, dtype=torch.float64) for shape in [(3, 4), (), (5, 5)]]
     runs = []

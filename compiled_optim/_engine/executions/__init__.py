@@ -1,0 +1,1 @@
+"""One step, one way for each parameter."""

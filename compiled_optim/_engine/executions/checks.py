@@ -1,0 +1,154 @@
+"""What a step refuses before it changes anything, with errors that name the parameter, the state and the value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compiled_optim._engine.executions import dtensors
+from compiled_optim._engine.torch_private import tensor_parts
+
+if TYPE_CHECKING:
+    from compiled_optim.declare import Choice
+    from compiled_optim.optimizer import Optimizer
+
+COUNT_DTYPES = (torch.float32, torch.float64)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a step can count in this, as it is."""
+    exact = isinstance(value, Tensor) and value.dtype in COUNT_DTYPES and value.layout is torch.strided
+    return exact and value.numel() == 1
+
+
+def number_of(optimizer: Optimizer, p: Tensor, name: str, value: Any) -> float:
+    """The number that a step count, or another 0-d state, stands for.
+
+    Raises:
+        TypeError: if it is none; the message names the state, its value and what was expected.
+    """
+    try:
+        if isinstance(value, Tensor) and (value.is_complex() or value.layout is not torch.strided):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        expected = "must be a number or a tensor of 1 element"
+        raise TypeError(
+            f"{_named(optimizer, name)} of the parameter {place(optimizer, p)} {expected}, got {described(value)}"
+        ) from None
+
+
+def refuse(optimizer: Optimizer, choices: list[Choice]) -> None:
+    """Raises RuntimeError for ``capturable`` without graphs, and what `dtensors.refuse` raises."""
+    for group in optimizer.param_groups:
+        capturable = group.get("capturable")
+        for p in group["params"]:
+            if type(p) not in PLAIN and p.grad is not None and tensor_parts.is_dtensor(p):
+                dtensors.refuse(optimizer, p)
+            if capturable and p.grad is not None and p.device.type == "cpu":
+                raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
+
+
+def check_gradient(optimizer: Optimizer, choice: Choice, grad: Tensor) -> Tensor:
+    """A gradient that is not dense, or of an algorithm that takes no other; in COO layout."""
+    name = optimizer.declaration.name
+    if grad.layout is torch.strided:
+        raise RuntimeError(f"{name} does not support dense gradients, please consider Adam instead")
+    if not optimizer.accepts_sparse:
+        raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
+    optimizer.keeps_untouched_rows(choice.switches)
+    if grad.layout is not torch.sparse_coo:
+        grad = grad.to_sparse(layout=torch.sparse_coo)
+    tensor_parts.check_indices(grad)
+    return grad
+
+
+def check_whole(optimizer: Optimizer, p: Tensor, state: dict[str, Any]) -> None:
+    """State is made as a whole, but for what a switch that was turned on adds: a part that lacks was lost."""
+    declaration = optimizer.declaration
+    needed = [*declaration.counts, *(name for name, b in declaration.buffers.items() if b.when is None)]
+    missing = [name for name in needed if state.get(name) is None]
+    if missing and len(missing) < len(needed):
+        there = [name for name in needed if name not in missing]
+        where = place(optimizer, p)
+        raise KeyError(f"{_named(optimizer, missing[0])} of the parameter {where} is missing beside its {there}")
+
+
+def check_param(optimizer: Optimizer, owner: Tensor, p: Tensor, grad: Tensor) -> None:
+    name, where = optimizer.declaration.name, place(optimizer, owner)
+    if grad.shape != p.shape:
+        raise RuntimeError(
+            f"{name}: the gradient of the parameter {where} must have its shape, got {tuple(grad.shape)}"
+        )
+    if p.is_conj():
+        raise RuntimeError(f"{name}: the parameter {where} must not be lazily conjugated, use its resolve_conj()")
+    if _overlaps(p):
+        raise RuntimeError(
+            f"{name}: the elements of the parameter {where} must not share a single memory location, "
+            f"got strides {p.stride()}"
+        )
+
+
+def check_buffer(optimizer: Optimizer, p: Tensor, name: str, value: Any, shape: torch.Size) -> None:
+    """Raises RuntimeError if a state does not fit its parameter; the message names both and what was expected.
+
+    Args:
+        shape: of the parameter, or of its shard if the state is one.
+    """
+    expected = None
+    if not isinstance(value, Tensor):
+        expected = "must be a tensor"
+    elif value.shape != shape:
+        expected = "must have its shape"
+    elif value.layout is not torch.strided and p.layout is torch.strided:
+        expected = "must be dense"
+    elif _overlaps(value):
+        expected = "must not have elements that share a single memory location"
+    if expected:
+        found = tuple(value.shape) if expected == "must have its shape" else described(value)
+        where = place(optimizer, p)
+        raise RuntimeError(f"{_named(optimizer, name)} of the parameter {where} {expected}, got {found}")
+
+
+def check_kind(optimizer: Optimizer, owner: Tensor, p: Tensor, grad: Tensor, buffers: dict[str, Any]) -> None:
+    """What is the same for all updates of one kind: devices, and the dtypes of the state."""
+    if grad.device != p.device:
+        name, where = optimizer.declaration.name, place(optimizer, owner)
+        raise RuntimeError(f"{name}: the gradient of the parameter {where} must be on {p.device}, got {grad.device}")
+    for name, t in buffers.items():
+        if t is None:
+            continue
+        expected = f"must be on {p.device}" if t.device != p.device else None
+        if t.is_complex() != p.is_complex() or not (t.is_complex() or t.is_floating_point()):
+            expected = "must be complex" if p.is_complex() else "must be of a real floating-point dtype"
+        if expected:
+            where = place(optimizer, owner)
+            raise RuntimeError(f"{_named(optimizer, name)} of the parameter {where} {expected}, got {described(t)}")
+
+
+def _overlaps(t: Tensor) -> bool:
+    return t.layout is torch.strided and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
+
+
+def _named(optimizer: Optimizer, name: str) -> str:
+    return f"{optimizer.declaration.name}: state {name!r}"
+
+
+def place(optimizer: Optimizer, p: Tensor) -> str:
+    for i, group in enumerate(optimizer.param_groups):
+        for j, other in enumerate(group["params"]):
+            if other is p:
+                return f"of shape {tuple(p.shape)} at index {j} of param group {i}"
+    return f"of shape {tuple(p.shape)}"
+
+
+def described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f" {str(value.layout).removeprefix('torch.')}"
+        return f"a{layout} tensor of {value.dtype} and shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return f"an int of {value.bit_length()} bits"
+    return f"{value!r} of type {type(value).__name__}"

@@ -1,0 +1,331 @@
+"""A launch plan: which tensors of an optimizer which kernel updates. It is checked in every step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from compiled_optim._engine import process
+from compiled_optim._engine.executions import dtensors
+from compiled_optim._engine.executions.checks import PLAIN, is_count
+from compiled_optim._engine.executions.survey import Journal, publish, withdraw
+from compiled_optim._engine.kernels import registry
+from compiled_optim._engine.kernels.references import Form, UnknownReferenceError, is_own, references, refers_to
+from compiled_optim._engine.kernels.trace import Signature
+from compiled_optim._engine.torch_private import inductor, tensor_parts
+
+if TYPE_CHECKING:
+    from compiled_optim.declare import Choice
+    from compiled_optim.optimizer import Optimizer
+
+DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
+_ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp
+
+# a param group and the counts of a step; with its scalars, and what is carried on
+Counts = tuple[int, tuple[float, ...]]
+Row = tuple[int, tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass
+class Launch:
+    """What one kernel does in a step; complex elements count as two."""
+
+    kernel: registry.Kernel
+    dtype: torch.dtype
+    tensors: int = 0
+    elements: int = 0
+
+
+@dataclass
+class Plan:
+    """The tables of one optimizer.
+
+    ``elsewhere``: parameters that no kernel takes, with their param group and the reason. ``copied``: those whose
+    gradient is laid out otherwise than they are, and ``sparse``: those of which it touches some rows only;
+    ``sharded``: those that are DTensors, in whose stead the host module is shown the shards of this process.
+    ``journal``: the state that was made for it, until it has run; ``references``: what the rule refers to, None if that
+    cannot change.
+    """
+
+    host: Any
+    native: Any
+    switches: list[Any]
+    rule: Callable[..., Any]
+    references: Form | None
+    launches: list[Launch] = field(default_factory=list)
+    elsewhere: list[tuple[int, Tensor, str]] = field(default_factory=list)
+    copied: list[Tensor] = field(default_factory=list)
+    sparse: list[Tensor] = field(default_factory=list)
+    sharded: list[Tensor] = field(default_factory=list)
+    places: dict[Any, int] = field(default_factory=dict)
+    journal: Journal = field(default_factory=list)
+
+    def is_current(self, optimizer: Optimizer) -> bool:
+        """Whether the rule is the one that was compiled, and refers to what it did then."""
+        rule = optimizer.rule_class.update
+        return rule is self.rule and (self.references is None or refers_to(rule, self.references))
+
+    def run(self, optimizer: Optimizer, rows: list[Row]) -> str | list[Counts] | None:
+        """One step in one call, given the scalars that are foreseen.
+
+        Returns:
+            None; or, when nothing was written, what no longer holds, or the counts whose scalars are needed.
+        """
+        listed = [group["params"] for group in optimizer.param_groups]
+        lists = tuple([params if type(params) is list else list(params) for params in listed])
+        # one that changed its layout is not prepared: the host module then says that it no longer fits
+        copied = [(p, grad) for p in self.copied if (grad := optimizer.gradient(p)) is not None and not grad.is_sparse]
+        stand_ins: list[tuple[Tensor, ...]] = list((optimizer._gradients or {}).items())
+        if copied:  # what is not whole is named by the host module
+            stand_ins += [(p, _like_parameter(p, grad)) for p, grad in copied if self.host.is_whole(grad)]
+        for p in self.sparse:
+            if p.grad is not None and p.grad.is_sparse:
+                values, indices = tensor_parts.sparse_parts(p.grad)
+                stand_ins.append((p, values.contiguous() if self.host.is_whole(values) else values, indices))
+            elif p.grad is not None and not optimizer.accepts_dense:
+                return "a gradient is dense"
+        state: Any = optimizer.state
+        if self.sharded:
+            lists = tuple([[dtensors.local(p) for p in params] for params in lists])
+            state = _local_states(optimizer)
+            stand_ins = [stand_in for stand_in in stand_ins if not tensor_parts.is_dtensor(stand_in[0])]
+            stand_ins += self._shards_of_gradients(optimizer)
+        outcome: Any
+        outcome = self.host.run(self.native, lists, state, rows, stand_ins, process.team_size())
+        if outcome is False:  # to make floats of its scalars runs Python, which may take gradients away
+            given = {id(stand_in[0]) for stand_in in stand_ins}
+            left = [p for params in lists for p in params if p.grad is not None and id(p) not in given]
+            stand_ins += [(p, p.grad) for p in left]
+            rows = [(group, counts, tuple(map(float, values))) for group, counts, values in rows]
+            outcome = self.host.run(self.native, lists, state, rows, stand_ins, process.team_size())
+        if outcome is None and self.journal:
+            self.journal.clear()
+        if self.sharded and outcome is None:
+            increment_version([p for p in self.sharded if optimizer.gradient(p) is not None])
+        return outcome  # type: ignore[no-any-return]
+
+    def _shards_of_gradients(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
+        given = [(p, grad) for p in self.sharded if (grad := optimizer.gradient(p)) is not None]
+        shards = [(dtensors.local(p), dtensors.local_gradient(p, grad)) for p, grad in given]
+        host = self.host
+        as_they_are = [_same(host, grad, p) or not host.is_whole(grad) for p, grad in shards]
+        pairs = zip(shards, as_they_are, strict=True)
+        return [(p, grad if as_it_is else _like_parameter(p, grad)) for (p, grad), as_it_is in pairs]
+
+
+@dataclass
+class _Member:
+    group: int
+    listed: Tensor
+    param: Tensor  # the same, or its shard, as the gradient and the state
+    state: dict[str, Any]  # with what was made
+    made: dict[str, Any]
+    refusal: str | None
+    signature: Signature | None
+    grad: Tensor | None
+    counts: tuple[str, ...] = ()
+
+    @property
+    def active(self) -> bool:
+        return self.grad is not None
+
+
+def make_plan(
+    optimizer: Optimizer,
+    choices: list[Choice],
+    scalar_names: list[tuple[str, ...]],
+    refused: Callable[[list[tuple[Tensor, str]]], None],
+) -> Plan:
+    """Sorts the parameters by kernel, obtains the kernels, and makes the missing state when nothing can fail any more.
+
+    Args:
+        choices: the hyperparameters and switches of each param group; scalar_names: of the scalars of each.
+        refused: told of the parameters that no kernel takes, and why, before any state is made.
+
+    Raises:
+        inductor.LoweringError: if the rule refers to what could change unnoticed.
+        What `registry.obtain` and ``refused`` raise.
+    """
+    form = _references(optimizer)
+    members = _members(optimizer, choices, scalar_names, form)
+    host, found = registry.obtain([m.signature for m in members if m.active and m.signature])
+    declaration = optimizer.declaration
+    plan = Plan(
+        host,
+        host.make(declaration.slots, len(declaration.counts)),
+        [c.switches for c in choices],
+        optimizer.rule_class.update,
+        form,
+    )
+    entries: list[list[tuple[Tensor, int, bool]]] = [[] for _ in choices]
+    for m in members:
+        m.refusal = m.refusal or _refusal(host, m)
+    _refuse_shared(optimizer, host, [m for m in members if m.active])
+    for m in members:
+        place = _STATELESS
+        if m.param is not m.listed:
+            plan.sharded.append(m.listed)
+        if m.refusal:
+            place = _ELSEWHERE
+            plan.elsewhere.append((m.group, m.listed, m.refusal))
+        elif m.signature in found and (m.active or not m.made):
+            place = _place(plan, declaration.slots, m, found[m.signature])
+            if m.grad is not None and m.grad.is_sparse:
+                plan.sparse.append(m.param)
+            elif m.grad is not None and m.param is m.listed and not _same(host, m.grad, m.param):
+                plan.copied.append(m.param)
+        fresh = place >= 0 and any(name in m.made for name in declaration.buffers)
+        entries[m.group].append((m.param, place, fresh))
+    refused([(p, refusal) for _, p, refusal in plan.elsewhere])
+    made = [(m.listed, m.made) for m in members if m.active and m.made and not m.refusal]
+    try:
+        publish(optimizer, made, plan.journal)
+        for group in entries:
+            host.add_group(plan.native, group)
+        host.seal(plan.native, _local_states(optimizer) if plan.sharded else optimizer.state)
+    except BaseException:
+        withdraw(optimizer, plan.journal)
+        raise
+    return plan
+
+
+def expected(optimizer: Optimizer, choices: list[Choice], scalar_names: list[tuple[str, ...]]) -> list[Signature]:
+    """The kernels of a step in which these parameters have a gradient, or all that are trained if none has one yet."""
+    form = _references(optimizer)
+    members = _members(optimizer, choices, scalar_names, form, allocate=False)
+    active = [m for m in members if m.active] or [m for m in members if m.param.requires_grad]
+    return [m.signature for m in active if m.signature]
+
+
+def _references(optimizer: Optimizer) -> Form | None:
+    rule = optimizer.rule_class.update
+    if is_own(rule):
+        return None
+    try:
+        return references(rule)
+    except UnknownReferenceError as error:
+        name = optimizer.declaration.name
+        raise inductor.LoweringError(
+            f"the update of {name} refers to {error}: no change of it would be seen"
+        ) from error
+
+
+def _members(
+    optimizer: Optimizer,
+    choices: list[Choice],
+    scalar_names: list[tuple[str, ...]],
+    form: Form | None,
+    *,
+    allocate: bool = True,
+) -> list[_Member]:
+    occurrences = Counter(id(dtensors.local(p)) for group in optimizer.param_groups for p in group["params"])
+    return [
+        _examine(optimizer, i, p, choices[i], scalar_names[i], form, occurrences[id(dtensors.local(p))], allocate)
+        for i, group in enumerate(optimizer.param_groups)
+        for p in group["params"]
+    ]
+
+
+def _examine(
+    optimizer: Optimizer,
+    group: int,
+    p: Tensor,
+    choice: Choice,
+    scalar_names: tuple[str, ...],
+    form: Form | None,
+    occurrences: int,
+    allocate: bool,
+) -> _Member:
+    """What can be said before the host module is loaded, so that it and the kernels may be compiled side by side."""
+    listed, p, grad = p, dtensors.local(p), optimizer.gradient(p)
+    if grad is not None:
+        grad = dtensors.local_gradient(listed, grad)
+    refusal = None
+    if occurrences > 1:
+        refusal = "it is listed more than once"
+    elif type(p) not in PLAIN:
+        refusal = f"its type is {type(p).__name__}"
+    elif p.device.type != "cpu" or p.dtype not in DTYPES:
+        refusal = f"it is {p.dtype} on {p.device.type}"
+    elif grad is not None and not (type(grad) in PLAIN and grad.layout is torch.strided):
+        refusal = _sparse_refusal(optimizer, p, grad, choice)
+    if refusal:
+        return _Member(group, listed, p, {}, {}, refusal, None, grad)
+    allocate = allocate and grad is not None
+    made = optimizer.make_state(listed, optimizer.param_groups[group], choice.switches, allocate=allocate)
+    buffers = optimizer.declaration.kept(choice.switches)
+    state = dtensors.local_state(listed, {**optimizer.state.get(listed, {}), **made}, buffers)
+    dtypes = tuple(d.to_real() for d in (p.dtype, *(p.dtype if state[b] is None else state[b].dtype for b in buffers)))
+    signature = Signature(optimizer.rule_class, choice.switches, dtypes, buffers, scalar_names, form)
+    return _Member(group, listed, p, state, made, None, signature, grad, optimizer.declaration.counts)
+
+
+def _sparse_refusal(optimizer: Optimizer, p: Tensor, grad: Tensor, choice: Choice) -> str | None:
+    if type(grad) not in PLAIN or grad.layout is not torch.sparse_coo:
+        return f"its gradient is a {type(grad).__name__} with layout {grad.layout}"
+    if not optimizer.keeps_untouched_rows(choice.switches):
+        return "its gradient is sparse and these options update every row"
+    if p.is_complex() or not p.is_contiguous() or grad.dtype != p.dtype:
+        return f"its gradient is sparse, {grad.dtype} for a {p.dtype} parameter, and rows are taken of contiguous reals"
+    return None
+
+
+def _refusal(host: Any, m: _Member) -> str | None:
+    """Why no kernel takes a tensor, or None."""
+    reason: str | None = host.refusal(m.param)
+    if reason or m.signature is None:
+        return reason
+    for name in m.signature.buffers:
+        buffer = m.state[name]
+        if buffer is not None and not host.matches(buffer, m.param):
+            return f"its state {name!r} has another layout or device"
+    for name in m.counts:
+        count = m.state.get(name)
+        if isinstance(count, Tensor) and (not is_count(count) or host.refusal(count)):
+            return f"its state {name!r} is a {count.dtype} tensor of shape {tuple(count.shape)} on {count.device}"
+    return None
+
+
+def _refuse_shared(optimizer: Optimizer, host: Any, active: list[_Member]) -> None:
+    """Leaves to an eager step what shares memory so that a launch would do what no loop over parameters does."""
+    declaration = optimizer.declaration
+    described = []
+    for m in active:
+        state = m.state or optimizer.state.get(m.listed, {})
+        described.append((bool(m.refusal), m.param, m.grad, tuple(state.get(name) for name in declaration.slots)))
+    for m, refusal in zip(active, host.conflicts(described, len(declaration.counts)), strict=True):
+        m.refusal = m.refusal or refusal
+
+
+def _place(plan: Plan, slots: tuple[str, ...], m: _Member, kernel: registry.Kernel) -> int:
+    """The launch that takes a tensor; complex tensors have one of their own, with the kernel of their real dtype."""
+    dtypes = (m.param.dtype, *(m.state[name].dtype for name in kernel.signature.buffers))
+    place = plan.places.setdefault((kernel.signature, dtypes), len(plan.launches))
+    if place == len(plan.launches):
+        plan.launches.append(Launch(kernel, m.param.dtype))
+        samples = {slots.index(name): m.state[name] for name in kernel.signature.buffers}
+        plan.host.add_launch(plan.native, kernel.address, m.param, samples)
+    launch = plan.launches[place]
+    launch.tensors += 1
+    launch.elements += m.param.numel() * (2 if m.param.is_complex() else 1)
+    return place
+
+
+def _local_states(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    buffers = optimizer.declaration.buffers
+    return {dtensors.local(p): dtensors.local_state(p, state, buffers) for p, state in optimizer.state.items()}
+
+
+def _same(host: Any, tensor: Tensor, like: Tensor) -> bool:
+    return tensor.dtype == like.dtype and bool(host.matches(tensor, like))
+
+
+def _like_parameter(p: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in the parameter's dtype and layout."""
+    return torch.empty_like(p, requires_grad=False).copy_(grad.detach())

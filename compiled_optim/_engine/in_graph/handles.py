@@ -1,0 +1,200 @@
+"""What a graph of the user's takes in for an optimizer, or for a schedule: a handle, and tensors."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from compiled_optim._engine.executions import dispatch
+from compiled_optim._engine.fallback import fall_back
+from compiled_optim._engine.torch_private import dynamo, optim, tensor_parts, version
+
+T = TypeVar("T")
+
+# Every operator says that it writes this, so that none is left out or moved past another: what they do is hidden.
+TOKEN = torch.zeros((), device="cpu")
+_warned: set[str] = set()
+_NUMBERS = {float, int, bool, type(None), list, str}  # the types that param groups hold most
+
+
+class Name(dynamo.OpaqueBase):
+    """Stands for an optimizer or a schedule among the arguments of an operator."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = weakref.ref(owner)
+
+
+class Handle(Name):
+    """One by which a graph learns that it is not right: of its inputs, which are looked up then."""
+
+    def guarded(self) -> list[Any]:
+        """Asked before each call of a graph, which is right for this answer only."""
+        owner = self.owner()
+        return [] if owner is None else owner._inputs.guarded()
+
+
+_operators: list[tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...]]] = []
+
+
+def operator(fake: Callable[..., Any], *written: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Makes ``torch.ops.compiled_optim.<name>`` of a function that writes these arguments.
+
+    Args:
+        fake: called in its place where there are no values.
+    """
+
+    def register(function: Callable[..., T]) -> Callable[..., T]:
+        _operators.append((function, fake, written))
+        return function
+
+    return register
+
+
+@functools.cache
+def _define_operators() -> Any:
+    """When the first graph is traced: a process without any would wait 6 ms for them.
+
+    Returns:
+        The library, with which they would be gone.
+    """
+    dynamo.register_opaque(Name)
+    dynamo.register_opaque(Handle, Handle.guarded)
+    library: Any = torch.library.Library("compiled_optim", "DEF")  # type: ignore[no-untyped-call]
+    # torch.library.custom_op would take 25 us more in each call, for autograd and versions that no one reads in a graph
+    for function, fake, written in _operators:
+        name = function.__name__
+        library.define(name + torch.library.infer_schema(function, mutates_args=written))
+        library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"compiled_optim::{name}", fake, lib=library)
+    return library
+
+
+class Inputs:
+    """The tensors of one optimizer, or of a schedule on it. They are looked up before each call of a graph.
+
+    So ``load_state_dict``, and whatever else replaces a tensor, needs no other graph.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = weakref.ref(owner)
+        self._is_schedule = not isinstance(owner, torch.optim.Optimizer)
+        # Dynamo asks the guards of shorter names first, and this one brings the lists up to date
+        self.id = Handle(owner)
+        self.name = Name(owner)
+        self.params: list[Tensor] = []
+        self.hyper: list[Tensor] = []  # the hyperparameters that are tensors
+
+    @property
+    def optimizer(self) -> Any:
+        owner = self._owner()
+        assert owner is not None, "the operators of a graph outlived their optimizer"
+        return owner.optimizer if self._is_schedule else owner
+
+    def look(self) -> bool:
+        """Brings the lists up to date; whether there are other parameters than before."""
+        groups = self.optimizer.param_groups
+        params = groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
+        self.hyper = [v for group in groups for v in hyper_tensors(group)]
+        if same(params, self.params):
+            return False
+        self.params = list(params)
+        return True
+
+    def guarded(self) -> list[Any]:
+        """Brings the lists up to date; what else a graph depends on."""
+        self.look()
+        return [self._changes_gradients()]
+
+    def _changes_gradients(self) -> bool:
+        optimizer = self.optimizer
+        scaled = vars(optimizer)
+        scaling = scaled.get("grad_scale") is not None or scaled.get("found_inf") is not None
+        return scaling or optim.step_has_hooks(optimizer)
+
+    # Asked while a graph is traced; the answers are constants in it.
+
+    @dynamo.constant_in_graphs
+    def enter(self) -> bool:
+        """The first of these: whether there can be a part of the graph."""
+        self.look()
+        if not version.missing:
+            _define_operators()
+        if obstacle := dynamo.join_trace(type(self._owner())):
+            fall_back(_warned, f"steps run outside of graphs: {obstacle}", "install a version that is known to work")
+        return not obstacle
+
+    @dynamo.constant_in_graphs
+    def begin_kernels(self) -> None:
+        """A kernel takes 4 s to compile, and what surrounds it as long."""
+        dispatch.begin(self.optimizer)
+
+    @dynamo.constant_in_graphs
+    def changes_gradients(self) -> bool:
+        """Whether a step may change gradients, by hooks or by scaling: no operator says that it writes them."""
+        return self._changes_gradients()
+
+    @dynamo.constant_in_graphs
+    def has_dtensors(self) -> bool:
+        """Whether a parameter is a DTensor."""
+        return any(map(tensor_parts.is_dtensor, self.params))
+
+    @dynamo.constant_in_graphs
+    def are_those_of_the_optimizer(self) -> bool:
+        """Whether a graph of a schedule can take in what one of its optimizer does, and ask its guard only."""
+        return isinstance(getattr(self.optimizer, "_inputs", None), Inputs)
+
+    @dynamo.constant_in_graphs
+    def gradients_are_traced(self) -> bool:
+        """Whether the graph so far reads or makes gradients: then they are not in ``.grad`` when it runs."""
+        return dynamo.gradients_are_traced(self.params)
+
+    @dynamo.constant_in_graphs
+    def change_is_pending(self) -> bool:
+        """Whether the code so far changes what operators read on the host: that happens only after the graph."""
+        groups = self.optimizer.param_groups
+        return dynamo.change_is_pending([groups, *groups, self._owner()])
+
+    def run(self, action: Callable[[], T], *given: tuple[Sequence[Tensor], Sequence[Tensor]]) -> T:
+        """Runs an operator. ``given``: tensors that it was passed, and the real ones.
+
+        They are the same, unless the graph changed one before: then the new value is to be found in its stead, and what
+        the operator makes of it is expected there.
+        """
+        pairs = [
+            (passed, real)
+            for some, reals in given
+            if not same(some, reals)
+            for passed, real in zip(some, reals, strict=True)
+            if passed is not real and not passed.is_set_to(real)
+        ]
+        with torch.no_grad():
+            for passed, real in pairs:
+                real.copy_(passed)
+            result = action()
+            for passed, real in pairs:
+                passed.copy_(real)
+        return result
+
+
+def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether these are the same objects."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def hyper_tensors(group: dict[str, Any]) -> list[Tensor]:
+    """The hyperparameters of a param group that are tensors."""
+    found: list[Tensor] = []
+    for value in group.values():
+        if type(value) in _NUMBERS:
+            continue
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple):
+            found += [v for v in value if isinstance(v, Tensor)]
+    return found

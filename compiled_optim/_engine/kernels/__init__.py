@@ -1,0 +1,1 @@
+"""From an update rule to native code."""

@@ -1,0 +1,1 @@
+"""The devices that kernels are made for, one module each."""

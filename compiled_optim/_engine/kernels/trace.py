@@ -1,0 +1,180 @@
+"""A rule as an FX graph over ONE flat tensor of symbolic length, so that one kernel serves every model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compiled_optim._engine.kernels.references import Form, is_own, refers_to
+from compiled_optim._engine.rule import apply, arithmetic_dtype
+from compiled_optim._engine.torch_private import dynamo, inductor
+
+if TYPE_CHECKING:
+    from compiled_optim.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What decides a kernel: never a value of a hyperparameter, never a shape.
+
+    ``buffers`` and ``scalars`` are names in the order the kernel takes them; ``dtypes`` are real, of the parameter (and
+    its gradient) and of each buffer. ``references`` is what a user's rule refers to, None of a rule of the package.
+    """
+
+    algorithm: type[Optimizer]
+    switches: Any
+    dtypes: tuple[torch.dtype, ...]
+    buffers: tuple[str, ...]
+    scalars: tuple[str, ...]
+    references: Form | None = None
+
+    @property
+    def flat(self) -> tuple[str, ...]:
+        return ("param", "grad", *self.buffers)
+
+    @property
+    def flat_dtypes(self) -> tuple[torch.dtype, ...]:
+        return (self.dtypes[0], *self.dtypes)
+
+    @property
+    def scalar_dtype(self) -> torch.dtype:
+        return arithmetic_dtype(self.dtypes[0])
+
+    @property
+    def name(self) -> str:
+        """Readable and unique within a process: ``AdamW(decoupled_weight_decay)[float32]``."""
+        on = ", ".join(k for k, v in self.switches._asdict().items() if v)
+        dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in self.dtypes)
+        return f"{self.algorithm.__name__}({on})[{', '.join(dtypes)}]"
+
+
+@dataclass(frozen=True)
+class Traced:
+    signature: Signature
+    graph: torch.fx.GraphModule
+    fake_mode: Any
+    inputs: list[Any]
+
+
+def trace(signature: Signature, device: str = "cpu") -> Traced:
+    """Traces the rule on fake tensors; the results are copied into the inputs, as the last nodes of the graph.
+
+    Raises:
+        inductor.UntraceableError: if the rule raises, or if it is a user's and its trace does something else.
+    """
+    names = signature.flat + signature.scalars
+    flat = len(signature.flat)
+
+    def body(*values: Any) -> list[Any]:
+        p, g, *buffers = values[:flat]
+        state = dict(zip(signature.buffers, buffers, strict=True))
+        scalars = dict(zip(signature.scalars, values[flat:], strict=True))
+        new, new_state = apply(signature.algorithm, signature.switches, p, g, state, scalars)
+        return [new, *(new_state[name] for name in signature.buffers)]
+
+    scalar_dtypes = [signature.scalar_dtype] * len(signature.scalars)
+    try:
+        graph, mode, inputs = inductor.trace_flat(body, list(signature.flat_dtypes), scalar_dtypes, device)
+    except Exception as error:  # of a user's rule, or of private parts
+        raise _untraceable(signature, f"raised {_brief(error)} while it was traced") from error
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=True):
+        node.meta["role"] = name
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    written = [placeholders[0], *placeholders[2:flat]]
+    with graph.graph.inserting_before(output):
+        for target, value in zip(written, output.args[0], strict=True):
+            node = graph.graph.call_function(torch.ops.aten.copy_.default, (target, value))
+            node.meta["val"] = target.meta["val"]
+    output.args = ([],)
+    graph.recompile()
+    traced = Traced(signature, graph, mode, inputs)
+    if device == "cpu" and not is_own(signature.algorithm.update):
+        _try(traced)
+    return traced
+
+
+# ---- a user's rule may look at shapes, at lengths or at other elements, write to its inputs, and count its calls
+
+_SHAPES = ((6,), (2, 3), (), (1, 2, 3), (1, 1, 2, 3), (1, 1, 1, 2, 3), (1,))
+_TRIALS = (2.0, 1.0, 20.0)  # the first with every shape
+
+
+def _try(traced: Traced) -> None:
+    """Has the rule update small tensors of several shapes, and its trace each of their elements.
+
+    Raises:
+        inductor.UntraceableError: if they differ, or if the rule changes anything else than what it returns.
+    """
+    signature = traced.signature
+    if traced.fake_mode.shape_env.guards:
+        raise _untraceable(signature, "depends on how many elements there are")
+    with dynamo.outside_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for i, shape in enumerate((*_SHAPES, *[_SHAPES[0]] * (len(_TRIALS) - 1))):
+            scalars = [_TRIALS[max(0, i - len(_SHAPES) + 1)] ** (1 - 2 * k) for k in range(len(signature.scalars))]
+            try:
+                expected = _run_rule(signature, _sample(signature, shape), scalars)
+            except Exception as error:
+                raise _untraceable(signature, f"raised {_brief(error)} when it was tried") from error
+            if expected is None:
+                raise _untraceable(signature, "writes to its inputs in place")
+            # element by element, for in a launch an update has no other
+            given = zip(*(torch.split(t.flatten(), 1) for t in _sample(signature, shape)), strict=True)
+            columns = zip(*(_run_trace(traced, [*map(Tensor.clone, ts)], scalars) for ts in given), strict=True)
+            actual = [torch.cat(column) for column in columns]
+            if not all(_close(a, e) for a, e in zip(actual, expected, strict=True)):
+                raise _untraceable(signature, f"does something else with a tensor of shape {shape} than with elements")
+    if signature.references is not None and not refers_to(signature.algorithm.update, signature.references):
+        raise _untraceable(signature, "changes what it refers to")
+
+
+def _sample(signature: Signature, shape: tuple[int, ...]) -> list[Tensor]:
+    """A parameter, a gradient, and state that is positive, as most is."""
+    ends = [(-2.0, 3.0), (1.5, -1.0), *((0.5 + i, 2.0 + i) for i in range(len(signature.buffers)))]
+    numel = torch.Size(shape).numel()
+    pairs = zip(ends, signature.flat_dtypes, strict=True)
+    return [torch.linspace(*both, numel, dtype=dtype, device="cpu").reshape(shape) for both, dtype in pairs]
+
+
+def _run_rule(signature: Signature, values: list[Tensor], scalars: list[float]) -> list[Tensor] | None:
+    """The new parameter and state, flat; None if the old ones, or the gradient, are no longer what they were."""
+    kept = [*map(Tensor.clone, values)]
+
+    def run(convert: Callable[[float], Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        state = dict(zip(signature.buffers, values[2:], strict=True))
+        named = dict(zip(signature.scalars, map(convert, scalars), strict=True))
+        return apply(signature.algorithm, signature.switches, values[0], values[1], state, named)
+
+    try:
+        new, new_state = run(float)
+    except TypeError:  # of an operand that must be a tensor, as that of `maximum`
+        new, new_state = run(lambda k: torch.tensor(k, dtype=signature.scalar_dtype, device="cpu"))
+    results = [new, *(new_state[name] for name in signature.buffers)]
+    if not all(map(torch.equal, values, kept)):
+        return None
+    if any(r.shape != values[0].shape for r in results):
+        raise ValueError(f"results of shapes {[tuple(r.shape) for r in results]} for {tuple(values[0].shape)}")
+    return [r.flatten() for r in results]
+
+
+def _run_trace(traced: Traced, values: list[Tensor], scalars: list[float]) -> list[Tensor]:
+    width = traced.signature.scalar_dtype
+    traced.graph(*values, *(torch.tensor(s, dtype=width, device="cpu") for s in scalars))
+    return [values[0], *values[2:]]
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    rounding = 16 * torch.finfo(expected.dtype).eps
+    return torch.allclose(actual, expected, rtol=rounding, atol=rounding, equal_nan=True)
+
+
+def _untraceable(signature: Signature, what: str) -> inductor.UntraceableError:
+    return inductor.UntraceableError(f"the update of {signature.name} {what}")
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

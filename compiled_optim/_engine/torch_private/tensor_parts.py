@@ -1,0 +1,54 @@
+"""The parts of sparse tensors and DTensors, and flat copies of lists."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from compiled_optim._engine.torch_private import version
+
+try:
+    from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+except ImportError as error:
+    version.missing.append(version.lacks(error))
+
+
+def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values ``[nnz, ...]`` and indices ``[sparse dimensions, nnz]`` of a COO tensor, coalesced or not."""
+    return tensor._values(), tensor._indices()
+
+
+def check_indices(tensor: torch.Tensor) -> None:
+    """Raises RuntimeError for an index out of range in a COO tensor."""
+    values, indices = sparse_parts(tensor)
+    torch.sparse_coo_tensor(indices, values, tensor.shape, check_invariants=True)
+
+
+def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """One 1-D tensor with the elements of all."""
+    if version.missing:
+        return torch.cat([t.reshape(-1) for t in tensors])
+    return _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def unflatten(flat: torch.Tensor, like: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The parts of `flatten`'s result, with the shapes of ``like``."""
+    if version.missing:
+        return tuple(
+            part.view_as(t) for part, t in zip(torch.split(flat, [t.numel() for t in like]), like, strict=True)
+        )
+    return _unflatten_dense_tensors(flat, like)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether it is a DTensor, whose module takes 1 s to import: where nobody has, there is none."""
+    return isinstance(value, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
+def local_shard(tensor: Any) -> torch.Tensor:
+    """What this process holds of a DTensor, the tensor itself: of a parameter, ``to_local`` is a new view each time."""
+    shard: Any = tensor._local_tensor
+    # what a collective returned that may be under way
+    return shard.trigger_wait() if type(shard).__name__ == "AsyncCollectiveTensor" else shard  # type: ignore[no-any-return]
