@@ -394,7 +394,7 @@ def test_machine_key(monkeypatch: Patch) -> None:
             keys.append(key("abc"))
     assert len(set(keys)) == len(keys)
     assert key("abc") == keys[2]
-    command = "from compiled_optim.cache import libraries; print(native.machine_key('abc'))"
+    command = "from compiled_optim._engine.cache import native; print(native.machine_key('abc'))"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     printed = subprocess.run(
         [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
