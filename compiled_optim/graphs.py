@@ -38,9 +38,9 @@ def signatures() -> Iterator[tuple[str, Signature]]:
         for suffix, options in (("", defaults), ("-all-switches", everything)):
             choice = declaration.choose(options)
             buffers = declaration.kept(choice.switches)
-            scalars = tuple(evaluate(cls, choice.hyper, first_counts(cls, choice.hyper))[0])
+            scalars = tuple(evaluate(cls.rule, choice.hyper, first_counts(cls.rule, choice.hyper))[0])
             dtypes = (torch.float32,) * (1 + len(buffers))
-            yield name + suffix, Signature(cls, choice.switches, dtypes, buffers, scalars)
+            yield name + suffix, Signature(cls.rule, choice.switches, dtypes, buffers, scalars)
 
 
 def records() -> dict[str, str]:

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import dataclass_transform
 
-from compiled_optim._engine.executions import dispatch
 from compiled_optim._engine.executions.checks import is_count, number_of
+from compiled_optim._engine.executions.dispatch import Execution
+from compiled_optim._engine.executions.state import count_tensor, make_state
+from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.in_graph import operators
+from compiled_optim._engine.rule import Rule
 from compiled_optim._engine.torch_private import dynamo, optim
 from compiled_optim.declare import (
-    Choice,
     Declaration,
     Flag,
     Number,
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
     from compiled_optim.attached import Attached
 
 
+# What a subclass that overrides one of these has a rule of its own for.
+_OF_A_RULE = {"update", "scalars", "elementwise", "accepts_sparse", "accepts_dense", "keeps_untouched_rows"}
+
+
 @dataclass_transform(field_specifiers=(number, flag, buffer, carried, counter))
 class _Attributes:
     """Attributes that are no fields. Type checkers take those of a subclass for arguments of its constructor."""
@@ -41,12 +47,10 @@ class _Attributes:
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
-    _gradients: dict[Tensor, Tensor] | None = None  # instead of ``p.grad``, of these parameters
     _attached: Attached | None = None
     _compiled: bool | str = False
-    _execution: Any = None  # made by the first step, and again after a copy
+    _execution: Execution | None = None  # made by the first step, and again after a copy
     _inputs: Any = None  # of the user's graphs
-    _memory: Any = None  # which of its tensors share some
 
 
 class Optimizer(_Attributes, torch.optim.Optimizer):
@@ -79,7 +83,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     differentiable: bool = flag(default=False, kw_only=True)
 
     declaration: ClassVar[Declaration]
-    rule_class: ClassVar[type[Optimizer]]
+    rule: ClassVar[Rule]
     accepts_sparse: ClassVar[bool] = False
     accepts_dense: ClassVar[bool] = True
     state_at_construction: ClassVar[bool] = False  # or when the first gradient arrives
@@ -89,10 +93,10 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         super().__init_subclass__(**kwargs)
         own = vars(cls)
         fields = take_fields(cls).values()
-        # what declares nothing new (a user's subclass, a framework's wrapper) keeps its parent's kernels
-        if "update" in own or "scalars" in own or any(v is not None for v in fields):
-            cls.declaration = Declaration(cls)
-            cls.rule_class = cls
+        # a class that declares nothing new (a user's subclass, a framework's wrapper) keeps its parent's kernels
+        if _OF_A_RULE.intersection(own) or any(v is not None for v in fields):
+            cls.rule = Rule(cls)
+            cls.declaration = cls.rule.declaration
             if "__init__" not in own:
                 cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
 
@@ -111,10 +115,11 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         self._compiled = compiled or fused
         if fused:
             self._step_supports_amp_scaling = True
-        if self.state_at_construction:
-            for group, choice in zip(self.param_groups, self.choices(), strict=True):
+        if self.rule.state_at_construction:
+            work = self._work()
+            for group, choice in zip(self.param_groups, work.read(), strict=True):
                 for p in group["params"]:
-                    self.state[p].update(self.make_state(p, group, choice.switches))
+                    self.state[p].update(make_state(work, p, group, choice.switches))
         self._inputs = operators.inputs_of(self)
 
     @classmethod
@@ -169,7 +174,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         if self._unscale():
             if self._attached is not None:
                 self._attached.check()
-            dispatch.step(self)
+            work = self._work()
+            self._execution.step(work)  # type: ignore[union-attr]
             self._stepped()
         return loss
 
@@ -237,47 +243,11 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                         p.grad.div_(scale.to(p.device))
         return True
 
-    def gradient(self, p: Tensor) -> Tensor | None:
-        """What a launch reads beside ``p``."""
-        return p.grad if self._gradients is None or p not in self._gradients else self._gradients[p]
-
-    def make_state(self, p: Tensor, group: dict[str, Any], on: Any, *, allocate: bool = True) -> dict[str, Any]:
-        """The state that ``p`` still lacks under these switches, or None for each if not to be allocated.
-
-        A count that is a number, or in a dtype that does not count well, is made anew. ``self.state`` is not changed.
-        """
-        present = self.state.get(p, {})
-        made: dict[str, Any] = {}
-        for name in self.declaration.counts:
-            count = present.get(name)
-            if count is None:
-                made[name] = None
-                if allocate:
-                    value = 0.0 if name == "step" else self.declaration.carried[name].first(group)
-                    made[name] = self._count_tensor(p, group, value)
-            elif not is_count(count):
-                made[name] = self._count_tensor(p, group, number_of(self, p, name, count))
-        for name in self.declaration.kept(on):
-            if present.get(name) is None:
-                made[name] = None
-                if allocate:
-                    # torch.optim takes the constructor's value where state is made there, whatever a group says
-                    values = self.defaults if self.state_at_construction else group
-                    value = self.declaration.buffers[name].first(values)
-                    both = complex(value, value) if p.is_complex() else value  # real and imaginary part are two numbers
-                    made[name] = torch.full_like(p, both, memory_format=torch.preserve_format)
-        return made
-
-    @staticmethod
-    def _count_tensor(p: Tensor, group: dict[str, Any], value: float) -> Tensor:
-        """A 0-d state tensor with torch.optim's dtype and device."""
-        fused = group.get("fused")
-        double = torch.get_default_dtype() == torch.float64 and not fused
-        device = p.device if group.get("capturable") or fused else "cpu"
-        return torch.tensor(value, dtype=torch.float64 if double else torch.float32, device=device)
-
-    def choices(self, *, keep_tensors: bool = False) -> list[Choice]:
-        return [self.declaration.choose(group, keep_tensors=keep_tensors) for group in self.param_groups]
+    def _work(self) -> Work:
+        """What the engine is handed."""
+        if self._execution is None:
+            self._execution = Execution(self.rule, self._compiled)
+        return self._execution.work_on(self.param_groups, self.state, self.defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         amp = {k: v for k, v in self.__dict__.items() if k == "_step_supports_amp_scaling"}
@@ -305,7 +275,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                 count = self.state.get(p, {}).get(name)
                 readable = p.is_meta or not (isinstance(count, Tensor) and count.is_meta)
                 if count is not None and not (name == "step" and is_count(count) and readable):
-                    self.state[p][name] = self._count_tensor(p, group, number_of(self, p, name, count))
+                    self.state[p][name] = count_tensor(p, group, number_of(self._work(), p, name, count))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch.optim; sequences and numpy scalars among its options become Python's."""

@@ -76,7 +76,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     if not optimizer._compiled:
         return Explanation(_eager_rows(everything, "compiled=False"), [])
-    if execution is None:
+    if execution is None or (isinstance(optimizer, Optimizer) and not execution.has_stepped):
         return Explanation(_eager_rows(everything, "no step was taken yet"), [])
     if not isinstance(optimizer, Optimizer):  # LBFGS
         rows, k = _eager_rows(everything, execution.reason), execution.kernels

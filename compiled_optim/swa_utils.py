@@ -6,6 +6,7 @@ its gradient.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
@@ -18,7 +19,8 @@ from torch.optim import swa_utils
 from compiled_optim._engine.executions.checks import PLAIN
 from compiled_optim._engine.executions.dispatch import COMPILE_ERRORS, switched_off
 from compiled_optim._engine.executions.launch import Plan, Row, make_plan
-from compiled_optim._engine.executions.memory import ShortStorageError, check_storage
+from compiled_optim._engine.executions.memory import Memory, ShortStorageError, check_storage
+from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.fallback import fall_back, fall_back_for
 from compiled_optim._engine.in_graph.handles import same
 from compiled_optim._engine.torch_private import dynamo, inductor
@@ -122,8 +124,9 @@ class _Launcher:
 
     def __init__(self, averaged: list[Tensor], fn: Any) -> None:
         self.averaged, self.fn = averaged, fn
-        self.rule = (_Average if isinstance(fn, _Weighted) else _custom(fn))([p.detach() for p in averaged])
-        self.rule.param_groups[0]["params"] = averaged  # which need not be leaves, for no gradient is asked for
+        rule = (_Average if isinstance(fn, _Weighted) else _custom(fn)).rule
+        options = rule.declaration.check({})
+        self.work = Work(rule, [{"params": averaged, **options}], defaultdict(dict), options, Memory())
         self.plan: Plan | None = None
         self.failed = ""
         self.warned: set[Any] = set()
@@ -144,11 +147,11 @@ class _Launcher:
             CompileError: for a tensor that could be compiled were it plain and dense, in strict mode.
             What `COMPILE_ERRORS` lists.
         """
-        if self.plan is not None and not self.plan.is_current(self.rule):
+        if self.plan is not None and not self.plan.is_current(self.work):
             self.failed = "what its avg_fn refers to has changed since that was compiled"
         if self.failed:
             raise inductor.LoweringError(self.failed)
-        self.rule._gradients = model_of
+        self.work.substitutes = model_of
         rows: list[Row] = [(0, (2.0,), (weight,))]
         outcome: Any = None
         for _ in range(3):
@@ -159,7 +162,7 @@ class _Launcher:
                 if p.shape != model_of[p].shape or (p.dtype != model_of[p].dtype and not casts):
                     raise inductor.LoweringError("a tensor of the model is of another shape or dtype than its average")
             new = [(p, other(p, model_of[p]).expand(p.shape)) for p in others]
-            outcome = self.plan.run(self.rule, rows)
+            outcome = self.plan.run(self.work, rows)
             if outcome is None:
                 for p, value in new:
                     p.copy_(value)
@@ -170,7 +173,7 @@ class _Launcher:
 
     def _make_plan(self) -> Plan:
         try:
-            return make_plan(self.rule, self.rule.choices(), [("weight",)], self._refused)
+            return make_plan(self.work, self.work.read(), [("weight",)], self._refused)
         except COMPILE_ERRORS as error:
             self.failed = str(error)
             raise

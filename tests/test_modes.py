@@ -80,7 +80,7 @@ def signature() -> Signature:
     cls = compiled_optim.SGD
     choice = cls.declaration.choose(cls.declaration.check({}))
     scalars = tuple(cls.scalars(choice.hyper, 1))
-    return Signature(cls, choice.switches, (torch.float32,), (), scalars)
+    return Signature(cls.rule, choice.switches, (torch.float32,), (), scalars)
 
 
 @pytest.fixture(scope="module")

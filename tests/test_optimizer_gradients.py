@@ -31,7 +31,7 @@ def _float64() -> None:
 
 def state_values(optimizer: Optimizer) -> dict[str, Tensor]:
     """State of any step but the first, between which and its bounds no ``maximum`` and no root has its kink."""
-    (p,), (choice,) = optimizer.param_groups[0]["params"], optimizer.choices()
+    (p,), (choice,) = optimizer.param_groups[0]["params"], optimizer._work().read()
     carried = {name: torch.rand(()) / 5 + 0.5 for name in optimizer.declaration.carried}
     return {**carried, **{name: torch.rand(p.shape) / 5 + 0.5 for name in optimizer.declaration.kept(choice.switches)}}
 

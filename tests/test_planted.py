@@ -35,8 +35,8 @@ def scalars_read(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) -
     """The scalars that the kernel of these options reads."""
     choice = cls.declaration.choose(cls.declaration.check(options))
     buffers = cls.declaration.kept(choice.switches)
-    scalars = tuple(evaluate(cls, choice.hyper, first_counts(cls, choice.hyper))[0])
-    signature = Signature(cls, choice.switches, (torch.float64,) * (1 + len(buffers)), buffers, scalars)
+    scalars = tuple(evaluate(cls.rule, choice.hyper, first_counts(cls.rule, choice.hyper))[0])
+    signature = Signature(cls.rule, choice.switches, (torch.float64,) * (1 + len(buffers)), buffers, scalars)
     nodes = trace(signature).graph.graph.nodes
     return {n.meta["role"] for n in nodes if n.op == "placeholder" and n.users} & set(scalars)
 

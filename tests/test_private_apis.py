@@ -22,7 +22,7 @@ from compiled_optim.testing import assert_compiles
 def signature() -> Signature:
     choice = AdamW.declaration.choose(AdamW.declaration.check({}))
     scalars = tuple(AdamW.scalars(choice.hyper, 1))
-    return Signature(AdamW, choice.switches, (torch.float32,) * 3, ("exp_avg", "exp_avg_sq"), scalars)
+    return Signature(AdamW.rule, choice.switches, (torch.float32,) * 3, ("exp_avg", "exp_avg_sq"), scalars)
 
 
 def test_version_is_in_the_range_that_was_checked() -> None:

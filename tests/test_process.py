@@ -320,7 +320,7 @@ def lowered(rule: Callable[..., Any]) -> str:
             return {"lr": h.lr}
 
     switches = Rule.declaration.choose(Rule.declaration.check({})).switches
-    return inductor.lower_cpp(trace(Signature(Rule, switches, (torch.float32,), (), ("lr",)))).source
+    return inductor.lower_cpp(trace(Signature(Rule.rule, switches, (torch.float32,), (), ("lr",)))).source
 
 
 def plain_update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:

@@ -137,7 +137,7 @@ def test_state(cls: Any) -> None:
             optimizer.state[params[2]][name] = optimizer.state[params[0]][name]
 
     run = Pair(cls, apart, torch.randn(N, dtype=torch.float64), **rich_options(cls))
-    optimizer_switches = run.ours.choices()[0].switches
+    optimizer_switches = run.ours._work().read()[0].switches
     run.step()
     run.both(share)
     run.step(2)

@@ -1,4 +1,4 @@
-"""One update of one value by an algorithm's rule, the same for every execution.
+"""One update of one value by an optimizer's rule, the same for every execution.
 
 A value is a flat tensor (traced), a tensor with a graph (differentiable), or a list of tensors (`TensorList`). The rule
 sees plain arithmetic on values; what all algorithms share, the width of the arithmetic and ``maximize``, is done here.
@@ -6,13 +6,12 @@ sees plain arithmetic on values; what all algorithms share, the width of the ari
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from compiled_optim.optimizer import Optimizer
+from compiled_optim.declare import Declaration
 
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -25,38 +24,81 @@ class Namespace:
             setattr(self, name, value)
 
 
+class Rule:
+    """An optimizer class as the engine sees it: what it declares, and its two functions.
+
+    The functions are looked up in the class each time, because a user may assign other ones.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        self.declaration = Declaration(owner)
+        self.name: str = owner.__name__
+
+    def __repr__(self) -> str:
+        return f"<rule of {self.owner.__module__}.{self.owner.__qualname__}>"
+
+    @property
+    def scalars(self) -> Callable[..., dict[str, Any]]:
+        return self.owner.scalars  # type: ignore[no-any-return]
+
+    @property
+    def update(self) -> Callable[..., Any]:
+        return self.owner.update  # type: ignore[no-any-return]
+
+    @property
+    def keeps_untouched_rows(self) -> Callable[[Any], bool]:
+        return self.owner.keeps_untouched_rows  # type: ignore[no-any-return]
+
+    @property
+    def elementwise(self) -> bool:
+        return bool(self.owner.elementwise)
+
+    @property
+    def accepts_sparse(self) -> bool:
+        return bool(self.owner.accepts_sparse)
+
+    @property
+    def accepts_dense(self) -> bool:
+        return bool(self.owner.accepts_dense)
+
+    @property
+    def state_at_construction(self) -> bool:
+        return bool(self.owner.state_at_construction)
+
+
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that an update of parameters of ``dtype`` is computed in."""
     return _WIDER.get(dtype, dtype)
 
 
-def evaluate(algorithm: type[Optimizer], h: Any, counts: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    """The scalars of one step, and what the algorithm carries on to the next.
+def evaluate(rule: Rule, h: Any, counts: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """The scalars of one step, and what the rule carries on to the next.
 
     Args:
         h: the hyperparameters of the param group.
         counts: the step count after this step, and the values that were carried here; numbers or tensors.
     """
     step, *carried = counts
-    names = algorithm.declaration.carried
+    names = rule.declaration.carried
     if not names:
-        return algorithm.scalars(h, step), ()
+        return rule.scalars(h, step), ()
     s = Namespace(dict(zip(names, carried, strict=True)))
-    return algorithm.scalars(h, step, s), tuple(getattr(s, name) for name in names)
+    return rule.scalars(h, step, s), tuple(getattr(s, name) for name in names)
 
 
-def first_counts(algorithm: type[Optimizer], h: Any) -> tuple[float, ...]:
+def first_counts(rule: Rule, h: Any) -> tuple[float, ...]:
     """The counts of a first step."""
-    return (1.0, *(c.first(h._asdict()) for c in algorithm.declaration.carried.values()))
+    return (1.0, *(c.first(h._asdict()) for c in rule.declaration.carried.values()))
 
 
 def apply(
-    algorithm: type[Optimizer], on: Any, p: Any, g: Any, state: Mapping[str, Any], scalars: Mapping[str, Any]
+    rule: Rule, on: Any, p: Any, g: Any, state: Mapping[str, Any], scalars: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Runs the rule once.
 
     Args:
-        algorithm: the class that declares ``update``.
+        rule: whose ``update`` is run.
         on: its switches, a named tuple of bools.
         p: the parameter's value; g: its gradient; state: the kept buffers by name; scalars: what ``scalars`` returned.
 
@@ -68,5 +110,5 @@ def apply(
     if on.maximize:
         g = -g
     s = Namespace({name: value.to(width) for name, value in state.items()})
-    new = algorithm.update(p.to(width), g, s, Namespace(scalars), on)
+    new = rule.update(p.to(width), g, s, Namespace(scalars), on)
     return new.to(p.dtype), {name: getattr(s, name).to(value.dtype) for name, value in state.items()}

@@ -11,6 +11,8 @@ from loops import Pair, batch, build, compile_alone, train
 
 import compiled_optim
 from compiled_optim import SGD
+from compiled_optim._engine.executions import launch, survey
+from compiled_optim._engine.executions.state import make_state
 from compiled_optim._engine.kernels import registry
 from compiled_optim.testing import assert_compiles
 
@@ -54,15 +56,16 @@ def test_a_bad_option_raises_as_outside(compiled: bool) -> None:
         compile_alone(train)(model, optimizer, None, *batch(0))
 
 
-def test_state_is_not_made_ahead() -> None:
+def test_state_is_not_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    class Counted(SGD):
-        def make_state(self, p: Any, group: Any, on: Any, *, allocate: bool = True) -> dict[str, Any]:
-            made.append(allocate)
-            return super().make_state(p, group, on, allocate=allocate)
+    def counted(*args: Any, allocate: bool = True) -> dict[str, Any]:
+        made.append(allocate)
+        return make_state(*args, allocate=allocate)
 
-    model, optimizer = build(Counted, options={"lr": 0.1, "momentum": 0.9, "compiled": True})
+    for module in (launch, survey):
+        monkeypatch.setattr(module, "make_state", counted)
+    model, optimizer = build(SGD, options={"lr": 0.1, "momentum": 0.9, "compiled": True})
     compile_alone(train)(model, optimizer, None, *batch(0))
     assert sum(made) == len(model.trained)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compiled_optim._engine.executions import dtensors
+from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.torch_private import tensor_parts
-
-if TYPE_CHECKING:
-    from compiled_optim.declare import Choice
-    from compiled_optim.optimizer import Optimizer
+from compiled_optim.declare import Choice
 
 COUNT_DTYPES = (torch.float32, torch.float64)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -24,7 +22,7 @@ def is_count(value: Any) -> bool:
     return exact and value.numel() == 1
 
 
-def number_of(optimizer: Optimizer, p: Tensor, name: str, value: Any) -> float:
+def number_of(work: Work, p: Tensor, name: str, value: Any) -> float:
     """The number that a step count, or another 0-d state, stands for.
 
     Raises:
@@ -37,48 +35,48 @@ def number_of(optimizer: Optimizer, p: Tensor, name: str, value: Any) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         expected = "must be a number or a tensor of 1 element"
         raise TypeError(
-            f"{_named(optimizer, name)} of the parameter {place(optimizer, p)} {expected}, got {described(value)}"
+            f"{_named(work, name)} of the parameter {place(work, p)} {expected}, got {described(value)}"
         ) from None
 
 
-def refuse(optimizer: Optimizer, choices: list[Choice]) -> None:
+def refuse(work: Work, choices: list[Choice]) -> None:
     """Raises RuntimeError for ``capturable`` without graphs, and what `dtensors.refuse` raises."""
-    for group in optimizer.param_groups:
+    for group in work.groups:
         capturable = group.get("capturable")
         for p in group["params"]:
             if type(p) not in PLAIN and p.grad is not None and tensor_parts.is_dtensor(p):
-                dtensors.refuse(optimizer, p)
+                dtensors.refuse(work, p)
             if capturable and p.grad is not None and p.device.type == "cpu":
                 raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
 
 
-def check_gradient(optimizer: Optimizer, choice: Choice, grad: Tensor) -> Tensor:
+def check_gradient(work: Work, choice: Choice, grad: Tensor) -> Tensor:
     """A gradient that is not dense, or of an algorithm that takes no other; in COO layout."""
-    name = optimizer.declaration.name
+    name = work.rule.name
     if grad.layout is torch.strided:
         raise RuntimeError(f"{name} does not support dense gradients, please consider Adam instead")
-    if not optimizer.accepts_sparse:
+    if not work.rule.accepts_sparse:
         raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
-    optimizer.keeps_untouched_rows(choice.switches)
+    work.rule.keeps_untouched_rows(choice.switches)
     if grad.layout is not torch.sparse_coo:
         grad = grad.to_sparse(layout=torch.sparse_coo)
     tensor_parts.check_indices(grad)
     return grad
 
 
-def check_whole(optimizer: Optimizer, p: Tensor, state: dict[str, Any]) -> None:
+def check_whole(work: Work, p: Tensor, state: dict[str, Any]) -> None:
     """State is made as a whole, but for what a switch that was turned on adds: a part that lacks was lost."""
-    declaration = optimizer.declaration
+    declaration = work.rule.declaration
     needed = [*declaration.counts, *(name for name, b in declaration.buffers.items() if b.when is None)]
     missing = [name for name in needed if state.get(name) is None]
     if missing and len(missing) < len(needed):
         there = [name for name in needed if name not in missing]
-        where = place(optimizer, p)
-        raise KeyError(f"{_named(optimizer, missing[0])} of the parameter {where} is missing beside its {there}")
+        where = place(work, p)
+        raise KeyError(f"{_named(work, missing[0])} of the parameter {where} is missing beside its {there}")
 
 
-def check_param(optimizer: Optimizer, owner: Tensor, p: Tensor, grad: Tensor) -> None:
-    name, where = optimizer.declaration.name, place(optimizer, owner)
+def check_param(work: Work, owner: Tensor, p: Tensor, grad: Tensor) -> None:
+    name, where = work.rule.name, place(work, owner)
     if grad.shape != p.shape:
         raise RuntimeError(
             f"{name}: the gradient of the parameter {where} must have its shape, got {tuple(grad.shape)}"
@@ -92,7 +90,7 @@ def check_param(optimizer: Optimizer, owner: Tensor, p: Tensor, grad: Tensor) ->
         )
 
 
-def check_buffer(optimizer: Optimizer, p: Tensor, name: str, value: Any, shape: torch.Size) -> None:
+def check_buffer(work: Work, p: Tensor, name: str, value: Any, shape: torch.Size) -> None:
     """Raises RuntimeError if a state does not fit its parameter; the message names both and what was expected.
 
     Args:
@@ -109,14 +107,14 @@ def check_buffer(optimizer: Optimizer, p: Tensor, name: str, value: Any, shape: 
         expected = "must not have elements that share a single memory location"
     if expected:
         found = tuple(value.shape) if expected == "must have its shape" else described(value)
-        where = place(optimizer, p)
-        raise RuntimeError(f"{_named(optimizer, name)} of the parameter {where} {expected}, got {found}")
+        where = place(work, p)
+        raise RuntimeError(f"{_named(work, name)} of the parameter {where} {expected}, got {found}")
 
 
-def check_kind(optimizer: Optimizer, owner: Tensor, p: Tensor, grad: Tensor, buffers: dict[str, Any]) -> None:
+def check_kind(work: Work, owner: Tensor, p: Tensor, grad: Tensor, buffers: dict[str, Any]) -> None:
     """What is the same for all updates of one kind: devices, and the dtypes of the state."""
     if grad.device != p.device:
-        name, where = optimizer.declaration.name, place(optimizer, owner)
+        name, where = work.rule.name, place(work, owner)
         raise RuntimeError(f"{name}: the gradient of the parameter {where} must be on {p.device}, got {grad.device}")
     for name, t in buffers.items():
         if t is None:
@@ -125,20 +123,20 @@ def check_kind(optimizer: Optimizer, owner: Tensor, p: Tensor, grad: Tensor, buf
         if t.is_complex() != p.is_complex() or not (t.is_complex() or t.is_floating_point()):
             expected = "must be complex" if p.is_complex() else "must be of a real floating-point dtype"
         if expected:
-            where = place(optimizer, owner)
-            raise RuntimeError(f"{_named(optimizer, name)} of the parameter {where} {expected}, got {described(t)}")
+            where = place(work, owner)
+            raise RuntimeError(f"{_named(work, name)} of the parameter {where} {expected}, got {described(t)}")
 
 
 def _overlaps(t: Tensor) -> bool:
     return t.layout is torch.strided and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
 
 
-def _named(optimizer: Optimizer, name: str) -> str:
-    return f"{optimizer.declaration.name}: state {name!r}"
+def _named(work: Work, name: str) -> str:
+    return f"{work.rule.name}: state {name!r}"
 
 
-def place(optimizer: Optimizer, p: Tensor) -> str:
-    for i, group in enumerate(optimizer.param_groups):
+def place(work: Work, p: Tensor) -> str:
+    for i, group in enumerate(work.groups):
         for j, other in enumerate(group["params"]):
             if other is p:
                 return f"of shape {tuple(p.shape)} at index {j} of param group {i}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,17 @@ from compiled_optim._engine.cache.native import NoCompilerError
 from compiled_optim._engine.executions import dtensors, foreach, lists
 from compiled_optim._engine.executions.checks import refuse
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, expected, make_plan
-from compiled_optim._engine.executions.survey import Journal, Values, look, publish_all, withdraw
+from compiled_optim._engine.executions.memory import Memory
+from compiled_optim._engine.executions.state import Journal, withdraw
+from compiled_optim._engine.executions.survey import Values, look, publish_all
+from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.fallback import fall_back, fall_back_for
 from compiled_optim._engine.kernels import registry
-from compiled_optim._engine.rule import evaluate, first_counts
+from compiled_optim._engine.kernels.registry import Kernel
+from compiled_optim._engine.kernels.trace import Signature
+from compiled_optim._engine.rule import Rule, evaluate, first_counts
 from compiled_optim._engine.torch_private import dynamo, inductor, version
-
-if TYPE_CHECKING:
-    from compiled_optim._engine.kernels.registry import Kernel
-    from compiled_optim._engine.kernels.trace import Signature
-    from compiled_optim.declare import Choice
-    from compiled_optim.optimizer import Optimizer
+from compiled_optim.declare import Choice
 
 _KEPT_REASONS = 19  # and the newest
 COMPILE_ERRORS = (NoCompilerError, BuildError, inductor.LoweringError, inductor.UntraceableError, OSError, ImportError)
@@ -36,29 +36,12 @@ def switched_off() -> str:
     return dynamo.compiling_disabled() or ("COMPILED_OPTIM_DISABLE=1" if settings.disabled() else "")
 
 
-def step(optimizer: Optimizer) -> None:
-    """One step of an optimizer, in the execution it was built for."""
-    if not optimizer._compiled:
-        lists.step(optimizer)
-        return
-    state = optimizer._execution
-    if state is None:
-        state = optimizer._execution = Execution()
-    state.step(optimizer)
-
-
-def begin(optimizer: Optimizer) -> None:
-    """Starts to compile what the next step needs, if that is known yet. Raises nothing: the step does."""
-    state = optimizer._execution = optimizer._execution or Execution()
-    state.begin(optimizer)
-
-
-def _scalar_names(optimizer: Optimizer, choices: list[Choice]) -> list[tuple[str, ...]]:
+def _scalar_names(work: Work, choices: list[Choice]) -> list[tuple[str, ...]]:
     """Of each param group; none where they cannot be evaluated, if nothing is to be updated there."""
-    algorithm, names = type(optimizer), []
-    for group, choice in zip(optimizer.param_groups, choices, strict=True):
+    rule, names = work.rule, []
+    for group, choice in zip(work.groups, choices, strict=True):
         try:
-            names.append(tuple(evaluate(algorithm, choice.hyper, first_counts(algorithm, choice.hyper))[0]))
+            names.append(tuple(evaluate(rule, choice.hyper, first_counts(rule, choice.hyper))[0]))
         except Exception:
             if any(p.grad is not None for p in group["params"]):
                 raise
@@ -67,12 +50,14 @@ def _scalar_names(optimizer: Optimizer, choices: list[Choice]) -> list[tuple[str
 
 
 class Execution:
-    """The compiled execution of one optimizer. It holds no reference to it, and is made anew in a copy.
+    """How one optimizer steps. It holds no reference to it, and is made anew in a copy.
 
     ``reason``: why the last step ran eagerly, if it did; ``rebuilt``: why the last plans were made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rule: Rule, compiled: bool | str) -> None:
+        self._work = Work(rule, [], {}, {}, Memory())
+        self._compiled = compiled
         self.plan: Plan | None = None
         self.graphs: list[foreach.Graph] = []
         self.reason = ""
@@ -86,34 +71,49 @@ class Execution:
         self._given_up = ""
         self._lowering = ""
 
-    def step(self, optimizer: Optimizer) -> None:
-        self.reason = switched_off() or self._given_up or self._unavailable(optimizer)
-        if self.reason:
-            lists.step(optimizer)
+    def work_on(self, groups: list[dict[str, Any]], state: Any, defaults: dict[str, Any]) -> Work:
+        """What a step is taken on, for an optimizer that has these now."""
+        work = self._work
+        work.groups, work.state, work.defaults = groups, state, defaults
+        return work
+
+    def step(self, work: Work) -> None:
+        """One step, compiled where it can be."""
+        if not self._compiled:
+            lists.step(work)
             return
-        self._lowering = self._lowering or self._choose_lowering(optimizer)
+        self.reason = switched_off() or self._given_up or self._unavailable(work)
+        if self.reason:
+            lists.step(work)
+            return
+        self._lowering = self._lowering or self._choose_lowering(work)
         if self._lowering != "foreach":
-            self._step_multi_tensor(optimizer)
-        elif any(group.get("capturable") for group in optimizer.param_groups):
+            self._step_multi_tensor(work)
+        elif any(group.get("capturable") for group in work.groups):
             self.reason = "with capturable=True step counts stay on their device, and graphs of lists read them"
             fall_back(self._warned, f"the optimizer steps eagerly: {self.reason}", "leave capturable out")
-            lists.step(optimizer)
+            lists.step(work)
         else:
-            self._step_foreach(optimizer)
+            self._step_foreach(work)
 
-    def begin(self, optimizer: Optimizer) -> None:
-        off = switched_off() or self._given_up or version.unsupported_version() or not optimizer.elementwise
-        if off or self.plan is not None or self._choose_lowering(optimizer) != "multi_tensor":
+    @property
+    def has_stepped(self) -> bool:
+        return bool(self.plan or self.graphs or self.reason)
+
+    def begin(self, work: Work) -> None:
+        """Starts to compile what the next step needs, if that is known yet. Raises nothing: the step does."""
+        off = switched_off() or self._given_up or version.unsupported_version() or not work.rule.elementwise
+        if off or self.plan is not None or self._choose_lowering(work) != "multi_tensor":
             return
         with suppress(Exception):  # of an option that is no number, say: the step raises it, and no trace is around it
-            choices = optimizer.choices()
-            registry.begin(expected(optimizer, choices, _scalar_names(optimizer, choices)))
+            choices = work.read()
+            registry.begin(expected(work, choices, _scalar_names(work, choices)))
 
-    def _unavailable(self, optimizer: Optimizer) -> str:
+    def _unavailable(self, work: Work) -> str:
         if self.plan is not None:
-            if self.plan.is_current(optimizer):
+            if self.plan.is_current(work):
                 return ""
-            name = optimizer.declaration.name
+            name = work.rule.name
             why = f"the update of {name}, or what it refers to, has changed since it was compiled"
             return self._give_up(why, "make such a value a hyperparameter, or build another optimizer after a change")
         unknown = version.unsupported_version()
@@ -124,25 +124,25 @@ class Execution:
         self._given_up = reason
         return reason
 
-    def _choose_lowering(self, optimizer: Optimizer) -> str:
-        devices = {p.device.type for group in optimizer.param_groups for p in group["params"]}
-        if optimizer._compiled == "multi_tensor" or not devices & {"cuda", "xpu"}:
-            return str(optimizer._compiled) if optimizer._compiled == "foreach" else "multi_tensor"
+    def _choose_lowering(self, work: Work) -> str:
+        devices = {p.device.type for group in work.groups for p in group["params"]}
+        if self._compiled == "multi_tensor" or not devices & {"cuda", "xpu"}:
+            return str(self._compiled) if self._compiled == "foreach" else "multi_tensor"
         return "foreach"
 
-    def _step_multi_tensor(self, optimizer: Optimizer) -> None:
+    def _step_multi_tensor(self, work: Work) -> None:
         if self.plan is not None and self.plan.sharded:
-            optimizer._gradients = dtensors.redistributed(optimizer)
+            work.substitutes = dtensors.redistributed(work)
         try:
-            self._launch(optimizer)
+            self._launch(work)
         finally:
-            if optimizer._gradients is not None:
-                optimizer._gradients = None
+            if work.substitutes is not None:
+                work.substitutes = None
 
-    def _launch(self, optimizer: Optimizer) -> None:
-        changed = self._read_options(optimizer)
+    def _launch(self, work: Work) -> None:
+        changed = self._read_options(work)
         why = "the first step" if self.plan is None else changed
-        plan = self._make_plan(optimizer, why) if why else self.plan
+        plan = self._make_plan(work, why) if why else self.plan
         rest: Callable[[], None] | None = None
         foreseen = True
         try:
@@ -151,20 +151,20 @@ class Execution:
                     return
                 rest = None
                 if plan.elsewhere:
-                    rest = lists.prepare(optimizer, [(group, p) for group, p, _ in plan.elsewhere])
-                outcome = plan.run(optimizer, self._rows(optimizer, foreseen))
+                    rest = lists.prepare(work, [(group, p) for group, p, _ in plan.elsewhere])
+                outcome = plan.run(work, self._rows(work, foreseen))
                 if outcome is None:
                     break
                 if isinstance(outcome, str):
-                    plan = self._make_plan(optimizer, outcome)
+                    plan = self._make_plan(work, outcome)
                 else:
                     self._pairs, foreseen = outcome, False
             else:
                 raise RuntimeError(f"a launch plan that was just made does not fit: {outcome}")
         except BaseException:
-            self._drop_plan(optimizer)
+            self._drop_plan(work)
             raise
-        declaration = optimizer.declaration
+        declaration = work.rule.declaration
         if declaration.carried:  # rounded by the tensors that carry it: what the next step needs, it will say
             self._pairs = []
         else:
@@ -173,19 +173,19 @@ class Execution:
         if rest is not None:
             rest()
 
-    def _drop_plan(self, optimizer: Optimizer) -> None:
+    def _drop_plan(self, work: Work) -> None:
         """With the state that was made for it, if no step was taken since: its first step is still to come."""
         if self.plan is not None and self.plan.journal:
-            withdraw(optimizer, self.plan.journal)
+            withdraw(work, self.plan.journal)
             self.plan = None
         self._pairs = []
 
-    def _read_options(self, optimizer: Optimizer) -> str | None:
+    def _read_options(self, work: Work) -> str | None:
         """Reads the param groups again; why the plan no longer fits, or None."""
-        read = optimizer.declaration.read
-        groups = optimizer.param_groups
+        read = work.rule.declaration.read
+        groups = work.groups
         if len(groups) != len(self._options):
-            self._options, self._choices = [read(group) for group in groups], optimizer.choices()
+            self._options, self._choices = [read(group) for group in groups], work.read()
             return "the param groups changed"
         why = None
         for i, group in enumerate(groups):
@@ -195,17 +195,17 @@ class Execution:
             except (RuntimeError, ValueError):  # of arrays, which answer for each element
                 equal = False
             if old.has_tensors or not equal:
-                self._options[i], self._choices[i] = options, optimizer.declaration.choose(group)
+                self._options[i], self._choices[i] = options, work.rule.declaration.choose(group)
                 if self._choices[i].switches != old.switches:
                     why = "a switch changed"
         return why
 
-    def _rows(self, optimizer: Optimizer, foreseen: bool) -> list[Row]:
+    def _rows(self, work: Work, foreseen: bool) -> list[Row]:
         """The scalars that are asked for; none if they were only ``foreseen`` and not all can be evaluated."""
         rows = []
         for group, counts in self._pairs:
             try:
-                values, after = evaluate(type(optimizer), self._choices[group].hyper, counts)
+                values, after = evaluate(work.rule, self._choices[group].hyper, counts)
             except Exception:
                 if foreseen:  # perhaps nothing is updated in this group
                     return []
@@ -216,64 +216,62 @@ class Execution:
             rows.append((group, counts, (*values.values(), *after)))
         return rows
 
-    def _make_plan(self, optimizer: Optimizer, why: str) -> Plan | None:
+    def _make_plan(self, work: Work, why: str) -> Plan | None:
         """None if the step was done otherwise."""
-        self._drop_plan(optimizer)
+        self._drop_plan(work)
         self.plan = None
-        refuse(optimizer, self._choices)
-        if optimizer._gradients is None:
-            optimizer._gradients = dtensors.redistributed(optimizer)
-        look(optimizer, self._choices, allocate=False)
-        self._scalar_names = _scalar_names(optimizer, self._choices)
+        refuse(work, self._choices)
+        if work.substitutes is None:
+            work.substitutes = dtensors.redistributed(work)
+        look(work, self._choices, allocate=False)
+        self._scalar_names = _scalar_names(work, self._choices)
 
         def refused(elsewhere: list[tuple[Tensor, str]]) -> None:
             fall_back_for(self._warned, elsewhere, "parameter", "updated eagerly")
 
         try:
-            if not optimizer.elementwise:
-                raise inductor.LoweringError(
-                    f"{optimizer.declaration.name} is not elementwise, so not one fusible loop"
-                )
-            self.plan = plan = make_plan(optimizer, self._choices, self._scalar_names, refused)
+            if not work.rule.elementwise:
+                raise inductor.LoweringError(f"{work.rule.name} is not elementwise, so not one fusible loop")
+            self.plan = plan = make_plan(work, self._choices, self._scalar_names, refused)
         except inductor.LoweringError as error:
             fall_back(self._warned, str(error), 'it is compiled as with compiled="foreach"')
             self._lowering = "foreach"
-            self._step_foreach(optimizer)
+            self._step_foreach(work)
             return None
         except COMPILE_ERRORS as error:
             self.reason = self._give_up(str(error), "repair that, or build the optimizer with compiled=False")
-            lists.step(optimizer)
+            lists.step(work)
             return None
         self.rebuilt = [*self.rebuilt[-_KEPT_REASONS:], why]
         for launch in plan.launches:  # where a kernel came from is told of the first plan that used it
             launch.kernel = self._kernels.setdefault(launch.kernel.signature, launch.kernel)
         return plan
 
-    def _step_foreach(self, optimizer: Optimizer) -> None:
-        choices = optimizer.choices()
-        updates = look(optimizer, choices)
+    def _step_foreach(self, work: Work) -> None:
+        choices = work.read()
+        updates = look(work, choices)
         sparse = [u for u in updates if u.grad.is_sparse]
         if sparse:
             fall_back(self._warned, "sparse gradients are applied eagerly", "the other parameters are compiled")
             updates = [u for u in updates if not u.grad.is_sparse]
-        algorithm, switches = type(optimizer), [choice.switches for choice in choices]
+        rule, switches = work.rule, [choice.switches for choice in choices]
         off = [False] * len(choices)
 
         def scalars(group: int, counts: Sequence[Any]) -> Values:
-            return evaluate(algorithm, choices[group].hyper, counts)
+            return evaluate(rule, choices[group].hyper, counts)
 
         journal: Journal = []
         with torch.no_grad():
             rest = lists.batches(sparse, scalars, off, off)
             try:
-                publish_all(optimizer, [*updates, *sparse], journal)
+                publish_all(work, [*updates, *sparse], journal)
                 try:
-                    self.graphs = foreach.run(algorithm, updates, switches, scalars)
+                    self.graphs = foreach.run(rule, updates, switches, scalars)
                 except foreach.Unfinished as left:
                     reason = f"torch.compile failed: {left.__cause__}"
                     self.reason = self._give_up(reason, "build it with compiled=False")
                     rest = lists.batches(left.updates, scalars, off, off) + rest
-                lists.run(algorithm, rest, switches, scalars)
+                lists.run(rule, rest, switches, scalars)
             except BaseException:
-                withdraw(optimizer, journal)
+                withdraw(work, journal)
                 raise

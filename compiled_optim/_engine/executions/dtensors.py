@@ -6,14 +6,12 @@ process of the mesh must do in the same order, and once in a step.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.torch_private.tensor_parts import is_dtensor, local_shard
-
-if TYPE_CHECKING:
-    from compiled_optim.optimizer import Optimizer
 
 
 def local(t: Any) -> Any:
@@ -60,26 +58,26 @@ def placed(p: Any, grad: Any) -> Any:
     return grad if grad.placements == p.placements else grad.redistribute(placements=p.placements)
 
 
-def redistributed(optimizer: Optimizer) -> dict[Tensor, Tensor]:
+def redistributed(work: Work) -> dict[Tensor, Tensor]:
     """The gradients that are not in their parameter's placements, in these."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    pairs = [(p, grad) for p in params if is_dtensor(p) and (grad := optimizer.gradient(p)) is not None]
+    params = [p for group in work.groups for p in group["params"]]
+    pairs = [(p, grad) for p in params if is_dtensor(p) and (grad := work.gradient(p)) is not None]
     return {p: new for p, grad in pairs if (new := placed(p, grad)) is not grad}
 
 
-def refuse(optimizer: Optimizer, p: Any) -> None:
+def refuse(work: Work, p: Any) -> None:
     """Raises RuntimeError where the update of a DTensor cannot be that of its shards. Nothing is communicated."""
-    name = optimizer.declaration.name
-    if not optimizer.elementwise:
+    name = work.rule.name
+    if not work.rule.elementwise:
         raise RuntimeError(
             f"{name} does not support DTensor parameters: its rule is not elementwise, and a process holds a shard "
             "only; give it the parameters that are plain tensors, and the others to an elementwise optimizer"
         )
-    if optimizer.defaults.get("differentiable"):
+    if work.defaults.get("differentiable"):
         raise RuntimeError(f"{name} does not support DTensor parameters with differentiable=True")
     if any(placement.is_partial() for placement in p.placements):
         raise RuntimeError(f"{name} does not support parameters whose values are pending sums, got {_kind(p)}")
-    local_state(p, optimizer.state.get(p, {}), optimizer.declaration.buffers)
+    local_state(p, work.state.get(p, {}), work.rule.declaration.buffers)
 
 
 def _kind(t: Any) -> str:

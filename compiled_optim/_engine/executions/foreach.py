@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,8 @@ from torch import Tensor
 from compiled_optim._engine.cache.store import directory_problem
 from compiled_optim._engine.executions.lists import update_lists
 from compiled_optim._engine.executions.survey import Scalars, Update, advance, lists
-from compiled_optim._engine.rule import arithmetic_dtype
+from compiled_optim._engine.rule import Rule, arithmetic_dtype
 from compiled_optim._engine.torch_private import inductor
-
-if TYPE_CHECKING:
-    from compiled_optim.optimizer import Optimizer
 
 _numbers = itertools.count()
 _graphs: dict[Any, Graph] = {}
@@ -57,7 +54,7 @@ def forget() -> None:
     _graphs.clear()
 
 
-def run(algorithm: type[Optimizer], updates: list[Update], switches: list[Any], scalars: Scalars) -> list[Graph]:
+def run(rule: Rule, updates: list[Update], switches: list[Any], scalars: Scalars) -> list[Graph]:
     """Updates parameters and state in place, one compiled graph for each list; returns the graphs that ran.
 
     Raises:
@@ -68,15 +65,13 @@ def run(algorithm: type[Optimizer], updates: list[Update], switches: list[Any], 
     for i, (members, values, _) in enumerate(left):
         assert values is not None
         try:
-            graphs.append(_run_list(algorithm, members, switches[members[0].group], *values))
+            graphs.append(_run_list(rule, members, switches[members[0].group], *values))
         except Exception as error:
             raise Unfinished([u for members, _, _ in left[i:] for u in members]) from error
     return graphs
 
 
-def _run_list(
-    algorithm: type[Optimizer], members: list[Update], on: Any, values: dict[str, Any], after: tuple[Any, ...]
-) -> Graph:
+def _run_list(rule: Rule, members: list[Update], on: Any, values: dict[str, Any], after: tuple[Any, ...]) -> Graph:
     first = members[0]
 
     def column(tensors: list[Tensor]) -> list[Tensor]:
@@ -85,12 +80,12 @@ def _run_list(
     params, grads = column([u.param for u in members]), column([u.grad.resolve_conj() for u in members])
     state = [column([u.state[name] for u in members]) for name in first.buffers]
     layout = tuple((t.shape, t.stride(), t.dtype) for tensors in (params, grads, *state) for t in tensors)
-    key = (algorithm.rule_class, on, first.buffers, tuple(values), first.param.device, layout)
+    key = (rule, on, first.buffers, tuple(values), first.param.device, layout)
     graph = _graphs.get(key)
     if graph is None:
         _check_directory()
-        function = _compile(algorithm, on, first.buffers, tuple(values))
-        name = f"{algorithm.__name__}[{len(params)} tensors]"
+        function = _compile(rule, on, first.buffers, tuple(values))
+        name = f"{rule.name}[{len(params)} tensors]"
         elements = sum(p.numel() for p in params)
         graph = Graph(name, function, first.param.device, first.param.dtype, len(params), elements)
     # on the device and of the arithmetic's dtype, so that no value is a constant of the graph
@@ -113,12 +108,10 @@ def _check_directory() -> None:
         raise RuntimeError(f"Inductor's directory cannot be trusted: {problem}; set TORCHINDUCTOR_CACHE_DIR to another")
 
 
-def _compile(
-    algorithm: type[Optimizer], on: Any, buffers: tuple[str, ...], scalar_names: tuple[str, ...]
-) -> Callable[..., None]:
+def _compile(rule: Rule, on: Any, buffers: tuple[str, ...], scalar_names: tuple[str, ...]) -> Callable[..., None]:
     def step(params: list[Tensor], grads: list[Tensor], state: list[list[Tensor]], scalars: list[Tensor]) -> None:
         values = {name: [k] * len(params) for name, k in zip(scalar_names, scalars)}  # noqa: B905
-        update_lists(algorithm, on, params, grads, dict(zip(buffers, state)), values)  # noqa: B905
+        update_lists(rule, on, params, grads, dict(zip(buffers, state)), values)  # noqa: B905
 
     # Dynamo keeps its graphs, and their limit of 8, by code object: each list of shapes gets one of its own.
     code = step.__code__.replace(co_name=f"foreach_step_{next(_numbers)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +14,13 @@ from torch.autograd.graph import increment_version
 from compiled_optim._engine import process
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.checks import PLAIN, is_count
-from compiled_optim._engine.executions.survey import Journal, publish, withdraw
+from compiled_optim._engine.executions.state import Journal, make_state, publish, withdraw
+from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.references import Form, UnknownReferenceError, is_own, references, refers_to
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.torch_private import inductor, tensor_parts
-
-if TYPE_CHECKING:
-    from compiled_optim.declare import Choice
-    from compiled_optim.optimizer import Optimizer
+from compiled_optim.declare import Choice
 
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
 _ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp
@@ -66,36 +64,36 @@ class Plan:
     places: dict[Any, int] = field(default_factory=dict)
     journal: Journal = field(default_factory=list)
 
-    def is_current(self, optimizer: Optimizer) -> bool:
+    def is_current(self, work: Work) -> bool:
         """Whether the rule is the one that was compiled, and refers to what it did then."""
-        rule = optimizer.rule_class.update
+        rule = work.rule.update
         return rule is self.rule and (self.references is None or refers_to(rule, self.references))
 
-    def run(self, optimizer: Optimizer, rows: list[Row]) -> str | list[Counts] | None:
+    def run(self, work: Work, rows: list[Row]) -> str | list[Counts] | None:
         """One step in one call, given the scalars that are foreseen.
 
         Returns:
             None; or, when nothing was written, what no longer holds, or the counts whose scalars are needed.
         """
-        listed = [group["params"] for group in optimizer.param_groups]
+        listed = [group["params"] for group in work.groups]
         lists = tuple([params if type(params) is list else list(params) for params in listed])
         # one that changed its layout is not prepared: the host module then says that it no longer fits
-        copied = [(p, grad) for p in self.copied if (grad := optimizer.gradient(p)) is not None and not grad.is_sparse]
-        stand_ins: list[tuple[Tensor, ...]] = list((optimizer._gradients or {}).items())
+        copied = [(p, grad) for p in self.copied if (grad := work.gradient(p)) is not None and not grad.is_sparse]
+        stand_ins: list[tuple[Tensor, ...]] = list((work.substitutes or {}).items())
         if copied:  # what is not whole is named by the host module
             stand_ins += [(p, _like_parameter(p, grad)) for p, grad in copied if self.host.is_whole(grad)]
         for p in self.sparse:
             if p.grad is not None and p.grad.is_sparse:
                 values, indices = tensor_parts.sparse_parts(p.grad)
                 stand_ins.append((p, values.contiguous() if self.host.is_whole(values) else values, indices))
-            elif p.grad is not None and not optimizer.accepts_dense:
+            elif p.grad is not None and not work.rule.accepts_dense:
                 return "a gradient is dense"
-        state: Any = optimizer.state
+        state: Any = work.state
         if self.sharded:
             lists = tuple([[dtensors.local(p) for p in params] for params in lists])
-            state = _local_states(optimizer)
+            state = _local_states(work)
             stand_ins = [stand_in for stand_in in stand_ins if not tensor_parts.is_dtensor(stand_in[0])]
-            stand_ins += self._shards_of_gradients(optimizer)
+            stand_ins += self._shards_of_gradients(work)
         outcome: Any
         outcome = self.host.run(self.native, lists, state, rows, stand_ins, process.team_size())
         if outcome is False:  # to make floats of its scalars runs Python, which may take gradients away
@@ -107,11 +105,11 @@ class Plan:
         if outcome is None and self.journal:
             self.journal.clear()
         if self.sharded and outcome is None:
-            increment_version([p for p in self.sharded if optimizer.gradient(p) is not None])
+            increment_version([p for p in self.sharded if work.gradient(p) is not None])
         return outcome  # type: ignore[no-any-return]
 
-    def _shards_of_gradients(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
-        given = [(p, grad) for p in self.sharded if (grad := optimizer.gradient(p)) is not None]
+    def _shards_of_gradients(self, work: Work) -> list[tuple[Tensor, Tensor]]:
+        given = [(p, grad) for p in self.sharded if (grad := work.gradient(p)) is not None]
         shards = [(dtensors.local(p), dtensors.local_gradient(p, grad)) for p, grad in given]
         host = self.host
         as_they_are = [_same(host, grad, p) or not host.is_whole(grad) for p, grad in shards]
@@ -137,7 +135,7 @@ class _Member:
 
 
 def make_plan(
-    optimizer: Optimizer,
+    work: Work,
     choices: list[Choice],
     scalar_names: list[tuple[str, ...]],
     refused: Callable[[list[tuple[Tensor, str]]], None],
@@ -152,21 +150,21 @@ def make_plan(
         inductor.LoweringError: if the rule refers to what could change unnoticed.
         What `registry.obtain` and ``refused`` raise.
     """
-    form = _references(optimizer)
-    members = _members(optimizer, choices, scalar_names, form)
+    form = _references(work)
+    members = _members(work, choices, scalar_names, form)
     host, found = registry.obtain([m.signature for m in members if m.active and m.signature])
-    declaration = optimizer.declaration
+    declaration = work.rule.declaration
     plan = Plan(
         host,
         host.make(declaration.slots, len(declaration.counts)),
         [c.switches for c in choices],
-        optimizer.rule_class.update,
+        work.rule.update,
         form,
     )
     entries: list[list[tuple[Tensor, int, bool]]] = [[] for _ in choices]
     for m in members:
         m.refusal = m.refusal or _refusal(host, m)
-    _refuse_shared(optimizer, host, [m for m in members if m.active])
+    _refuse_shared(work, host, [m for m in members if m.active])
     for m in members:
         place = _STATELESS
         if m.param is not m.listed:
@@ -185,55 +183,55 @@ def make_plan(
     refused([(p, refusal) for _, p, refusal in plan.elsewhere])
     made = [(m.listed, m.made) for m in members if m.active and m.made and not m.refusal]
     try:
-        publish(optimizer, made, plan.journal)
+        publish(work, made, plan.journal)
         for group in entries:
             host.add_group(plan.native, group)
-        host.seal(plan.native, _local_states(optimizer) if plan.sharded else optimizer.state)
+        host.seal(plan.native, _local_states(work) if plan.sharded else work.state)
     except BaseException:
-        withdraw(optimizer, plan.journal)
+        withdraw(work, plan.journal)
         raise
     return plan
 
 
-def expected(optimizer: Optimizer, choices: list[Choice], scalar_names: list[tuple[str, ...]]) -> list[Signature]:
+def expected(work: Work, choices: list[Choice], scalar_names: list[tuple[str, ...]]) -> list[Signature]:
     """The kernels of a step in which these parameters have a gradient, or all that are trained if none has one yet."""
-    form = _references(optimizer)
-    members = _members(optimizer, choices, scalar_names, form, allocate=False)
+    form = _references(work)
+    members = _members(work, choices, scalar_names, form, allocate=False)
     active = [m for m in members if m.active] or [m for m in members if m.param.requires_grad]
     return [m.signature for m in active if m.signature]
 
 
-def _references(optimizer: Optimizer) -> Form | None:
-    rule = optimizer.rule_class.update
+def _references(work: Work) -> Form | None:
+    rule = work.rule.update
     if is_own(rule):
         return None
     try:
         return references(rule)
     except UnknownReferenceError as error:
-        name = optimizer.declaration.name
+        name = work.rule.name
         raise inductor.LoweringError(
             f"the update of {name} refers to {error}: no change of it would be seen"
         ) from error
 
 
 def _members(
-    optimizer: Optimizer,
+    work: Work,
     choices: list[Choice],
     scalar_names: list[tuple[str, ...]],
     form: Form | None,
     *,
     allocate: bool = True,
 ) -> list[_Member]:
-    occurrences = Counter(id(dtensors.local(p)) for group in optimizer.param_groups for p in group["params"])
+    occurrences = Counter(id(dtensors.local(p)) for group in work.groups for p in group["params"])
     return [
-        _examine(optimizer, i, p, choices[i], scalar_names[i], form, occurrences[id(dtensors.local(p))], allocate)
-        for i, group in enumerate(optimizer.param_groups)
+        _examine(work, i, p, choices[i], scalar_names[i], form, occurrences[id(dtensors.local(p))], allocate)
+        for i, group in enumerate(work.groups)
         for p in group["params"]
     ]
 
 
 def _examine(
-    optimizer: Optimizer,
+    work: Work,
     group: int,
     p: Tensor,
     choice: Choice,
@@ -243,7 +241,7 @@ def _examine(
     allocate: bool,
 ) -> _Member:
     """What can be said before the host module is loaded, so that it and the kernels may be compiled side by side."""
-    listed, p, grad = p, dtensors.local(p), optimizer.gradient(p)
+    listed, p, grad = p, dtensors.local(p), work.gradient(p)
     if grad is not None:
         grad = dtensors.local_gradient(listed, grad)
     refusal = None
@@ -254,22 +252,22 @@ def _examine(
     elif p.device.type != "cpu" or p.dtype not in DTYPES:
         refusal = f"it is {p.dtype} on {p.device.type}"
     elif grad is not None and not (type(grad) in PLAIN and grad.layout is torch.strided):
-        refusal = _sparse_refusal(optimizer, p, grad, choice)
+        refusal = _sparse_refusal(work, p, grad, choice)
     if refusal:
         return _Member(group, listed, p, {}, {}, refusal, None, grad)
     allocate = allocate and grad is not None
-    made = optimizer.make_state(listed, optimizer.param_groups[group], choice.switches, allocate=allocate)
-    buffers = optimizer.declaration.kept(choice.switches)
-    state = dtensors.local_state(listed, {**optimizer.state.get(listed, {}), **made}, buffers)
+    made = make_state(work, listed, work.groups[group], choice.switches, allocate=allocate)
+    buffers = work.rule.declaration.kept(choice.switches)
+    state = dtensors.local_state(listed, {**work.state.get(listed, {}), **made}, buffers)
     dtypes = tuple(d.to_real() for d in (p.dtype, *(p.dtype if state[b] is None else state[b].dtype for b in buffers)))
-    signature = Signature(optimizer.rule_class, choice.switches, dtypes, buffers, scalar_names, form)
-    return _Member(group, listed, p, state, made, None, signature, grad, optimizer.declaration.counts)
+    signature = Signature(work.rule, choice.switches, dtypes, buffers, scalar_names, form)
+    return _Member(group, listed, p, state, made, None, signature, grad, work.rule.declaration.counts)
 
 
-def _sparse_refusal(optimizer: Optimizer, p: Tensor, grad: Tensor, choice: Choice) -> str | None:
+def _sparse_refusal(work: Work, p: Tensor, grad: Tensor, choice: Choice) -> str | None:
     if type(grad) not in PLAIN or grad.layout is not torch.sparse_coo:
         return f"its gradient is a {type(grad).__name__} with layout {grad.layout}"
-    if not optimizer.keeps_untouched_rows(choice.switches):
+    if not work.rule.keeps_untouched_rows(choice.switches):
         return "its gradient is sparse and these options update every row"
     if p.is_complex() or not p.is_contiguous() or grad.dtype != p.dtype:
         return f"its gradient is sparse, {grad.dtype} for a {p.dtype} parameter, and rows are taken of contiguous reals"
@@ -292,12 +290,12 @@ def _refusal(host: Any, m: _Member) -> str | None:
     return None
 
 
-def _refuse_shared(optimizer: Optimizer, host: Any, active: list[_Member]) -> None:
+def _refuse_shared(work: Work, host: Any, active: list[_Member]) -> None:
     """Leaves to an eager step what shares memory so that a launch would do what no loop over parameters does."""
-    declaration = optimizer.declaration
+    declaration = work.rule.declaration
     described = []
     for m in active:
-        state = m.state or optimizer.state.get(m.listed, {})
+        state = m.state or work.state.get(m.listed, {})
         described.append((bool(m.refusal), m.param, m.grad, tuple(state.get(name) for name in declaration.slots)))
     for m, refusal in zip(active, host.conflicts(described, len(declaration.counts)), strict=True):
         m.refusal = m.refusal or refusal
@@ -317,9 +315,9 @@ def _place(plan: Plan, slots: tuple[str, ...], m: _Member, kernel: registry.Kern
     return place
 
 
-def _local_states(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
-    buffers = optimizer.declaration.buffers
-    return {dtensors.local(p): dtensors.local_state(p, state, buffers) for p, state in optimizer.state.items()}
+def _local_states(work: Work) -> dict[Tensor, dict[str, Any]]:
+    buffers = work.rule.declaration.buffers
+    return {dtensors.local(p): dtensors.local_state(p, state, buffers) for p, state in work.state.items()}
 
 
 def _same(host: Any, tensor: Tensor, like: Tensor) -> bool:

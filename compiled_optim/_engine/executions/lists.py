@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from compiled_optim._engine.executions.state import Journal, withdraw
 from compiled_optim._engine.executions.survey import (
-    Journal,
     Scalars,
     Update,
     Values,
@@ -21,14 +21,11 @@ from compiled_optim._engine.executions.survey import (
     lists,
     look,
     publish_all,
-    withdraw,
 )
-from compiled_optim._engine.rule import apply, arithmetic_dtype, evaluate
+from compiled_optim._engine.executions.work import Work
+from compiled_optim._engine.rule import Rule, apply, arithmetic_dtype, evaluate
 from compiled_optim._engine.torch_private import tensor_parts
 from compiled_optim._engine.values import TensorList
-
-if TYPE_CHECKING:
-    from compiled_optim.optimizer import Optimizer
 
 # Bounds the temporaries of a step, and keeps them in cache.
 BUCKET_ELEMENTS = 1 << 17
@@ -45,26 +42,26 @@ class Batch(NamedTuple):
     carried: Sequence[Any]
 
 
-def step(optimizer: Optimizer) -> None:
+def step(work: Work) -> None:
     """One eager step."""
-    prepare(optimizer)()
+    prepare(work)()
 
 
-def prepare(optimizer: Optimizer, only: Iterable[tuple[int, Tensor]] | None = None) -> Callable[[], None]:
+def prepare(work: Work, only: Iterable[tuple[int, Tensor]] | None = None) -> Callable[[], None]:
     """One eager step of all parameters, or of those in ``only`` (group, parameter): the function that takes it.
 
     What there is to raise is raised here, where nothing is changed.
     """
-    differentiable = bool(optimizer.defaults.get("differentiable"))
-    groups = optimizer.param_groups
+    differentiable = bool(work.defaults.get("differentiable"))
+    groups = work.groups
     capturable = [bool(group.get("capturable")) for group in groups]
-    choices = optimizer.choices(keep_tensors=differentiable or any(capturable))
-    algorithm = type(optimizer)
-    updates = look(optimizer, choices, only)
+    choices = work.read(keep_tensors=differentiable or any(capturable))
+    rule = work.rule
+    updates = look(work, choices, only)
     switches = [choice.switches for choice in choices]
 
     def scalars(group: int, counts: Sequence[Any]) -> Values:
-        return evaluate(algorithm, choices[group].hyper, counts)
+        return evaluate(rule, choices[group].hyper, counts)
 
     with torch.no_grad():
         one_by_one = [group.get("foreach") is False for group in groups]
@@ -73,14 +70,14 @@ def prepare(optimizer: Optimizer, only: Iterable[tuple[int, Tensor]] | None = No
     def take() -> None:
         journal: Journal = []
         try:
-            publish_all(optimizer, updates, journal)
+            publish_all(work, updates, journal)
             with torch.set_grad_enabled(differentiable):
                 if differentiable:
-                    run_differentiable(algorithm, updates, switches, scalars)
+                    run_differentiable(rule, updates, switches, scalars)
                 else:
-                    run(algorithm, found, switches, scalars)
+                    run(rule, found, switches, scalars)
         except BaseException:
-            withdraw(optimizer, journal)
+            withdraw(work, journal)
             raise
 
     return take
@@ -102,11 +99,11 @@ def batches(updates: list[Update], scalars: Scalars, one_by_one: list[bool], cap
     return found
 
 
-def run(algorithm: type[Optimizer], found: list[Batch], switches: list[Any], scalars: Scalars) -> None:
+def run(rule: Rule, found: list[Batch], switches: list[Any], scalars: Scalars) -> None:
     """Updates parameters and state in place."""
     for members, values, carried in found:
         known, after = (values, carried) if values is not None else on_device(members, scalars)
-        run_bucket(algorithm, members, switches[members[0].group], known)
+        run_bucket(rule, members, switches[members[0].group], known)
         advance(members, after)
 
 
@@ -133,44 +130,44 @@ def buckets(members: list[Update], limit: int) -> Iterator[list[Update]]:
         yield bucket
 
 
-def run_bucket(algorithm: type[Optimizer], members: list[Update], on: Any, values: dict[str, Any]) -> None:
+def run_bucket(rule: Rule, members: list[Update], on: Any, values: dict[str, Any]) -> None:
     """Updates one bucket: on CPU as one flat tensor, for a list op there is a loop over tensors; elsewhere as lists."""
     first = members[0]
     if first.grad.is_sparse:
         for u in members:
-            run_rows(algorithm, u, on, values)
+            run_rows(rule, u, on, values)
         return
     columns = [[u.param for u in members], [u.grad for u in members]]
     columns += [[u.state[name] for u in members] for name in first.buffers]
     if first.param.is_complex():
         columns[1] = [g.resolve_conj() for g in columns[1]]  # a lazily conjugated one has no real view
         columns = [[torch.view_as_real(t) for t in column] for column in columns]
-    if not algorithm.elementwise:
+    if not rule.elementwise:
         for tensors in zip(*columns, strict=True):
-            run_value(algorithm, on, list(tensors), first.buffers, values)
+            run_value(rule, on, list(tensors), first.buffers, values)
     elif first.param.device.type != "cpu" or any(isinstance(v, TensorList) for v in values.values()):
-        run_value(algorithm, on, [TensorList(column) for column in columns], first.buffers, values)
+        run_value(rule, on, [TensorList(column) for column in columns], first.buffers, values)
     elif len(members) == 1:
         for piece in pieces([column[0] for column in columns]):
-            run_value(algorithm, on, [TensorList([t]) for t in piece], first.buffers, values)
+            run_value(rule, on, [TensorList([t]) for t in piece], first.buffers, values)
     else:
         flat = [tensor_parts.flatten(column) for column in columns]
-        run_value(algorithm, on, [TensorList([t]) for t in flat], first.buffers, values)
+        run_value(rule, on, [TensorList([t]) for t in flat], first.buffers, values)
         for column, source in zip([columns[0], *columns[2:]], [flat[0], *flat[2:]], strict=True):
             torch._foreach_copy_(column, tensor_parts.unflatten(source, column))
 
 
-def run_value(algorithm: type[Optimizer], on: Any, value: list[Any], buffers: tuple[str, ...], scalars: Any) -> None:
+def run_value(rule: Rule, on: Any, value: list[Any], buffers: tuple[str, ...], scalars: Any) -> None:
     """Updates (parameter, gradient, buffers...) in place."""
     state = {name: value[2 + i] for i, name in enumerate(buffers)}
-    new, new_state = apply(algorithm, on, value[0], value[1], state, scalars)
+    new, new_state = apply(rule, on, value[0], value[1], state, scalars)
     value[0].copy_(new)
     for name, tensor in state.items():
         tensor.copy_(new_state[name])
 
 
 def update_lists(
-    algorithm: type[Optimizer],
+    rule: Rule,
     on: Any,
     params: list[Tensor],
     grads: list[Tensor],
@@ -182,13 +179,13 @@ def update_lists(
     columns = [params, grads, *state.values()]
     if params[0].is_complex():
         columns = [[torch.view_as_real(t.resolve_conj()) for t in column] for column in columns]
-    if algorithm.elementwise:
+    if rule.elementwise:
         # the scalars as lists, too: Dynamo takes a list value times a tensor for an operation of the tensor
         values = {name: TensorList(each) for name, each in scalars.items()}
-        run_value(algorithm, on, [TensorList(column) for column in columns], buffers, values)
+        run_value(rule, on, [TensorList(column) for column in columns], buffers, values)
         return
     for i in range(len(params)):
-        run_value(algorithm, on, [t[i] for t in columns], buffers, {name: each[i] for name, each in scalars.items()})
+        run_value(rule, on, [t[i] for t in columns], buffers, {name: each[i] for name, each in scalars.items()})
 
 
 def pieces(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
@@ -198,11 +195,11 @@ def pieces(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
     return map(list, zip(*(torch.split(t.view(-1), BUCKET_ELEMENTS) for t in tensors), strict=True))
 
 
-def run_rows(algorithm: type[Optimizer], u: Update, on: Any, values: dict[str, Any]) -> None:
+def run_rows(rule: Rule, u: Update, on: Any, values: dict[str, Any]) -> None:
     """A sparse gradient. Where the rule leaves a row without gradient as it is, only the touched rows are visited."""
     grad = u.grad.coalesce()
-    if not algorithm.keeps_untouched_rows(on):
-        run_bucket(algorithm, [replace(u, grad=grad.to_dense())], on, values)
+    if not rule.keeps_untouched_rows(on):
+        run_bucket(rule, [replace(u, grad=grad.to_dense())], on, values)
         return
     # behind a dimension of one, for a gradient may have no sparse dimension
     tensors = [t[None] for t in (u.param, *(u.state[name] for name in u.buffers))]
@@ -211,30 +208,26 @@ def run_rows(algorithm: type[Optimizer], u: Update, on: Any, values: dict[str, A
     touched = [t[rows] for t in tensors]
     column = dict(zip(u.buffers, touched[1:], strict=True))
     made = replace(u, param=touched[0], grad=grad.values(), state=column)
-    run_bucket(algorithm, [made], on, values)
+    run_bucket(rule, [made], on, values)
     for tensor, new in zip(tensors, touched, strict=True):
         tensor[rows] = new
 
 
-def run_differentiable(
-    algorithm: type[Optimizer], updates: list[Update], switches: list[Any], scalars: Scalars
-) -> None:
+def run_differentiable(rule: Rule, updates: list[Update], switches: list[Any], scalars: Scalars) -> None:
     """The rule with autograd recording: parameters are written in place, state tensors are replaced.
 
     Of each turn all is computed before any is written.
     """
     for turn in sorted({u.turn for u in updates}):
         members = [u for u in updates if u.turn == turn]
-        results = [_differentiated(algorithm, u, switches, scalars) for u in members]
+        results = [_differentiated(rule, u, switches, scalars) for u in members]
         for u, (new, state) in zip(members, results, strict=True):
             u.param.copy_(new)
             advance([u], ())
             u.state.update(state)
 
 
-def _differentiated(
-    algorithm: type[Optimizer], u: Update, switches: list[Any], scalars: Scalars
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _differentiated(rule: Rule, u: Update, switches: list[Any], scalars: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
     """The new parameter and the new state, but for the step count."""
     # as tensors, so that what is carried keeps its graph
     counts = [u.state[name].double() + (name == "step") for name in u.counts]
@@ -249,7 +242,7 @@ def _differentiated(
     values = {k: v if isinstance(v, Tensor) else torch.tensor(v, dtype=width, device="cpu") for k, v in values.items()}
     state = {name: view(u.state[name]) for name in u.buffers}
     # a copy, for what the graph saves must not be what is written later
-    new, new_state = apply(algorithm, switches[u.group], view(u.param.clone()), view(u.grad), state, values)
+    new, new_state = apply(rule, switches[u.group], view(u.param.clone()), view(u.grad), state, values)
     if complex_valued:
         new, new_state = torch.view_as_complex(new), {k: torch.view_as_complex(v) for k, v in new_state.items()}
     return new, {**carried, **new_state}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter, is_
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +31,11 @@ from compiled_optim._engine.executions.checks import (
     place,
     refuse,
 )
-from compiled_optim._engine.executions.memory import Memory, ShortStorageError
+from compiled_optim._engine.executions.memory import ShortStorageError
+from compiled_optim._engine.executions.state import Journal, make_state, publish
+from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.torch_private import tensor_parts
-
-if TYPE_CHECKING:
-    from compiled_optim.declare import Choice
-    from compiled_optim.optimizer import Optimizer
+from compiled_optim.declare import Choice
 
 _gradient = attrgetter("grad")
 _is_none = partial(is_, None)
@@ -44,8 +43,6 @@ _is_none = partial(is_, None)
 # of a param group and counts, as `rule.evaluate` returns them
 Values = tuple[dict[str, Any], tuple[Any, ...]]
 Scalars = Callable[[int, Sequence[Any]], Values]
-# a parameter, what it had of the state that was made, or None if it had no state at all, and what was made
-Journal = list[tuple[Tensor, dict[str, Any] | None, dict[str, Any]]]
 
 
 @dataclass(slots=True, repr=False, eq=False)
@@ -89,7 +86,7 @@ class Update:
 
 
 def look(
-    optimizer: Optimizer,
+    work: Work,
     choices: list[Choice],
     only: Iterable[tuple[int, Tensor]] | None = None,
     *,
@@ -106,14 +103,14 @@ def look(
         KeyError: for a state of which a part is missing. TypeError, ValueError: for a hyperparameter or a count that is
             no number.
     """
-    declaration, groups = optimizer.declaration, optimizer.param_groups
+    declaration, groups = work.rule.declaration, work.groups
     pairs = only if only is not None else [(i, p) for i, group in enumerate(groups) for p in group["params"]]
     kept: dict[int, tuple[str, ...]] = {}  # of the groups in which something is updated
     begun: dict[Tensor, dict[str, Any]] = {}  # the state of those that lack some
     kinds: set[tuple[Any, ...]] = set()
     updates = []
-    refuse(optimizer, choices)
-    gradient = _gradient if optimizer._gradients is None else optimizer.gradient
+    refuse(work, choices)
+    gradient = _gradient if work.substitutes is None else work.gradient
     for i, p in pairs:
         grad = gradient(p)
         if grad is None:
@@ -124,15 +121,15 @@ def look(
         sharded = type(p) not in PLAIN and tensor_parts.is_dtensor(p)
         if sharded:
             grad = dtensors.local_gradient(p, grad)
-        if grad.layout is not torch.strided or not optimizer.accepts_dense:
-            grad = check_gradient(optimizer, choices[i], grad)
-        state = optimizer.state.get(p) or {}
+        if grad.layout is not torch.strided or not work.rule.accepts_dense:
+            grad = check_gradient(work, choices[i], grad)
+        state = work.state.get(p) or {}
         made, fresh = None, False
         if begun and p in begun:
             state, made = begun[p], {}
         elif _lacks(state, declaration.counts, kept[i]):
-            check_whole(optimizer, p, state)
-            made = optimizer.make_state(p, groups[i], choices[i].switches, allocate=allocate)
+            check_whole(work, p, state)
+            made = make_state(work, p, groups[i], choices[i].switches, allocate=allocate)
             fresh = any(name in made for name in kept[i])
             state = begun[p] = {**state, **made}
         listed, owner = None, p
@@ -141,43 +138,42 @@ def look(
         shape, dtype = p.shape, p.dtype
         plain = p.layout is torch.strided and p.is_contiguous() and not (dtype.is_complex and p.is_conj())
         if grad.shape != shape or not plain:
-            check_param(optimizer, owner, p, grad)
+            check_param(work, owner, p, grad)
         kind: list[Any] = [i, p.device, dtype, grad.device, grad.dtype]
         for name in kept[i]:
             t = state[name]
             if t is None:
                 continue  # not allocated
             if not (isinstance(t, Tensor) and t.shape == shape and t.layout is torch.strided and t.is_contiguous()):
-                check_buffer(optimizer, owner, name, t, shape)
+                check_buffer(work, owner, name, t, shape)
             kind += (t.dtype, t.device)
         update = Update(i, p, grad, state, kept[i], declaration.counts, fresh, made, tuple(kind), listed)
         if update.kind not in kinds:
-            check_kind(optimizer, owner, p, grad, {name: state[name] for name in kept[i]})
+            check_kind(work, owner, p, grad, {name: state[name] for name in kept[i]})
             kinds.add(update.kind)
         updates.append(update)
     if allocate:
-        _take_turns(optimizer, updates)
+        _take_turns(work, updates)
     return updates
 
 
-def _take_turns(optimizer: Optimizer, updates: list[Update]) -> None:
-    memory = optimizer._memory = optimizer._memory or Memory()
+def _take_turns(work: Work, updates: list[Update]) -> None:
     written = [[u.param, *[u.state[name] for name in (*u.counts, *u.buffers)]] for u in updates]
     try:
-        turns = memory.turns(written, [u.grad for u in updates])
+        turns = work.memory.turns(written, [u.grad for u in updates])
     except ShortStorageError as error:
-        raise RuntimeError(_short(optimizer, updates, error)) from error
+        raise RuntimeError(_short(work, updates, error)) from error
     for u, turn in zip(updates, turns, strict=True):
         u.turn = turn
 
 
-def _short(optimizer: Optimizer, updates: list[Update], error: ShortStorageError) -> str:
+def _short(work: Work, updates: list[Update], error: ShortStorageError) -> str:
     for u in updates:
         named = {"data": u.param, "gradient": u.grad, **{f"state {name!r}": t for name, t in u.state.items()}}
         for name, t in named.items():
             if t is error.tensor:
-                owner = place(optimizer, u.param if u.listed is None else u.listed)
-                return f"{optimizer.declaration.name}: the {name} of the parameter {owner} {error}"
+                owner = place(work, u.param if u.listed is None else u.listed)
+                return f"{work.rule.name}: the {name} of the parameter {owner} {error}"
     return str(error)
 
 
@@ -247,36 +243,9 @@ def advance(members: list[Update], carried: Sequence[Any]) -> None:
 # ---- state that was made
 
 
-def publish(optimizer: Optimizer, made: Iterable[tuple[Tensor, dict[str, Any]]], journal: Journal) -> None:
-    """Gives an optimizer the state that was made, and notes in ``journal`` what `withdraw` needs to take it back."""
-    for p, values in made:
-        had = optimizer.state.get(p)
-        journal.append((p, None if had is None else {name: had[name] for name in values if name in had}, values))
-        optimizer.state[p].update(values)
-
-
-def publish_all(optimizer: Optimizer, updates: list[Update], journal: Journal) -> None:
+def publish_all(work: Work, updates: list[Update], journal: Journal) -> None:
     """Does so for updates, whose state is the optimizer's from now on."""
-    publish(optimizer, [(u.param if u.listed is None else u.listed, u.made) for u in updates if u.made], journal)
+    publish(work, [(u.param if u.listed is None else u.listed, u.made) for u in updates if u.made], journal)
     for u in updates:
         if u.made is not None and u.listed is None:
-            u.state = optimizer.state[u.param]
-
-
-def withdraw(optimizer: Optimizer, journal: Journal) -> None:
-    """Takes back the state of a step that raised, where it was not written yet: the next step makes it anew.
-
-    That is a first step then, as this one was to be.
-    """
-    for p, had, made in journal:
-        state = optimizer.state.get(p)
-        if state is None:
-            continue
-        for name, value in made.items():
-            written = dtensors.local(value)
-            if state.get(name) is value and (written.is_inference() or not written._version):
-                del state[name]
-                state.update({name: had[name]} if had and name in had else {})
-        if had is None and not state:
-            del optimizer.state[p]
-    journal.clear()
+            u.state = work.state[u.param]

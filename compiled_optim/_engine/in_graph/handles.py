@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from compiled_optim._engine.executions import dispatch
 from compiled_optim._engine.fallback import fall_back
 from compiled_optim._engine.torch_private import dynamo, optim, tensor_parts, version
 
@@ -132,7 +131,8 @@ class Inputs:
     @dynamo.constant_in_graphs
     def begin_kernels(self) -> None:
         """A kernel takes 4 s to compile, and what surrounds it as long."""
-        dispatch.begin(self.optimizer)
+        work = self.optimizer._work()
+        self.optimizer._execution.begin(work)
 
     @dynamo.constant_in_graphs
     def changes_gradients(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from compiled_optim._engine.executions import checks, lists, survey
 from compiled_optim._engine.executions.checks import PLAIN
 from compiled_optim._engine.executions.memory import Memory
+from compiled_optim._engine.executions.state import count_tensor, make_state
 from compiled_optim._engine.executions.survey import Update
 from compiled_optim._engine.in_graph.counts import Counts
 from compiled_optim._engine.in_graph.handles import TOKEN, Handle, Inputs, operator, same
@@ -114,7 +115,7 @@ class RuleInputs(Inputs):
         self._made = set()
         on_host = [i for i, g in enumerate(self._groups) if not groups[g].get("capturable")]
         names = optimizer.declaration.counts if on_host else ()
-        dtype = optimizer._count_tensor(torch.empty((), device="cpu"), {}, 0.0).dtype
+        dtype = count_tensor(torch.empty((), device="cpu"), {}, 0.0).dtype
         self._counts = Counts(names, dtype, self._groups, self.states)
         self._cannot = "" if set(map(type, params)) <= set(PLAIN) else "a tensor subclass"
         if self._share_memory:  # as a parameter that is listed twice does
@@ -142,7 +143,7 @@ class RuleInputs(Inputs):
 
     def _make_one(self, optimizer: Optimizer, i: int, switches: tuple[bool, ...]) -> None:
         options = optimizer.param_groups[self._groups[i]]
-        made = optimizer.make_state(self.params[i], options, optimizer.declaration.switch_type(*switches))
+        made = make_state(optimizer._work(), self.params[i], options, optimizer.declaration.switch_type(*switches))
         made = {name: value for name, value in made.items() if self.states[i].get(name) is None}
         if not made:
             return
@@ -158,18 +159,19 @@ class RuleInputs(Inputs):
     def refuses(self) -> bool:
         """Whether this step cannot be traced, and is an operator nevertheless."""
         optimizer = self.optimizer
+        work = optimizer._work()
         sparse = not optimizer.accepts_dense or any(p.grad is not None and p.grad.is_sparse for p in self.params)
         if sparse or self._cannot:
             return True
-        choices, declaration = optimizer.choices(keep_tensors=True), optimizer.declaration
+        choices, declaration = work.read(keep_tensors=True), optimizer.declaration
         try:
-            survey.look(optimizer, choices, allocate=False)
+            survey.look(work, choices, allocate=False)
             for choice in choices:
-                evaluate(type(optimizer), choice.hyper, first_counts(type(optimizer), choice.hyper))
+                evaluate(optimizer.rule, choice.hyper, first_counts(optimizer.rule, choice.hyper))
             for p, group, state in zip(self.params, self._groups, self.states, strict=True):
                 for name in declaration.kept(choices[group].switches):
                     if state.get(name) is not None:
-                        checks.check_buffer(optimizer, p, name, state[name], p.shape)
+                        checks.check_buffer(work, p, name, state[name], p.shape)
         except Exception:
             return True  # and raises when it runs, if it still concerns what is updated then
         return False
@@ -203,7 +205,7 @@ class RuleInputs(Inputs):
                 counted.append((i, row))
                 if not names:
                     h = declaration.choose(groups[g]).hyper
-                    names = tuple(evaluate(type(optimizer), h, self._counts.next(i))[0])
+                    names = tuple(evaluate(optimizer.rule, h, self._counts.next(i))[0])
             dtypes = tuple(self.states[i][name].dtype for name in buffers)
             parts.setdefault((p.device, p.dtype, dtypes, width, switches[g], buffers, hyper), []).append((i, row))
         lists = [Part(*map(tuple, zip(*pairs, strict=True)), *key[3:]) for key, pairs in parts.items()]  # type: ignore[arg-type]
@@ -222,12 +224,12 @@ class RuleInputs(Inputs):
         """The table of a step, ``[rows, columns]``; counts the step."""
         optimizer = self.optimizer
         optimizer._check_schedule()
-        algorithm, choose = type(optimizer), optimizer.declaration.choose
+        rule, choose = optimizer.rule, optimizer.declaration.choose
         choices = [choose(group, keep_tensors=bool(group.get("capturable"))) for group in optimizer.param_groups]
         table, carried = [], []
         for group, i in layout.rows:
             hyper = choices[group].hyper
-            values, after = evaluate(algorithm, hyper, self._counts.next(i)) if i >= 0 else (hyper._asdict(), ())
+            values, after = evaluate(rule, hyper, self._counts.next(i)) if i >= 0 else (hyper._asdict(), ())
             row = [v if type(v) is float else float(v) if isinstance(v, Real) else 0.0 for v in values.values()]
             table.append(row + [0.0] * (columns - len(row)))
             carried.append(after)
@@ -298,7 +300,7 @@ def trace(optimizer: Optimizer, inputs: RuleInputs) -> bool:
             scalars = {name: [cells[row][j] for row in row_of] for j, name in enumerate(names)}
         else:
             scalars = _scalars_on_device(optimizer, inputs, members, cells[row_of[0]], hyper)
-        lists.update_lists(type(optimizer), on, params, grads, state, scalars)
+        lists.update_lists(optimizer.rule, on, params, grads, state, scalars)
     return True
 
 
@@ -313,11 +315,11 @@ def _scalars_on_device(
         else:
             values[name] = source[1] if len(source) == 2 else row[source[0]]
     h = Namespace(values)
-    algorithm, counts = type(optimizer), optimizer.declaration.counts
+    rule, counts = optimizer.rule, optimizer.declaration.counts
     counted = []
     for i in members:
         state = {name: inputs.states[i][name] for name in counts}
         counted.append(Update(0, inputs.params[i], inputs.params[i], state, (), counts, False))
-    found, carried = lists.on_device(counted, lambda group, counts: evaluate(algorithm, h, counts))
+    found, carried = lists.on_device(counted, lambda group, counts: evaluate(rule, h, counts))
     survey.advance(counted, carried)
     return {k: list(v.tensors) if isinstance(v, TensorList) else [v] * len(members) for k, v in found.items()}

@@ -144,7 +144,7 @@ def _begin(signature: Signature) -> native.Pending[ctypes.CDLL]:
     facts: dict[str, Any] = {"name": signature.name}
 
     def produce() -> tuple[str, Sequence[str]]:
-        versions = {s.references for s in _kernels if s.algorithm is signature.algorithm}
+        versions = {s.references for s in _kernels if s.rule is signature.rule}
         if len(versions - {signature.references}) >= _MOST_VERSIONS:
             raise inductor.UntraceableError(f"what the update of {signature.name} refers to changes again and again")
         lowered = inductor.lower_cpp(trace(signature))
@@ -201,7 +201,7 @@ def _begin_host() -> native.Pending[ModuleType]:
 
 def _identity(signature: Signature) -> tuple[list[str], bool]:
     """What a kernel on disk is known by, and whether that is all it depends on."""
-    cls = signature.algorithm
+    cls = signature.rule.owner
     dtypes = ",".join(map(str, signature.dtypes))
     names = ",".join((*signature.buffers, "|", *signature.scalars))
     form: Any

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compiled_optim._engine.kernels.references import Form, is_own, refers_to
-from compiled_optim._engine.rule import apply, arithmetic_dtype
+from compiled_optim._engine.rule import Rule, apply, arithmetic_dtype
 from compiled_optim._engine.torch_private import dynamo, inductor
-
-if TYPE_CHECKING:
-    from compiled_optim.optimizer import Optimizer
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Signature:
     its gradient) and of each buffer. ``references`` is what a user's rule refers to, None of a rule of the package.
     """
 
-    algorithm: type[Optimizer]
+    rule: Rule
     switches: Any
     dtypes: tuple[torch.dtype, ...]
     buffers: tuple[str, ...]
@@ -49,7 +46,7 @@ class Signature:
         """Readable and unique within a process: ``AdamW(decoupled_weight_decay)[float32]``."""
         on = ", ".join(k for k, v in self.switches._asdict().items() if v)
         dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in self.dtypes)
-        return f"{self.algorithm.__name__}({on})[{', '.join(dtypes)}]"
+        return f"{self.rule.name}({on})[{', '.join(dtypes)}]"
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
         p, g, *buffers = values[:flat]
         state = dict(zip(signature.buffers, buffers, strict=True))
         scalars = dict(zip(signature.scalars, values[flat:], strict=True))
-        new, new_state = apply(signature.algorithm, signature.switches, p, g, state, scalars)
+        new, new_state = apply(signature.rule, signature.switches, p, g, state, scalars)
         return [new, *(new_state[name] for name in signature.buffers)]
 
     scalar_dtypes = [signature.scalar_dtype] * len(signature.scalars)
@@ -93,7 +90,7 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
     output.args = ([],)
     graph.recompile()
     traced = Traced(signature, graph, mode, inputs)
-    if device == "cpu" and not is_own(signature.algorithm.update):
+    if device == "cpu" and not is_own(signature.rule.update):
         _try(traced)
     return traced
 
@@ -128,7 +125,7 @@ def _try(traced: Traced) -> None:
             actual = [torch.cat(column) for column in columns]
             if not all(_close(a, e) for a, e in zip(actual, expected, strict=True)):
                 raise _untraceable(signature, f"does something else with a tensor of shape {shape} than with elements")
-    if signature.references is not None and not refers_to(signature.algorithm.update, signature.references):
+    if signature.references is not None and not refers_to(signature.rule.update, signature.references):
         raise _untraceable(signature, "changes what it refers to")
 
 
@@ -147,7 +144,7 @@ def _run_rule(signature: Signature, values: list[Tensor], scalars: list[float]) 
     def run(convert: Callable[[float], Any]) -> tuple[Tensor, dict[str, Tensor]]:
         state = dict(zip(signature.buffers, values[2:], strict=True))
         named = dict(zip(signature.scalars, map(convert, scalars), strict=True))
-        return apply(signature.algorithm, signature.switches, values[0], values[1], state, named)
+        return apply(signature.rule, signature.switches, values[0], values[1], state, named)
 
     try:
         new, new_state = run(float)

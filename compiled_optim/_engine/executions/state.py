@@ -1,0 +1,79 @@
+"""State: made when a first gradient arrives, given to the optimizer, and taken back if the step raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_optim._engine.executions import dtensors
+from compiled_optim._engine.executions.checks import is_count, number_of
+from compiled_optim._engine.executions.work import Work
+
+# A parameter, what it had of the state that was made (None: it had no state at all), and what was made.
+Journal = list[tuple[Tensor, dict[str, Any] | None, dict[str, Any]]]
+
+
+def make_state(work: Work, p: Tensor, group: dict[str, Any], on: Any, *, allocate: bool = True) -> dict[str, Any]:
+    """The state that ``p`` still lacks under these switches, or None for each if not to be allocated.
+
+    A count that is a number, or in a dtype that does not count well, is made anew. ``work.state`` is not changed.
+    """
+    declaration, present = work.rule.declaration, work.state.get(p, {})
+    made: dict[str, Any] = {}
+    for name in declaration.counts:
+        count = present.get(name)
+        if count is None:
+            made[name] = None
+            if allocate:
+                value = 0.0 if name == "step" else declaration.carried[name].first(group)
+                made[name] = count_tensor(p, group, value)
+        elif not is_count(count):
+            made[name] = count_tensor(p, group, number_of(work, p, name, count))
+    for name in declaration.kept(on):
+        if present.get(name) is None:
+            made[name] = None
+            if allocate:
+                # torch.optim takes the constructor's value where state is made there, whatever a group says
+                values = work.defaults if work.rule.state_at_construction else group
+                value = declaration.buffers[name].first(values)
+                both = complex(value, value) if p.is_complex() else value  # real and imaginary part are two numbers
+                made[name] = torch.full_like(p, both, memory_format=torch.preserve_format)
+    return made
+
+
+def count_tensor(p: Tensor, group: dict[str, Any], value: float) -> Tensor:
+    """A 0-d state tensor with torch.optim's dtype and device."""
+    fused = group.get("fused")
+    double = torch.get_default_dtype() == torch.float64 and not fused
+    device = p.device if group.get("capturable") or fused else "cpu"
+    return torch.tensor(value, dtype=torch.float64 if double else torch.float32, device=device)
+
+
+def publish(work: Work, made: Iterable[tuple[Tensor, dict[str, Any]]], journal: Journal) -> None:
+    """Gives the optimizer the state that was made, and notes in ``journal`` what `withdraw` needs to take it back."""
+    for p, values in made:
+        had = work.state.get(p)
+        journal.append((p, None if had is None else {name: had[name] for name in values if name in had}, values))
+        work.state[p].update(values)
+
+
+def withdraw(work: Work, journal: Journal) -> None:
+    """Takes back the state of a step that raised, where it was not written yet: the next step makes it anew.
+
+    That is a first step then, as this one was to be.
+    """
+    for p, had, made in journal:
+        state = work.state.get(p)
+        if state is None:
+            continue
+        for name, value in made.items():
+            written = dtensors.local(value)
+            if state.get(name) is value and (written.is_inference() or not written._version):
+                del state[name]
+                state.update({name: had[name]} if had and name in had else {})
+        if had is None and not state:
+            del work.state[p]
+    journal.clear()

@@ -1,0 +1,36 @@
+"""What every execution is handed instead of the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from compiled_optim._engine.executions.memory import Memory
+from compiled_optim._engine.rule import Rule
+from compiled_optim.declare import Choice
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """What a step is taken on: the rule, the param groups and the state of one optimizer.
+
+    ``memory`` finds tensors that share some. ``substitutes`` holds gradients that replace ``p.grad``, by parameter.
+    """
+
+    rule: Rule
+    groups: list[dict[str, Any]]
+    state: Any  # of each parameter, a dict by name; lookups of others make an empty one
+    defaults: dict[str, Any]
+    memory: Memory
+    substitutes: dict[Tensor, Tensor] | None = None
+
+    def gradient(self, p: Tensor) -> Tensor | None:
+        if self.substitutes is None or p not in self.substitutes:
+            return p.grad
+        return self.substitutes[p]
+
+    def read(self, *, keep_tensors: bool = False) -> list[Choice]:
+        """The hyperparameters and switches of each param group."""
+        return [self.rule.declaration.choose(group, keep_tensors=keep_tensors) for group in self.groups]
