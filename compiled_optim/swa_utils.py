@@ -156,6 +156,8 @@ class _Launcher:
         outcome: Any = None
         for _ in range(3):
             if self.plan is None or isinstance(outcome, str):  # or it no longer fits
+                if any(p.shape != current.shape for p, current in model_of.items()):
+                    raise inductor.LoweringError("a tensor of the model is of another shape than its average")
                 self.plan = self._make_plan()
             others = [p for _, p, _ in self.plan.elsewhere]
             for p in (*self.plan.copied, *others):

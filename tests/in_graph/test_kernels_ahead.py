@@ -11,7 +11,7 @@ from loops import Pair, batch, build, compile_alone, train
 
 import compiled_optim
 from compiled_optim import SGD
-from compiled_optim._engine.executions import launch, survey
+from compiled_optim._engine.executions import survey
 from compiled_optim._engine.executions.state import make_state
 from compiled_optim._engine.kernels import registry
 from compiled_optim.testing import assert_compiles
@@ -63,8 +63,7 @@ def test_state_is_not_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(allocate)
         return make_state(*args, allocate=allocate)
 
-    for module in (launch, survey):
-        monkeypatch.setattr(module, "make_state", counted)
+    monkeypatch.setattr(survey, "make_state", counted)
     model, optimizer = build(SGD, options={"lr": 0.1, "momentum": 0.9, "compiled": True})
     compile_alone(train)(model, optimizer, None, *batch(0))
     assert sum(made) == len(model.trained)

@@ -17,7 +17,7 @@ from compiled_optim._engine.executions.checks import refuse
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, expected, make_plan
 from compiled_optim._engine.executions.memory import Memory
 from compiled_optim._engine.executions.state import Journal, withdraw
-from compiled_optim._engine.executions.survey import Values, look, publish_all
+from compiled_optim._engine.executions.survey import Values, commit, look
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.fallback import fall_back, fall_back_for
 from compiled_optim._engine.kernels import registry
@@ -223,7 +223,6 @@ class Execution:
         refuse(work, self._choices)
         if work.substitutes is None:
             work.substitutes = dtensors.redistributed(work)
-        look(work, self._choices, allocate=False)
         self._scalar_names = _scalar_names(work, self._choices)
 
         def refused(elsewhere: list[tuple[Tensor, str]]) -> None:
@@ -264,7 +263,7 @@ class Execution:
         with torch.no_grad():
             rest = lists.batches(sparse, scalars, off, off)
             try:
-                publish_all(work, [*updates, *sparse], journal)
+                commit(work, choices, [*updates, *sparse], journal)
                 try:
                     self.graphs = foreach.run(rule, updates, switches, scalars)
                 except foreach.Unfinished as left:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compiled_optim._engine.cache.store import directory_problem
 from compiled_optim._engine.executions.lists import update_lists
-from compiled_optim._engine.executions.survey import Scalars, Update, advance, lists
+from compiled_optim._engine.executions.survey import Member, Scalars, advance, in_order
 from compiled_optim._engine.rule import Rule, arithmetic_dtype
 from compiled_optim._engine.torch_private import inductor
 
@@ -44,7 +44,7 @@ class Graph:
 class Unfinished(Exception):
     """A graph could not be compiled; ``updates`` are those that were not done."""
 
-    def __init__(self, updates: list[Update]) -> None:
+    def __init__(self, updates: list[Member]) -> None:
         super().__init__(f"{len(updates)} updates were not done")
         self.updates = updates
 
@@ -54,13 +54,13 @@ def forget() -> None:
     _graphs.clear()
 
 
-def run(rule: Rule, updates: list[Update], switches: list[Any], scalars: Scalars) -> list[Graph]:
-    """Updates parameters and state in place, one compiled graph for each list; returns the graphs that ran.
+def run(rule: Rule, updates: list[Member], switches: list[Any], scalars: Scalars) -> list[Graph]:
+    """Members parameters and state in place, one compiled graph for each list; returns the graphs that ran.
 
     Raises:
         Unfinished: when ``torch.compile`` raises.
     """
-    left = lists(updates, scalars, [False] * len(switches))
+    left = in_order(updates, scalars, [False] * len(switches))
     graphs: list[Graph] = []
     for i, (members, values, _) in enumerate(left):
         assert values is not None
@@ -71,7 +71,7 @@ def run(rule: Rule, updates: list[Update], switches: list[Any], scalars: Scalars
     return graphs
 
 
-def _run_list(rule: Rule, members: list[Update], on: Any, values: dict[str, Any], after: tuple[Any, ...]) -> Graph:
+def _run_list(rule: Rule, members: list[Member], on: Any, values: dict[str, Any], after: tuple[Any, ...]) -> Graph:
     first = members[0]
 
     def column(tensors: list[Tensor]) -> list[Tensor]:

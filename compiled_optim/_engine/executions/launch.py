@@ -14,7 +14,8 @@ from torch.autograd.graph import increment_version
 from compiled_optim._engine import process
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.checks import PLAIN, is_count
-from compiled_optim._engine.executions.state import Journal, make_state, publish, withdraw
+from compiled_optim._engine.executions.state import Journal, withdraw
+from compiled_optim._engine.executions.survey import Member, commit, look
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.references import Form, UnknownReferenceError, is_own, references, refers_to
@@ -117,23 +118,6 @@ class Plan:
         return [(p, grad if as_it_is else _like_parameter(p, grad)) for (p, grad), as_it_is in pairs]
 
 
-@dataclass
-class _Member:
-    group: int
-    listed: Tensor
-    param: Tensor  # the same, or its shard, as the gradient and the state
-    state: dict[str, Any]  # with what was made
-    made: dict[str, Any]
-    refusal: str | None
-    signature: Signature | None
-    grad: Tensor | None
-    counts: tuple[str, ...] = ()
-
-    @property
-    def active(self) -> bool:
-        return self.grad is not None
-
-
 def make_plan(
     work: Work,
     choices: list[Choice],
@@ -148,45 +132,39 @@ def make_plan(
 
     Raises:
         inductor.LoweringError: if the rule refers to what could change unnoticed.
-        What `registry.obtain` and ``refused`` raise.
+        What `look`, `registry.obtain` and ``refused`` raise.
     """
-    form = _references(work)
-    members = _members(work, choices, scalar_names, form)
-    host, found = registry.obtain([m.signature for m in members if m.active and m.signature])
+    members, form = _sorted_by_kernel(work, choices, scalar_names)
+    host, found = registry.obtain([m.signature for m in members if m.grad is not None and m.signature])
     declaration = work.rule.declaration
-    plan = Plan(
-        host,
-        host.make(declaration.slots, len(declaration.counts)),
-        [c.switches for c in choices],
-        work.rule.update,
-        form,
-    )
+    native = host.make(declaration.slots, len(declaration.counts))
+    plan = Plan(host, native, [c.switches for c in choices], work.rule.update, form)
+    for m in members:
+        m.reason = m.reason or _host_reason(host, m)
+    _leave_shared_memory(work, host, [m for m in members if m.grad is not None])
+    plan.sharded = [m.listed for m in members if m.param is not m.listed]
+    plan.elsewhere = [(m.group, m.listed, m.reason) for m in members if m.reason]
+    refused([(p, reason) for _, p, reason in plan.elsewhere])
+    taken = {
+        id(m): found[m.signature]
+        for m in members
+        if not m.reason and m.signature in found and (m.grad is not None or not m.lacks)
+    }
     entries: list[list[tuple[Tensor, int, bool]]] = [[] for _ in choices]
-    for m in members:
-        m.refusal = m.refusal or _refusal(host, m)
-    _refuse_shared(work, host, [m for m in members if m.active])
-    for m in members:
-        place = _STATELESS
-        if m.param is not m.listed:
-            plan.sharded.append(m.listed)
-        if m.refusal:
-            place = _ELSEWHERE
-            plan.elsewhere.append((m.group, m.listed, m.refusal))
-        elif m.signature in found and (m.active or not m.made):
-            place = _place(plan, declaration.slots, m, found[m.signature])
-            if m.grad is not None and m.grad.is_sparse:
-                plan.sparse.append(m.param)
-            elif m.grad is not None and m.param is m.listed and not _same(host, m.grad, m.param):
-                plan.copied.append(m.param)
-        fresh = place >= 0 and any(name in m.made for name in declaration.buffers)
-        entries[m.group].append((m.param, place, fresh))
-    refused([(p, refusal) for _, p, refusal in plan.elsewhere])
-    made = [(m.listed, m.made) for m in members if m.active and m.made and not m.refusal]
     try:
-        publish(work, made, plan.journal)
+        commit(work, choices, [m for m in members if id(m) in taken], plan.journal)
+        for m in members:
+            place = _ELSEWHERE if m.reason else _STATELESS
+            if id(m) in taken:
+                place = _place(plan, declaration.slots, m, taken[id(m)])
+                if m.grad is not None and m.grad.is_sparse:
+                    plan.sparse.append(m.param)
+                elif m.grad is not None and m.param is m.listed and not _same(host, m.grad, m.param):
+                    plan.copied.append(m.param)
+            entries[m.group].append((m.param, place, place >= 0 and m.fresh))
         for group in entries:
-            host.add_group(plan.native, group)
-        host.seal(plan.native, _local_states(work) if plan.sharded else work.state)
+            host.add_group(native, group)
+        host.seal(native, _local_states(work) if plan.sharded else work.state)
     except BaseException:
         withdraw(work, plan.journal)
         raise
@@ -195,10 +173,29 @@ def make_plan(
 
 def expected(work: Work, choices: list[Choice], scalar_names: list[tuple[str, ...]]) -> list[Signature]:
     """The kernels of a step in which these parameters have a gradient, or all that are trained if none has one yet."""
-    form = _references(work)
-    members = _members(work, choices, scalar_names, form, allocate=False)
-    active = [m for m in members if m.active] or [m for m in members if m.param.requires_grad]
+    members, _ = _sorted_by_kernel(work, choices, scalar_names)
+    active = [m for m in members if m.grad is not None] or [m for m in members if m.param.requires_grad]
     return [m.signature for m in active if m.signature]
+
+
+def _sorted_by_kernel(
+    work: Work, choices: list[Choice], scalar_names: list[tuple[str, ...]]
+) -> tuple[list[Member], Form | None]:
+    """All parameters with the signature of their kernel, or the reason why none takes them; what the rule refers to.
+
+    That is what can be said before the host module is loaded: it and the kernels are compiled side by side.
+    """
+    form = _references(work)
+    members = look(work, choices, idle=True)
+    occurrences = Counter(id(m.param) for m in members)
+    for m in members:
+        p, choice = m.param, choices[m.group]
+        m.reason = "it is listed more than once" if occurrences[id(p)] > 1 else _reason(work, choice, m)
+        if not m.reason:
+            tensors = [p, *(p if m.state[name] is None else m.state[name] for name in m.buffers)]
+            dtypes = tuple(t.dtype.to_real() for t in tensors)
+            m.signature = Signature(work.rule, choice.switches, dtypes, m.buffers, scalar_names[m.group], form)
+    return members, form
 
 
 def _references(work: Work) -> Form | None:
@@ -214,72 +211,31 @@ def _references(work: Work) -> Form | None:
         ) from error
 
 
-def _members(
-    work: Work,
-    choices: list[Choice],
-    scalar_names: list[tuple[str, ...]],
-    form: Form | None,
-    *,
-    allocate: bool = True,
-) -> list[_Member]:
-    occurrences = Counter(id(dtensors.local(p)) for group in work.groups for p in group["params"])
-    return [
-        _examine(work, i, p, choices[i], scalar_names[i], form, occurrences[id(dtensors.local(p))], allocate)
-        for i, group in enumerate(work.groups)
-        for p in group["params"]
-    ]
-
-
-def _examine(
-    work: Work,
-    group: int,
-    p: Tensor,
-    choice: Choice,
-    scalar_names: tuple[str, ...],
-    form: Form | None,
-    occurrences: int,
-    allocate: bool,
-) -> _Member:
-    """What can be said before the host module is loaded, so that it and the kernels may be compiled side by side."""
-    listed, p, grad = p, dtensors.local(p), work.gradient(p)
-    if grad is not None:
-        grad = dtensors.local_gradient(listed, grad)
-    refusal = None
-    if occurrences > 1:
-        refusal = "it is listed more than once"
-    elif type(p) not in PLAIN:
-        refusal = f"its type is {type(p).__name__}"
-    elif p.device.type != "cpu" or p.dtype not in DTYPES:
-        refusal = f"it is {p.dtype} on {p.device.type}"
-    elif grad is not None and not (type(grad) in PLAIN and grad.layout is torch.strided):
-        refusal = _sparse_refusal(work, p, grad, choice)
-    if refusal:
-        return _Member(group, listed, p, {}, {}, refusal, None, grad)
-    allocate = allocate and grad is not None
-    made = make_state(work, listed, work.groups[group], choice.switches, allocate=allocate)
-    buffers = work.rule.declaration.kept(choice.switches)
-    state = dtensors.local_state(listed, {**work.state.get(listed, {}), **made}, buffers)
-    dtypes = tuple(d.to_real() for d in (p.dtype, *(p.dtype if state[b] is None else state[b].dtype for b in buffers)))
-    signature = Signature(work.rule, choice.switches, dtypes, buffers, scalar_names, form)
-    return _Member(group, listed, p, state, made, None, signature, grad, work.rule.declaration.counts)
-
-
-def _sparse_refusal(work: Work, p: Tensor, grad: Tensor, choice: Choice) -> str | None:
+def _reason(work: Work, choice: Choice, m: Member) -> str:
+    """Why no kernel takes a parameter, or an empty string."""
+    p = m.param
+    if type(p) not in PLAIN:
+        return f"its type is {type(p).__name__}"
+    if p.device.type != "cpu" or p.dtype not in DTYPES:
+        return f"it is {p.dtype} on {p.device.type}"
+    grad = m.grad if m.param is not m.listed else work.gradient(p)  # before it was converted to COO
+    if grad is None or (type(grad) in PLAIN and grad.layout is torch.strided):
+        return ""
     if type(grad) not in PLAIN or grad.layout is not torch.sparse_coo:
         return f"its gradient is a {type(grad).__name__} with layout {grad.layout}"
     if not work.rule.keeps_untouched_rows(choice.switches):
         return "its gradient is sparse and these options update every row"
     if p.is_complex() or not p.is_contiguous() or grad.dtype != p.dtype:
         return f"its gradient is sparse, {grad.dtype} for a {p.dtype} parameter, and rows are taken of contiguous reals"
-    return None
+    return ""
 
 
-def _refusal(host: Any, m: _Member) -> str | None:
-    """Why no kernel takes a tensor, or None."""
+def _host_reason(host: Any, m: Member) -> str:
+    """Why the host module does not take a parameter and its state, or an empty string."""
     reason: str | None = host.refusal(m.param)
     if reason or m.signature is None:
-        return reason
-    for name in m.signature.buffers:
+        return reason or ""
+    for name in m.buffers:
         buffer = m.state[name]
         if buffer is not None and not host.matches(buffer, m.param):
             return f"its state {name!r} has another layout or device"
@@ -287,21 +243,18 @@ def _refusal(host: Any, m: _Member) -> str | None:
         count = m.state.get(name)
         if isinstance(count, Tensor) and (not is_count(count) or host.refusal(count)):
             return f"its state {name!r} is a {count.dtype} tensor of shape {tuple(count.shape)} on {count.device}"
-    return None
+    return ""
 
 
-def _refuse_shared(work: Work, host: Any, active: list[_Member]) -> None:
+def _leave_shared_memory(work: Work, host: Any, active: list[Member]) -> None:
     """Leaves to an eager step what shares memory so that a launch would do what no loop over parameters does."""
-    declaration = work.rule.declaration
-    described = []
-    for m in active:
-        state = m.state or work.state.get(m.listed, {})
-        described.append((bool(m.refusal), m.param, m.grad, tuple(state.get(name) for name in declaration.slots)))
-    for m, refusal in zip(active, host.conflicts(described, len(declaration.counts)), strict=True):
-        m.refusal = m.refusal or refusal
+    slots, counts = work.rule.declaration.slots, work.rule.declaration.counts
+    described = [(bool(m.reason), m.param, m.grad, tuple(m.state.get(name) for name in slots)) for m in active]
+    for m, reason in zip(active, host.conflicts(described, len(counts)), strict=True):
+        m.reason = m.reason or reason or ""
 
 
-def _place(plan: Plan, slots: tuple[str, ...], m: _Member, kernel: registry.Kernel) -> int:
+def _place(plan: Plan, slots: tuple[str, ...], m: Member, kernel: registry.Kernel) -> int:
     """The launch that takes a tensor; complex tensors have one of their own, with the kernel of their real dtype."""
     dtypes = (m.param.dtype, *(m.state[name].dtype for name in kernel.signature.buffers))
     place = plan.places.setdefault((kernel.signature, dtypes), len(plan.launches))

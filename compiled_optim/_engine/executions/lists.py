@@ -14,13 +14,13 @@ from torch import Tensor
 
 from compiled_optim._engine.executions.state import Journal, withdraw
 from compiled_optim._engine.executions.survey import (
+    Member,
     Scalars,
-    Update,
     Values,
     advance,
-    lists,
+    commit,
+    in_order,
     look,
-    publish_all,
 )
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.rule import Rule, apply, arithmetic_dtype, evaluate
@@ -34,10 +34,10 @@ ALONE_ELEMENTS = 1 << 14
 
 
 class Batch(NamedTuple):
-    """Updates that are done at once: with these scalars, or None if what they depend on is written before; and what is
+    """Members that are done at once: with these scalars, or None if what they depend on is written before; and what is
     carried on, as `advance` takes it."""
 
-    members: list[Update]
+    members: list[Member]
     scalars: dict[str, Any] | None
     carried: Sequence[Any]
 
@@ -70,7 +70,7 @@ def prepare(work: Work, only: Iterable[tuple[int, Tensor]] | None = None) -> Cal
     def take() -> None:
         journal: Journal = []
         try:
-            publish_all(work, updates, journal)
+            commit(work, choices, updates, journal)
             with torch.set_grad_enabled(differentiable):
                 if differentiable:
                     run_differentiable(rule, updates, switches, scalars)
@@ -83,7 +83,7 @@ def prepare(work: Work, only: Iterable[tuple[int, Tensor]] | None = None) -> Cal
     return take
 
 
-def batches(updates: list[Update], scalars: Scalars, one_by_one: list[bool], capturable: list[bool]) -> list[Batch]:
+def batches(updates: list[Member], scalars: Scalars, one_by_one: list[bool], capturable: list[bool]) -> list[Batch]:
     """The parts of a step, in their order.
 
     Args:
@@ -91,7 +91,7 @@ def batches(updates: list[Update], scalars: Scalars, one_by_one: list[bool], cap
             device only, never by the host.
     """
     found = []
-    for members, values, turn in lists(updates, scalars, capturable):
+    for members, values, turn in in_order(updates, scalars, capturable):
         single = one_by_one[members[0].group] or members[0].grad.is_sparse
         for bucket in buckets(members, 1 if single else BUCKET_ELEMENTS):
             known = values or (on_device(bucket, scalars) if turn == 0 else (None, ()))
@@ -100,22 +100,22 @@ def batches(updates: list[Update], scalars: Scalars, one_by_one: list[bool], cap
 
 
 def run(rule: Rule, found: list[Batch], switches: list[Any], scalars: Scalars) -> None:
-    """Updates parameters and state in place."""
+    """Members parameters and state in place."""
     for members, values, carried in found:
         known, after = (values, carried) if values is not None else on_device(members, scalars)
         run_bucket(rule, members, switches[members[0].group], known)
         advance(members, after)
 
 
-def on_device(members: list[Update], scalars: Scalars) -> Values:
+def on_device(members: list[Member], scalars: Scalars) -> Values:
     """The scalars of counts that only their device may read: what depends on them is a list of 0-d tensors."""
     step, *carried = (torch.stack([u.state[name] for u in members]) for name in members[0].counts)
     values, after = scalars(members[0].group, (step + 1, *carried))
     return {k: TensorList(v.unbind()) if isinstance(v, Tensor) and v.dim() else v for k, v in values.items()}, after
 
 
-def buckets(members: list[Update], limit: int) -> Iterator[list[Update]]:
-    bucket: list[Update] = []
+def buckets(members: list[Member], limit: int) -> Iterator[list[Member]]:
+    bucket: list[Member] = []
     total = 0
     for u in members:
         if u.param.numel() >= ALONE_ELEMENTS:
@@ -130,8 +130,8 @@ def buckets(members: list[Update], limit: int) -> Iterator[list[Update]]:
         yield bucket
 
 
-def run_bucket(rule: Rule, members: list[Update], on: Any, values: dict[str, Any]) -> None:
-    """Updates one bucket: on CPU as one flat tensor, for a list op there is a loop over tensors; elsewhere as lists."""
+def run_bucket(rule: Rule, members: list[Member], on: Any, values: dict[str, Any]) -> None:
+    """Members one bucket: on CPU as one flat tensor, for a list op there is a loop over tensors; elsewhere as lists."""
     first = members[0]
     if first.grad.is_sparse:
         for u in members:
@@ -158,7 +158,7 @@ def run_bucket(rule: Rule, members: list[Update], on: Any, values: dict[str, Any
 
 
 def run_value(rule: Rule, on: Any, value: list[Any], buffers: tuple[str, ...], scalars: Any) -> None:
-    """Updates (parameter, gradient, buffers...) in place."""
+    """Members (parameter, gradient, buffers...) in place."""
     state = {name: value[2 + i] for i, name in enumerate(buffers)}
     new, new_state = apply(rule, on, value[0], value[1], state, scalars)
     value[0].copy_(new)
@@ -174,7 +174,7 @@ def update_lists(
     state: dict[str, list[Tensor]],
     scalars: dict[str, list[Any]],
 ) -> None:
-    """Updates tensors of one kind in place, with scalars for each of them. Dynamo can trace it."""
+    """Members tensors of one kind in place, with scalars for each of them. Dynamo can trace it."""
     buffers = tuple(state)
     columns = [params, grads, *state.values()]
     if params[0].is_complex():
@@ -195,7 +195,7 @@ def pieces(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
     return map(list, zip(*(torch.split(t.view(-1), BUCKET_ELEMENTS) for t in tensors), strict=True))
 
 
-def run_rows(rule: Rule, u: Update, on: Any, values: dict[str, Any]) -> None:
+def run_rows(rule: Rule, u: Member, on: Any, values: dict[str, Any]) -> None:
     """A sparse gradient. Where the rule leaves a row without gradient as it is, only the touched rows are visited."""
     grad = u.grad.coalesce()
     if not rule.keeps_untouched_rows(on):
@@ -213,7 +213,7 @@ def run_rows(rule: Rule, u: Update, on: Any, values: dict[str, Any]) -> None:
         tensor[rows] = new
 
 
-def run_differentiable(rule: Rule, updates: list[Update], switches: list[Any], scalars: Scalars) -> None:
+def run_differentiable(rule: Rule, updates: list[Member], switches: list[Any], scalars: Scalars) -> None:
     """The rule with autograd recording: parameters are written in place, state tensors are replaced.
 
     Of each turn all is computed before any is written.
@@ -227,7 +227,7 @@ def run_differentiable(rule: Rule, updates: list[Update], switches: list[Any], s
             u.state.update(state)
 
 
-def _differentiated(rule: Rule, u: Update, switches: list[Any], scalars: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
+def _differentiated(rule: Rule, u: Member, switches: list[Any], scalars: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
     """The new parameter and the new state, but for the step count."""
     # as tensors, so that what is carried keeps its graph
     counts = [u.state[name].double() + (name == "step") for name in u.counts]

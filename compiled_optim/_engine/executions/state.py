@@ -17,7 +17,7 @@ Journal = list[tuple[Tensor, dict[str, Any] | None, dict[str, Any]]]
 
 
 def make_state(work: Work, p: Tensor, group: dict[str, Any], on: Any, *, allocate: bool = True) -> dict[str, Any]:
-    """The state that ``p`` still lacks under these switches, or None for each if not to be allocated.
+    """The state that ``p`` still lacks under these switches; None for buffers if not to be allocated.
 
     A count that is a number, or in a dtype that does not count well, is made anew. ``work.state`` is not changed.
     """
@@ -26,10 +26,8 @@ def make_state(work: Work, p: Tensor, group: dict[str, Any], on: Any, *, allocat
     for name in declaration.counts:
         count = present.get(name)
         if count is None:
-            made[name] = None
-            if allocate:
-                value = 0.0 if name == "step" else declaration.carried[name].first(group)
-                made[name] = count_tensor(p, group, value)
+            value = 0.0 if name == "step" else declaration.carried[name].first(group)
+            made[name] = count_tensor(p, group, value)
         elif not is_count(count):
             made[name] = count_tensor(p, group, number_of(work, p, name, count))
     for name in declaration.kept(on):

@@ -1,7 +1,7 @@
-"""The parameters that have a gradient in this step, with their state, for the executions that work on tensors.
+"""The parameters of a step, with their gradients and their state.
 
-A step looks first: `look` and `lists` change nothing, and raise whatever there is to raise. Then `publish` gives the
-optimizer the state that was made, and tensors are written.
+A step looks first: `look` and `in_order` change nothing, allocate nothing of a parameter's size, and raise whatever
+there is to raise. `commit` then makes the state that lacks and gives it to the optimizer, and tensors are written.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from compiled_optim._engine.executions.checks import (
 from compiled_optim._engine.executions.memory import ShortStorageError
 from compiled_optim._engine.executions.state import Journal, make_state, publish
 from compiled_optim._engine.executions.work import Work
+from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.torch_private import tensor_parts
 from compiled_optim.declare import Choice
 
@@ -46,27 +47,39 @@ Scalars = Callable[[int, Sequence[Any]], Values]
 
 
 @dataclass(slots=True, repr=False, eq=False)
-class Update:
-    """One parameter that has a gradient.
+class Member:
+    """One parameter of a step.
 
-    ``state``: of the parameter, of which the rule sees ``buffers``, or nothing at all for an algorithm without;
-    ``counts``: the names of its 0-d state, the step count first, if it keeps one; ``fresh``: whether buffers were made
-    in this step; ``made``: all state that was, or None if nothing lacked; ``kind``: what tensors must share to be in
-    one list; ``listed``: the parameter in its param group, where that is a DTensor, of which the tensors here are
-    shards; ``turn``: how many others must be done before, one after the other, for they share memory.
+    Attributes:
+        group: the index of its param group.
+        listed: the parameter as its param group lists it; ``param``: the same, or the shard of a DTensor that this
+            process holds. Gradient and state are then shards too.
+        grad: a tensor, or None for a parameter that the step leaves as it is.
+        state: by name. The rule sees ``buffers`` of it; a buffer is None until `commit`.
+        counts: the names of its 0-d state, the step count first, or none.
+        lacks: the names of the state that it has to be given before the step.
+        kind: what tensors must share to be in one list.
+        turn: how many others must be done before, one after the other, because they share memory.
+        signature: of the kernel that updates it in a launch; ``reason``: why none does.
     """
 
     group: int
+    listed: Tensor
     param: Tensor
-    grad: Tensor
+    grad: Any
     state: dict[str, Any]
     buffers: tuple[str, ...]
     counts: tuple[str, ...]
-    fresh: bool
-    made: dict[str, Any] | None = None
+    lacks: tuple[str, ...] = ()
     kind: tuple[Any, ...] = ()
-    listed: Tensor | None = None
     turn: int = 0
+    signature: Signature | None = None
+    reason: str = ""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether buffers are made in this step."""
+        return any(name in self.buffers for name in self.lacks)
 
     def next_counts(self, ahead: Mapping[int, float] = MappingProxyType({})) -> tuple[float, ...]:
         """The step count after this step, and what `scalars` carried here; without a step count, 1 for new state and
@@ -86,16 +99,12 @@ class Update:
 
 
 def look(
-    work: Work,
-    choices: list[Choice],
-    only: Iterable[tuple[int, Tensor]] | None = None,
-    *,
-    allocate: bool = True,
-) -> list[Update]:
-    """All parameters with a gradient, or those of ``only`` (group, parameter), with the state they lack.
+    work: Work, choices: list[Choice], only: Iterable[tuple[int, Tensor]] | None = None, *, idle: bool = False
+) -> list[Member]:
+    """All parameters with a gradient, or those of ``only`` (group, parameter).
 
-    The optimizer does not have that state yet. Without ``allocate`` it is None: then the updates say only that nothing
-    was to be raised.
+    Args:
+        idle: also those without a gradient; nothing is checked of these.
 
     Raises:
         RuntimeError: for a gradient that the algorithm does not take, ``capturable`` without graphs, and for a gradient
@@ -103,62 +112,75 @@ def look(
         KeyError: for a state of which a part is missing. TypeError, ValueError: for a hyperparameter or a count that is
             no number.
     """
-    declaration, groups = work.rule.declaration, work.groups
+    rule, groups = work.rule, work.groups
+    counts = rule.declaration.counts
     pairs = only if only is not None else [(i, p) for i, group in enumerate(groups) for p in group["params"]]
-    kept: dict[int, tuple[str, ...]] = {}  # of the groups in which something is updated
+    kept: dict[int, tuple[str, ...]] = {}  # by param group
     begun: dict[Tensor, dict[str, Any]] = {}  # the state of those that lack some
     kinds: set[tuple[Any, ...]] = set()
-    updates = []
+    members = []
     refuse(work, choices)
     gradient = _gradient if work.substitutes is None else work.gradient
     for i, p in pairs:
         grad = gradient(p)
         if grad is None:
+            if idle:
+                members.append(_idle(work, i, p, rule.declaration.kept(choices[i].switches)))
             continue
         if i not in kept:
             choices[i].hyper._fields  # noqa: B018  # or raises
-            kept[i] = declaration.kept(choices[i].switches)
+            kept[i] = rule.declaration.kept(choices[i].switches)
+        buffers = kept[i]
         sharded = type(p) not in PLAIN and tensor_parts.is_dtensor(p)
         if sharded:
             grad = dtensors.local_gradient(p, grad)
-        if grad.layout is not torch.strided or not work.rule.accepts_dense:
+        if grad.layout is not torch.strided or not rule.accepts_dense:
             grad = check_gradient(work, choices[i], grad)
         state = work.state.get(p) or {}
-        made, fresh = None, False
+        lacks: tuple[str, ...] = ()
         if begun and p in begun:
-            state, made = begun[p], {}
-        elif _lacks(state, declaration.counts, kept[i]):
+            state = begun[p]
+        elif _lacks(state, counts, buffers):
             check_whole(work, p, state)
-            made = make_state(work, p, groups[i], choices[i].switches, allocate=allocate)
-            fresh = any(name in made for name in kept[i])
+            made = make_state(work, p, groups[i], choices[i].switches, allocate=False)
+            lacks = tuple(made)
             state = begun[p] = {**state, **made}
-        listed, owner = None, p
+        listed = p
         if sharded:
-            listed, p, state = p, dtensors.local(p), dtensors.local_state(p, state, kept[i])
+            p, state = dtensors.local(p), dtensors.local_state(p, state, buffers)
         shape, dtype = p.shape, p.dtype
         plain = p.layout is torch.strided and p.is_contiguous() and not (dtype.is_complex and p.is_conj())
         if grad.shape != shape or not plain:
-            check_param(work, owner, p, grad)
+            check_param(work, listed, p, grad)
         kind: list[Any] = [i, p.device, dtype, grad.device, grad.dtype]
-        for name in kept[i]:
+        for name in buffers:
             t = state[name]
             if t is None:
-                continue  # not allocated
+                kind += (dtype, p.device)
+                continue
             if not (isinstance(t, Tensor) and t.shape == shape and t.layout is torch.strided and t.is_contiguous()):
-                check_buffer(work, owner, name, t, shape)
+                check_buffer(work, listed, name, t, shape)
             kind += (t.dtype, t.device)
-        update = Update(i, p, grad, state, kept[i], declaration.counts, fresh, made, tuple(kind), listed)
-        if update.kind not in kinds:
-            check_kind(work, owner, p, grad, {name: state[name] for name in kept[i]})
-            kinds.add(update.kind)
-        updates.append(update)
-    if allocate:
-        _take_turns(work, updates)
-    return updates
+        member = Member(i, listed, p, grad, state, buffers, counts, lacks, tuple(kind))
+        if member.kind not in kinds:
+            check_kind(work, listed, p, grad, {name: state[name] for name in buffers})
+            kinds.add(member.kind)
+        members.append(member)
+    _take_turns(work, members if not idle else [m for m in members if m.grad is not None])
+    return members
 
 
-def _take_turns(work: Work, updates: list[Update]) -> None:
+def _idle(work: Work, group: int, p: Tensor, buffers: tuple[str, ...]) -> Member:
+    counts, state = work.rule.declaration.counts, work.state.get(p) or {}
+    lacks = tuple(name for name in (*counts, *buffers) if state.get(name) is None)
+    state = dtensors.local_state(p, {**dict.fromkeys(lacks), **state}, buffers)
+    return Member(group, p, dtensors.local(p), None, state, buffers, counts, lacks)
+
+
+def _take_turns(work: Work, updates: list[Member]) -> None:
     written = [[u.param, *[u.state[name] for name in (*u.counts, *u.buffers)]] for u in updates]
+    if any([u.lacks for u in updates]):  # noqa: C419
+        written = [[t for t in row if t is not None] for row in written]
     try:
         turns = work.memory.turns(written, [u.grad for u in updates])
     except ShortStorageError as error:
@@ -167,18 +189,17 @@ def _take_turns(work: Work, updates: list[Update]) -> None:
         u.turn = turn
 
 
-def _short(work: Work, updates: list[Update], error: ShortStorageError) -> str:
+def _short(work: Work, updates: list[Member], error: ShortStorageError) -> str:
     for u in updates:
         named = {"data": u.param, "gradient": u.grad, **{f"state {name!r}": t for name, t in u.state.items()}}
         for name, t in named.items():
             if t is error.tensor:
-                owner = place(work, u.param if u.listed is None else u.listed)
-                return f"{work.rule.name}: the {name} of the parameter {owner} {error}"
+                return f"{work.rule.name}: the {name} of the parameter {place(work, u.listed)} {error}"
     return str(error)
 
 
 def _lacks(state: dict[str, Any], counts: tuple[str, ...], buffers: tuple[str, ...]) -> bool:
-    """Whether `Optimizer.make_state` has something to make."""
+    """Whether `make_state` has something to make."""
     for name in counts:
         count = state.get(name)
         if type(count) is not Tensor or count.dtype not in COUNT_DTYPES or (count.dim() and not is_count(count)):
@@ -189,15 +210,15 @@ def _lacks(state: dict[str, Any], counts: tuple[str, ...], buffers: tuple[str, .
 # ---- the order of a step
 
 
-def lists(
-    updates: list[Update], scalars: Scalars, on_device: Sequence[bool]
-) -> list[tuple[list[Update], Values | None, int]]:
+def in_order(
+    updates: list[Member], scalars: Scalars, on_device: Sequence[bool]
+) -> list[tuple[list[Member], Values | None, int]]:
     """Updates of one kind, count and turn, in the order in which they are to be done; with what `evaluate` returns.
 
     All scalars are evaluated here, before any count has advanced. None stands for those of a param group whose counts
     are ``on_device``, which the host does not read.
     """
-    found: dict[Any, list[Update]] = {}
+    found: dict[Any, list[Member]] = {}
     evaluated: dict[Any, Values] = {}
     ahead: dict[int, float] = {}  # by address: what an earlier update of this step leaves there
     are_apart = not any([u.turn for u in updates])  # noqa: C419
@@ -218,13 +239,13 @@ def lists(
     return [(members, None if at is None else evaluated[at], turn) for (turn, at, _, _), members in ordered]
 
 
-def _left(u: Update, values: Sequence[Any]) -> dict[int, float]:
+def _left(u: Member, values: Sequence[Any]) -> dict[int, float]:
     """By address, what the 0-d state of an update will hold, rounded as its tensors round."""
     counts = [u.state[name] for name in u.counts]
     return {t.data_ptr(): t.new_tensor(value).item() for t, value in zip(counts, values, strict=True)}
 
 
-def advance(members: list[Update], carried: Sequence[Any]) -> None:
+def advance(members: list[Member], carried: Sequence[Any]) -> None:
     """Counts a step; ``carried``: what `scalars` carries on, each a number, or a tensor with one for each member."""
     for name, value in zip(members[0].counts, (None, *carried), strict=False):
         counts = [u.state[name] for u in members]
@@ -236,16 +257,21 @@ def advance(members: list[Update], carried: Sequence[Any]) -> None:
             for count in counts:
                 count.fill_(value)
     for u in members:
-        if u.listed is not None:
+        if u.listed is not u.param:
             increment_version(u.listed)
 
 
-# ---- state that was made
-
-
-def publish_all(work: Work, updates: list[Update], journal: Journal) -> None:
-    """Does so for updates, whose state is the optimizer's from now on."""
-    publish(work, [(u.param if u.listed is None else u.listed, u.made) for u in updates if u.made], journal)
-    for u in updates:
-        if u.made is not None and u.listed is None:
-            u.state = work.state[u.param]
+def commit(work: Work, choices: list[Choice], members: Iterable[Member], journal: Journal) -> None:
+    """Makes the state that members lack and gives it to the optimizer; ``journal``: what `withdraw` takes back then."""
+    begun = [m for m in members if m.lacks]
+    made = []
+    for m in begun:
+        new = make_state(work, m.listed, work.groups[m.group], choices[m.group].switches)
+        # the counts that were looked at, and the buffers
+        made.append((m.listed, {name: m.state[name] if name in m.counts else new[name] for name in m.lacks}))
+    publish(work, made, journal)
+    given = {id(p): values for p, values in made}
+    for m in members:
+        if id(m.listed) in given:
+            state = work.state[m.listed]
+            m.state = state if m.listed is m.param else dtensors.local_state(m.listed, state, m.buffers)

@@ -18,7 +18,7 @@ from compiled_optim._engine.executions import checks, lists, survey
 from compiled_optim._engine.executions.checks import PLAIN
 from compiled_optim._engine.executions.memory import Memory
 from compiled_optim._engine.executions.state import count_tensor, make_state
-from compiled_optim._engine.executions.survey import Update
+from compiled_optim._engine.executions.survey import Member
 from compiled_optim._engine.in_graph.counts import Counts
 from compiled_optim._engine.in_graph.handles import TOKEN, Handle, Inputs, operator, same
 from compiled_optim._engine.rule import Namespace, arithmetic_dtype, evaluate, first_counts
@@ -165,7 +165,7 @@ class RuleInputs(Inputs):
             return True
         choices, declaration = work.read(keep_tensors=True), optimizer.declaration
         try:
-            survey.look(work, choices, allocate=False)
+            survey.look(work, choices)
             for choice in choices:
                 evaluate(optimizer.rule, choice.hyper, first_counts(optimizer.rule, choice.hyper))
             for p, group, state in zip(self.params, self._groups, self.states, strict=True):
@@ -319,7 +319,7 @@ def _scalars_on_device(
     counted = []
     for i in members:
         state = {name: inputs.states[i][name] for name in counts}
-        counted.append(Update(0, inputs.params[i], inputs.params[i], state, (), counts, False))
+        counted.append(Member(0, inputs.params[i], inputs.params[i], None, state, (), counts))
     found, carried = lists.on_device(counted, lambda group, counts: evaluate(rule, h, counts))
     survey.advance(counted, carried)
     return {k: list(v.tensors) if isinstance(v, TensorList) else [v] * len(members) for k, v in found.items()}
