@@ -18,7 +18,7 @@ from compiled_optim import algorithms
 from compiled_optim._engine.kernels.backends.cpu import translation_unit
 from compiled_optim._engine.kernels.registry import bytes_per_element
 from compiled_optim._engine.kernels.trace import Signature, Traced, trace
-from compiled_optim._engine.rule import evaluate, first_counts
+from compiled_optim._engine.rule import first_scalars
 from compiled_optim._engine.torch_private import inductor
 from compiled_optim.declare import Flag
 from compiled_optim.optimizer import Optimizer
@@ -38,7 +38,7 @@ def signatures() -> Iterator[tuple[str, Signature]]:
         for suffix, options in (("", defaults), ("-all-switches", everything)):
             choice = declaration.choose(options)
             buffers = declaration.kept(choice.switches)
-            scalars = tuple(evaluate(cls.rule, choice.hyper, first_counts(cls.rule, choice.hyper))[0])
+            scalars = tuple(first_scalars(cls.rule, choice.hyper))
             dtypes = (torch.float32,) * (1 + len(buffers))
             yield name + suffix, Signature(cls.rule, choice.switches, dtypes, buffers, scalars)
 

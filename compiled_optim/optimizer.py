@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import dataclass_transform
 
+from compiled_optim._engine.declaration import Declaration, coerce, take_fields
+from compiled_optim._engine.documentation import Documentation
 from compiled_optim._engine.executions.checks import is_count, number_of
 from compiled_optim._engine.executions.dispatch import Execution
 from compiled_optim._engine.executions.state import count_tensor, make_state
@@ -17,28 +19,18 @@ from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.in_graph import operators
 from compiled_optim._engine.rule import Rule
 from compiled_optim._engine.torch_private import dynamo, optim
-from compiled_optim.declare import (
-    Declaration,
-    Flag,
-    Number,
-    buffer,
-    carried,
-    coerce,
-    counter,
-    flag,
-    number,
-    take_fields,
-)
+from compiled_optim.declare import Compiled, Flag, Hyper, Number, Switches, Value, flag, number
 
 if TYPE_CHECKING:
     from compiled_optim.attached import Attached
 
+T = TypeVar("T")
 
 # What a subclass that overrides one of these has a rule of its own for.
 _OF_A_RULE = {"update", "scalars", "elementwise", "accepts_sparse", "accepts_dense", "keeps_untouched_rows"}
 
 
-@dataclass_transform(field_specifiers=(number, flag, buffer, carried, counter))
+@dataclass_transform(field_specifiers=(number, flag))  # state is no argument
 class _Attributes:
     """Attributes that are no fields. Type checkers take those of a subclass for arguments of its constructor."""
 
@@ -76,7 +68,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     if TYPE_CHECKING:  # arguments of every constructor that are no options of a param group
         params: ParamsT
-        compiled: bool | str = flag(default=False, kw_only=True)
+        compiled: Compiled = flag(default=False, kw_only=True)
 
     maximize: bool = flag(default=False, switch=True, kw_only=True)
     foreach: bool | None = flag(default=None, kw_only=True)
@@ -98,9 +90,13 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             cls.rule = Rule(cls)
             cls.declaration = cls.rule.declaration
             if "__init__" not in own:
-                cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
+                cls.__init__ = cls.declaration.constructor(cls.__qualname__)  # type: ignore[method-assign]
+                cls.__doc__ = Documentation(cls.declaration, cls.__doc__)  # type: ignore[assignment]
 
     def _construct(self, params: Any, options: dict[str, Any], compiled: bool | str) -> None:
+        missing = [name for name in ("scalars", "update") if not hasattr(self, name)]
+        if missing:
+            raise TypeError(f"{type(self).__name__}: a rule needs `scalars` and `update`, and {missing} is not defined")
         defaults = self.declaration.check(options)
         fused = bool(defaults.get("fused"))
         if compiled not in (False, True, "multi_tensor", "foreach"):
@@ -123,11 +119,11 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         self._inputs = operators.inputs_of(self)
 
     @classmethod
-    def validate(cls, h: Any) -> None:
+    def validate(cls, h: Hyper) -> None:
         """Checks what concerns several hyperparameters at once; raises ValueError."""
 
     @classmethod
-    def keeps_untouched_rows(cls, on: Any) -> bool:
+    def keeps_untouched_rows(cls, on: Switches) -> bool:
         """Whether a sparse gradient may update the rows it touches only; else it is applied as a dense one.
 
         Raises:
@@ -135,11 +131,14 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         """
         return False
 
-    scalars: ClassVar[Callable[..., dict[str, Any]]]
+    scalars: ClassVar[Callable[..., dict[str, Value]]]
+    update: ClassVar[Callable[..., Value]]
 
-    @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
-        raise NotImplementedError
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], T]) -> T: ...
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
@@ -347,22 +346,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
 
 take_fields(Optimizer)
-_SETTINGS = {name for name, hint in vars(Optimizer)["__annotations__"].items() if "ClassVar" in hint} - {"scalars"}
+_SETTINGS = {k for k, v in vars(Optimizer)["__annotations__"].items() if "ClassVar" in v} - {"scalars", "update"}
 
 # with the hooks, and an entry in the profiler
 _observed_step = torch.optim.Optimizer.profile_hook_step(Optimizer._step)
-
-
-def _constructor(cls: type[Optimizer]) -> Callable[..., None]:
-    signature = cls.declaration.signature()
-
-    def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        options = dict(bound.arguments)
-        del options["self"]
-        self._construct(options.pop("params"), options, options.pop("compiled"))
-
-    __init__.__signature__ = signature  # type: ignore[attr-defined]
-    __init__.__qualname__ = f"{cls.__qualname__}.__init__"
-    return __init__

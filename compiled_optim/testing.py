@@ -26,7 +26,7 @@ from torch import Tensor
 
 from compiled_optim._engine.kernels.registry import cache_info
 from compiled_optim._engine.torch_private import dynamo
-from compiled_optim.declare import Flag, Number
+from compiled_optim.declare import Compiled, Flag, Number
 from compiled_optim.optimizer import Optimizer
 from compiled_optim.report import explain
 
@@ -52,7 +52,7 @@ def check(cls: type[Optimizer], *option_sets: dict[str, Any], foreach: bool = Tr
     """
     _check_ranges(cls)
     for options in option_sets or ({}, _every_switch(cls)):
-        lowerings: list[bool | str] = [True] if cls.elementwise else []
+        lowerings: list[Compiled] = [True] if cls.elementwise else []
         lowerings += ["foreach"] if (foreach or not cls.elementwise) and cls.accepts_dense else []
         for compiled in (False, *lowerings):
             with _told(f"{cls.__name__}({options}, compiled={compiled!r})"):
@@ -158,7 +158,7 @@ def _reference(cls: type[Optimizer], options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "foreach": False} if "foreach" in cls.declaration.options else options
 
 
-def _check_values(cls: type[Optimizer], options: dict[str, Any], compiled: bool | str) -> None:
+def _check_values(cls: type[Optimizer], options: dict[str, Any], compiled: Compiled) -> None:
     expected = _train(cls(_parameters(), **_reference(cls, options)), range(8))
     optimizer = cls(_parameters(), **options, compiled=compiled)
     _assert_equal(_train(optimizer, range(8)), expected, "values")
@@ -167,7 +167,7 @@ def _check_values(cls: type[Optimizer], options: dict[str, Any], compiled: bool 
     assert executions == {wanted}, f"it ran as {executions}, not as {wanted}: {explain(optimizer)}"
 
 
-def _check_checkpoint(cls: type[Optimizer], options: dict[str, Any], compiled: bool | str) -> None:
+def _check_checkpoint(cls: type[Optimizer], options: dict[str, Any], compiled: Compiled) -> None:
     expected = _train(cls(_parameters(), **_reference(cls, options)), range(8))
     first = cls(_parameters(), **options, compiled=compiled)
     _train(first, range(4))

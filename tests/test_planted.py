@@ -10,7 +10,7 @@ from cases import CLASSES, gradient, named, oracle, switch_sets, tolerance, with
 
 import compiled_optim
 from compiled_optim._engine.kernels.trace import Signature, trace
-from compiled_optim._engine.rule import evaluate, first_counts
+from compiled_optim._engine.rule import first_scalars
 
 EACH_KERNEL = [(cls, with_all_numbers(cls, switches)) for cls in CLASSES for switches in switch_sets(cls)]
 
@@ -35,7 +35,7 @@ def scalars_read(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) -
     """The scalars that the kernel of these options reads."""
     choice = cls.declaration.choose(cls.declaration.check(options))
     buffers = cls.declaration.kept(choice.switches)
-    scalars = tuple(evaluate(cls.rule, choice.hyper, first_counts(cls.rule, choice.hyper))[0])
+    scalars = tuple(first_scalars(cls.rule, choice.hyper))
     signature = Signature(cls.rule, choice.switches, (torch.float64,) * (1 + len(buffers)), buffers, scalars)
     nodes = trace(signature).graph.graph.nodes
     return {n.meta["role"] for n in nodes if n.op == "placeholder" and n.users} & set(scalars)

@@ -6,12 +6,12 @@ sees plain arithmetic on values; what all algorithms share, the width of the ari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from compiled_optim.declare import Declaration
+from compiled_optim._engine.declaration import Declaration
 
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -81,15 +81,22 @@ def evaluate(rule: Rule, h: Any, counts: Sequence[Any]) -> tuple[dict[str, Any],
     """
     step, *carried = counts
     names = rule.declaration.carried
-    if not names:
-        return rule.scalars(h, step), ()
-    s = Namespace(dict(zip(names, carried, strict=True)))
-    return rule.scalars(h, step, s), tuple(getattr(s, name) for name in names)
+    s = Namespace(dict(zip(names, carried, strict=True))) if names else None
+    try:
+        values = rule.scalars(h, step, s) if names else rule.scalars(h, step)
+    except AttributeError as error:
+        _explain(error, rule, "scalars", h=h, s=s)
+        raise
+    if not isinstance(values, dict):
+        raise TypeError(f"{rule.name}: `scalars` must return a dict of numbers, got {values!r}")
+    return values, _read_all(s, names, rule, "scalars") if names else ()
 
 
-def first_counts(rule: Rule, h: Any) -> tuple[float, ...]:
-    """The counts of a first step."""
-    return (1.0, *(c.first(h._asdict()) for c in rule.declaration.carried.values()))
+def first_scalars(rule: Rule, h: Any) -> dict[str, Any]:
+    """The scalars of a first step; raises TypeError if one of them is no number."""
+    values, _ = evaluate(rule, h, (1.0, *(c.first(h._asdict()) for c in rule.declaration.carried.values())))
+    _check_numbers(rule, values)
+    return values
 
 
 def apply(
@@ -110,5 +117,48 @@ def apply(
     if on.maximize:
         g = -g
     s = Namespace({name: value.to(width) for name, value in state.items()})
-    new = rule.update(p.to(width), g, s, Namespace(scalars), on)
-    return new.to(p.dtype), {name: getattr(s, name).to(value.dtype) for name, value in state.items()}
+    k = Namespace(scalars)
+    try:
+        new = rule.update(p.to(width), g, s, k, on)
+    except (AttributeError, TypeError) as error:
+        _explain(error, rule, "update", s=s, k=k, on=on)
+        raise
+    if new is None:
+        raise TypeError(f"{rule.name}: `update` must return the new parameter, got None")
+    written = _read_all(s, state, rule, "update")
+    return new.to(p.dtype), {name: v.to(state[name].dtype) for name, v in zip(state, written, strict=True)}
+
+
+# ---- errors in the words of a rule
+
+_GIVEN = {"h": "hyperparameters", "s": "buffers", "k": "scalars", "on": "fields declared with switch=True"}
+
+
+def _explain(error: AttributeError | TypeError, rule: Rule, function: str, **given: Any) -> None:
+    """Raises what is wrong with a rule if that is known: a name that does not exist, or a scalar that is no number."""
+    if isinstance(error, TypeError):
+        _check_numbers(rule, vars(given["k"]))
+        return
+    for letter, values in given.items():
+        if values is not None and values is error.obj:
+            names = getattr(values, "_fields", None) or vars(values)
+            raise _unknown(rule, f"`{function}` reads {letter}.{error.name}", letter, names) from None
+
+
+def _unknown(rule: Rule, what: str, letter: str, names: Iterable[str]) -> AttributeError:
+    return AttributeError(f"{rule.name}: {what}, which is not among the {_GIVEN[letter]}: {list(names)}")
+
+
+def _read_all(s: Any, names: Iterable[str], rule: Rule, function: str) -> tuple[Any, ...]:
+    """The state that a rule leaves; raises AttributeError if it assigned anything else."""
+    unknown = [name for name in vars(s) if name not in names]
+    if unknown:
+        raise _unknown(rule, f"`{function}` assigns s.{unknown[0]}", "s", names)
+    return tuple(getattr(s, name) for name in names)
+
+
+def _check_numbers(rule: Rule, values: Mapping[str, Any]) -> None:
+    """Raises TypeError unless all are numbers."""
+    for name, value in values.items():
+        if not hasattr(value, "__float__") and not hasattr(value, "dtype"):
+            raise TypeError(f"{rule.name}: `scalars` must return a dict of numbers, got {value!r} as {name!r}")

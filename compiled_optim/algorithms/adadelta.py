@@ -1,13 +1,9 @@
 """Adadelta."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
 from compiled_optim._engine.values import add_square
-from compiled_optim.declare import buffer, counter, flag, number
+from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
 
 
@@ -22,23 +18,23 @@ class Adadelta(Optimizer):
     ``weight_decay`` adds :math:`\lambda \theta` to the gradient.
     """
 
-    lr: float | Tensor = number(default=1.0, low=0)
-    rho: float = number(default=0.9, low=0, high=1)
-    eps: float = number(default=1e-6, low=0)
-    weight_decay: float = number(default=0, low=0, switch=True)
+    lr: float | Tensor = number(default=1.0, low=0, help="factor of each step")
+    rho: float = number(default=0.9, low=0, high=1, help="decay of u and of v per step")
+    eps: float = number(default=1e-6, low=0, help="keeps the quotient finite, and the first steps from zero")
+    weight_decay: float = number(default=0, low=0, switch=True, unit="gradient / parameter", help="L2 penalty")
     foreach: bool | None = flag(default=None)
     capturable: bool = flag(default=False, kw_only=True)
 
     step_count = counter()
-    square_avg = buffer()
-    acc_delta = buffer()
+    square_avg = buffer(help="average v of squared gradients")
+    acc_delta = buffer(help="average u of squared updates")
 
     @staticmethod
-    def scalars(h: Any, step: Any) -> dict[str, Any]:
+    def scalars(h: Hyper, step: Value) -> dict[str, Value]:
         return {"lr": h.lr, "rho": h.rho, "one_minus_rho": 1 - h.rho, "eps": h.eps, "weight_decay": h.weight_decay}
 
     @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+    def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
         if on.weight_decay:
             g = g + p * k.weight_decay
         s.square_avg = add_square(s.square_avg * k.rho, g, k.one_minus_rho)

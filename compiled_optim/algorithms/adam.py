@@ -1,13 +1,9 @@
 """Adam and AdamW."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
 from compiled_optim._engine.values import add_square, lerp
-from compiled_optim.declare import buffer, counter, flag, number
+from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
 
 
@@ -22,22 +18,24 @@ class Adam(Optimizer):
     :math:`\theta` by :math:`1 - \gamma \lambda`; ``amsgrad`` replaces :math:`v` by its maximum so far.
     """
 
-    lr: float | Tensor = number(default=1e-3, low=0)
-    betas: tuple[float | Tensor, float | Tensor] = number(default=(0.9, 0.999), low=0, below=1)
-    eps: float = number(default=1e-8, low=0)
-    weight_decay: float = number(default=0, low=0, switch=True)
-    amsgrad: bool = flag(default=False, switch=True)
+    lr: float | Tensor = number(default=1e-3, low=0, unit="parameter", help="learning rate")
+    betas: tuple[float | Tensor, float | Tensor] = number(
+        default=(0.9, 0.999), low=0, below=1, help="decay of m and of v per step"
+    )
+    eps: float = number(default=1e-8, low=0, unit="gradient", help="keeps the quotient finite")
+    weight_decay: float = number(default=0, low=0, switch=True, unit="gradient / parameter", help="L2 penalty")
+    amsgrad: bool = flag(default=False, switch=True, help="divide by the largest v so far")
     capturable: bool = flag(default=False, kw_only=True)
     fused: bool | None = flag(default=None, kw_only=True)
-    decoupled_weight_decay: bool = flag(default=False, switch=True, kw_only=True)
+    decoupled_weight_decay: bool = flag(default=False, switch=True, kw_only=True, help="shrink the parameter itself")
 
     step_count = counter()
-    exp_avg = buffer()
-    exp_avg_sq = buffer()
-    max_exp_avg_sq = buffer(when="amsgrad")
+    exp_avg = buffer(help="first moment m")
+    exp_avg_sq = buffer(help="second moment v")
+    max_exp_avg_sq = buffer(when="amsgrad", help="largest v so far")
 
     @staticmethod
-    def scalars(h: Any, step: Any) -> dict[str, Any]:
+    def scalars(h: Hyper, step: Value) -> dict[str, Value]:
         return {
             "decay": 1 - h.lr * h.weight_decay if h.decoupled_weight_decay else h.weight_decay,
             "one_minus_beta1": 1 - h.beta1,
@@ -49,7 +47,7 @@ class Adam(Optimizer):
         }
 
     @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+    def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
         if on.decoupled_weight_decay:
             p = p * k.decay
         elif on.weight_decay:
@@ -66,5 +64,5 @@ class AdamW(Adam):
     :math:`\theta \leftarrow (1 - \gamma \lambda)\,\theta` before each update."""
 
     # no switch: a group without decay multiplies by one, which is exact, and shares its kernel and its launch
-    weight_decay: float = number(default=1e-2, low=0)
+    weight_decay: float = number(default=1e-2, low=0, unit="1 / lr", help="decay of the parameter per step")
     decoupled_weight_decay: bool = flag(default=True, switch=True, init=False)

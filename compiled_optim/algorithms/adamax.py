@@ -1,13 +1,9 @@
 """Adamax."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
 from compiled_optim._engine.values import lerp
-from compiled_optim.declare import buffer, counter, flag, number
+from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
 
 
@@ -21,19 +17,19 @@ class Adamax(Optimizer):
     ``weight_decay`` adds :math:`\lambda \theta` to the gradient.
     """
 
-    lr: float | Tensor = number(default=2e-3, low=0)
-    betas: tuple[float, float] = number(default=(0.9, 0.999), low=0, below=1)
-    eps: float = number(default=1e-8, low=0)
-    weight_decay: float = number(default=0, low=0, switch=True)
+    lr: float | Tensor = number(default=2e-3, low=0, unit="parameter", help="learning rate")
+    betas: tuple[float, float] = number(default=(0.9, 0.999), low=0, below=1, help="decay of m and of u per step")
+    eps: float = number(default=1e-8, low=0, unit="gradient", help="keeps the quotient finite")
+    weight_decay: float = number(default=0, low=0, switch=True, unit="gradient / parameter", help="L2 penalty")
     foreach: bool | None = flag(default=None)
     capturable: bool = flag(default=False, kw_only=True)
 
     step_count = counter()
-    exp_avg = buffer()
-    exp_inf = buffer()
+    exp_avg = buffer(help="first moment m")
+    exp_inf = buffer(help="decayed maximum u of the gradient")
 
     @staticmethod
-    def scalars(h: Any, step: Any) -> dict[str, Any]:
+    def scalars(h: Hyper, step: Value) -> dict[str, Value]:
         return {
             "one_minus_beta1": 1 - h.beta1,
             "beta2": h.beta2,
@@ -43,7 +39,7 @@ class Adamax(Optimizer):
         }
 
     @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+    def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
         if on.weight_decay:
             g = g + p * k.weight_decay
         s.exp_avg = lerp(s.exp_avg, g, k.one_minus_beta1)

@@ -1,13 +1,9 @@
 """Averaged stochastic gradient descent."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
 from compiled_optim._engine.values import lerp, maximum, where
-from compiled_optim.declare import buffer, carried, counter, flag, number
+from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, carried, counter, flag, number
 from compiled_optim.optimizer import Optimizer
 
 
@@ -22,23 +18,23 @@ class ASGD(Optimizer):
     :math:`\theta` to the gradient.
     """
 
-    lr: float | Tensor = number(default=1e-2, low=0)
-    lambd: float = number(default=1e-4, low=0)
-    alpha: float = number(default=0.75, low=0)
-    t0: float = number(default=1e6)
-    weight_decay: float = number(default=0, low=0, switch=True)
+    lr: float | Tensor = number(default=1e-2, low=0, unit="parameter / gradient", help="first learning rate")
+    lambd: float = number(default=1e-4, low=0, unit="1 / lr", help="decay of the parameter and of the learning rate")
+    alpha: float = number(default=0.75, low=0, help="power by which the learning rate falls")
+    t0: float = number(default=1e6, unit="step", help="where averaging begins")
+    weight_decay: float = number(default=0, low=0, switch=True, unit="gradient / parameter", help="L2 penalty")
     foreach: bool | None = flag(default=None)
     maximize: bool = flag(default=False, switch=True)
     differentiable: bool = flag(default=False)
     capturable: bool = flag(default=False)
 
     step_count = counter()
-    eta = carried(initial="lr")
-    mu = carried(initial=1.0)
-    ax = buffer()
+    eta = carried(initial="lr", help="learning rate of the next step")
+    mu = carried(initial=1.0, help="weight of the next parameter in the average")
+    ax = buffer(help="averaged parameter")
 
     @staticmethod
-    def scalars(h: Any, step: Any, s: Any) -> dict[str, Any]:
+    def scalars(h: Hyper, step: Value, s: State) -> dict[str, Value]:
         values = {
             "shrink": 1 - h.lambd * s.eta,
             "eta": s.eta,
@@ -50,7 +46,7 @@ class ASGD(Optimizer):
         return values
 
     @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+    def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
         if on.weight_decay:
             g = g + p * k.weight_decay
         p = p * k.shrink - g * k.eta

@@ -1,13 +1,9 @@
 """NAdam."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
 from compiled_optim._engine.values import add_square, lerp
-from compiled_optim.declare import buffer, carried, counter, flag, number
+from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, carried, counter, flag, number
 from compiled_optim.optimizer import Optimizer
 
 
@@ -24,21 +20,21 @@ class NAdam(Optimizer):
     ``decoupled_weight_decay`` multiplies :math:`\theta` by :math:`1 - \gamma \lambda`.
     """
 
-    lr: float | Tensor = number(default=2e-3, low=0)
-    betas: tuple[float, float] = number(default=(0.9, 0.999), low=0, below=1)
-    eps: float = number(default=1e-8, low=0)
-    weight_decay: float = number(default=0, low=0, switch=True)
-    momentum_decay: float = number(default=4e-3, low=0)
-    decoupled_weight_decay: bool = flag(default=False, switch=True)
+    lr: float | Tensor = number(default=2e-3, low=0, unit="parameter", help="learning rate")
+    betas: tuple[float, float] = number(default=(0.9, 0.999), low=0, below=1, help="decay of m and of v per step")
+    eps: float = number(default=1e-8, low=0, unit="gradient", help="keeps the quotient finite")
+    weight_decay: float = number(default=0, low=0, switch=True, unit="gradient / parameter", help="L2 penalty")
+    momentum_decay: float = number(default=4e-3, low=0, unit="1 / step", help="how fast the momentum rises to beta1")
+    decoupled_weight_decay: bool = flag(default=False, switch=True, help="shrink the parameter itself")
     capturable: bool = flag(default=False, kw_only=True)
 
     step_count = counter()
-    mu_product = carried(initial=1.0)
-    exp_avg = buffer()
-    exp_avg_sq = buffer()
+    mu_product = carried(initial=1.0, help="product of all momenta so far")
+    exp_avg = buffer(help="first moment m")
+    exp_avg_sq = buffer(help="second moment v")
 
     @staticmethod
-    def scalars(h: Any, step: Any, s: Any) -> dict[str, Any]:
+    def scalars(h: Hyper, step: Value, s: State) -> dict[str, Value]:
         mu, mu_next = (h.beta1 * (1 - 0.5 * 0.96 ** (t * h.momentum_decay)) for t in (step, step + 1))
         s.mu_product = s.mu_product * mu
         return {
@@ -53,7 +49,7 @@ class NAdam(Optimizer):
         }
 
     @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+    def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
         if on.decoupled_weight_decay:
             p = p * k.decay
         elif on.weight_decay:

@@ -1,13 +1,9 @@
 """RAdam."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
 from compiled_optim._engine.values import add_square, lerp, maximum, where
-from compiled_optim.declare import buffer, counter, flag, number
+from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
 
 
@@ -25,19 +21,19 @@ class RAdam(Optimizer):
     :math:`\theta` by :math:`1 - \gamma \lambda`.
     """
 
-    lr: float | Tensor = number(default=1e-3, low=0)
-    betas: tuple[float, float] = number(default=(0.9, 0.999), low=0, below=1)
-    eps: float = number(default=1e-8, low=0)
-    weight_decay: float = number(default=0, low=0, switch=True)
-    decoupled_weight_decay: bool = flag(default=False, switch=True)
+    lr: float | Tensor = number(default=1e-3, low=0, unit="parameter", help="learning rate")
+    betas: tuple[float, float] = number(default=(0.9, 0.999), low=0, below=1, help="decay of m and of v per step")
+    eps: float = number(default=1e-8, low=0, unit="gradient", help="keeps the quotient finite")
+    weight_decay: float = number(default=0, low=0, switch=True, unit="gradient / parameter", help="L2 penalty")
+    decoupled_weight_decay: bool = flag(default=False, switch=True, help="shrink the parameter itself")
     capturable: bool = flag(default=False, kw_only=True)
 
     step_count = counter()
-    exp_avg = buffer()
-    exp_avg_sq = buffer()
+    exp_avg = buffer(help="first moment m")
+    exp_avg_sq = buffer(help="second moment v")
 
     @staticmethod
-    def scalars(h: Any, step: Any) -> dict[str, Any]:
+    def scalars(h: Hyper, step: Value) -> dict[str, Value]:
         correction2 = 1 - h.beta2**step
         limit = 2 / (1 - h.beta2) - 1
         rho = limit - 2 * step * h.beta2**step / correction2
@@ -56,7 +52,7 @@ class RAdam(Optimizer):
         }
 
     @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+    def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
         if on.decoupled_weight_decay:
             p = p * k.decay
         elif on.weight_decay:

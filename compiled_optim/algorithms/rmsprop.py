@@ -1,13 +1,9 @@
 """RMSprop."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
 from compiled_optim._engine.values import add_square, lerp
-from compiled_optim.declare import buffer, counter, flag, number
+from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
 
 
@@ -22,24 +18,24 @@ class RMSprop(Optimizer):
     :math:`\lambda \theta` to the gradient.
     """
 
-    lr: float | Tensor = number(default=1e-2, low=0)
-    alpha: float = number(default=0.99, low=0)
-    eps: float = number(default=1e-8, low=0)
-    weight_decay: float = number(default=0, low=0, switch=True)
-    momentum: float = number(default=0, low=0, switch=True)
-    centered: bool = flag(default=False, switch=True)
+    lr: float | Tensor = number(default=1e-2, low=0, unit="parameter", help="learning rate")
+    alpha: float = number(default=0.99, low=0, help="decay of v, and of a, per step")
+    eps: float = number(default=1e-8, low=0, unit="gradient", help="keeps the quotient finite")
+    weight_decay: float = number(default=0, low=0, switch=True, unit="gradient / parameter", help="L2 penalty")
+    momentum: float = number(default=0, low=0, switch=True, help="decay of b per step")
+    centered: bool = flag(default=False, switch=True, help="divide by the deviation from the mean gradient")
     capturable: bool = flag(default=False)
     foreach: bool | None = flag(default=None)
     maximize: bool = flag(default=False, switch=True)
     differentiable: bool = flag(default=False)
 
     step_count = counter()
-    square_avg = buffer()
-    momentum_buffer = buffer(when="momentum")
-    grad_avg = buffer(when="centered")
+    square_avg = buffer(help="average v of squared gradients")
+    momentum_buffer = buffer(when="momentum", help="sum b of past steps")
+    grad_avg = buffer(when="centered", help="average a of gradients")
 
     @staticmethod
-    def scalars(h: Any, step: Any) -> dict[str, Any]:
+    def scalars(h: Hyper, step: Value) -> dict[str, Value]:
         return {
             "lr": h.lr,
             "alpha": h.alpha,
@@ -50,7 +46,7 @@ class RMSprop(Optimizer):
         }
 
     @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+    def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
         if on.weight_decay:
             g = g + p * k.weight_decay
         s.square_avg = variance = add_square(s.square_avg * k.alpha, g, k.one_minus_alpha)

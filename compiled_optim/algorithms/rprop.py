@@ -1,12 +1,8 @@
 """Rprop."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
-from compiled_optim.declare import buffer, counter, flag, number
+from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
 
 
@@ -21,26 +17,26 @@ class Rprop(Optimizer):
     ``etas`` are :math:`(\eta_-, \eta_+)`, ``step_sizes`` the bounds of :math:`\delta`, which begins at ``lr``.
     """
 
-    lr: float | Tensor = number(default=1e-2, low=0)
-    etas: tuple[float, float] = number(default=(0.5, 1.2))
-    step_sizes: tuple[float, float] = number(default=(1e-6, 50))
+    lr: float | Tensor = number(default=1e-2, low=0, unit="parameter", help="first step size of every element")
+    etas: tuple[float, float] = number(default=(0.5, 1.2), help="factors by which a step size shrinks and grows")
+    step_sizes: tuple[float, float] = number(default=(1e-6, 50), unit="parameter", help="bounds of a step size")
     capturable: bool = flag(default=False, kw_only=True)
 
     step_count = counter()
-    prev = buffer()
-    step_size = buffer(initial="lr")
+    prev = buffer(help="last gradient")
+    step_size = buffer(initial="lr", help="step size of each element")
 
     @classmethod
-    def validate(cls, h: Any) -> None:
+    def validate(cls, h: Hyper) -> None:
         if not 0 < h.eta1 < 1 < h.eta2:
             raise ValueError(f"Rprop: etas must be in (0, 1) and above 1, got {(h.eta1, h.eta2)!r}")
 
     @staticmethod
-    def scalars(h: Any, step: Any) -> dict[str, Any]:
+    def scalars(h: Hyper, step: Value) -> dict[str, Value]:
         return {"shrink": h.eta1, "grow": h.eta2, "least": h.step_size1, "most": h.step_size2}
 
     @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+    def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
         agreement = (g * s.prev).sign()
         turned = agreement < 0
         size = (s.step_size * k.shrink).where(turned, (s.step_size * k.grow).where(agreement > 0, s.step_size))

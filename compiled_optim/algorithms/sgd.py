@@ -1,12 +1,8 @@
 """Stochastic gradient descent."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
-from compiled_optim.declare import buffer, flag, number
+from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, flag, number
 from compiled_optim.optimizer import Optimizer
 
 
@@ -21,19 +17,19 @@ class SGD(Optimizer):
     momentum and weight decay only the rows they touch are read and written.
     """
 
-    lr: float | Tensor = number(default=1e-3, low=0)
-    momentum: float = number(default=0, low=0, switch=True)
-    dampening: float = number(default=0)
-    weight_decay: float | Tensor = number(default=0, low=0, switch=True)
-    nesterov: bool = flag(default=False, switch=True)
+    lr: float | Tensor = number(default=1e-3, low=0, unit="parameter / gradient", help="learning rate")
+    momentum: float = number(default=0, low=0, switch=True, help="decay of b per step")
+    dampening: float = number(default=0, help="share of a gradient that does not enter b")
+    weight_decay: float | Tensor = number(default=0, low=0, switch=True, unit="gradient / parameter", help="L2 penalty")
+    nesterov: bool = flag(default=False, switch=True, help="step by the gradient and the new b")
     fused: bool | None = flag(default=None, kw_only=True)
 
-    momentum_buffer = buffer(when="momentum")
+    momentum_buffer = buffer(when="momentum", help="sum b of past gradients")
 
     accepts_sparse = True
 
     @classmethod
-    def validate(cls, h: Any) -> None:
+    def validate(cls, h: Hyper) -> None:
         if h.nesterov and (h.momentum <= 0 or h.dampening != 0):
             raise ValueError(
                 "SGD: nesterov=True needs momentum above 0 and dampening 0, "
@@ -41,11 +37,11 @@ class SGD(Optimizer):
             )
 
     @classmethod
-    def keeps_untouched_rows(cls, on: Any) -> bool:
+    def keeps_untouched_rows(cls, on: Switches) -> bool:
         return not (on.momentum or on.weight_decay)
 
     @staticmethod
-    def scalars(h: Any, step: Any) -> dict[str, Any]:
+    def scalars(h: Hyper, step: Value) -> dict[str, Value]:
         # there is no step count in SGD's state: step is 1 while the buffer is new, and 2 after
         return {
             "lr": h.lr,
@@ -55,7 +51,7 @@ class SGD(Optimizer):
         }
 
     @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+    def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
         if on.weight_decay:
             g = g + p * k.weight_decay
         if on.momentum:

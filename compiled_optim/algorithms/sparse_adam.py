@@ -1,13 +1,11 @@
 """SparseAdam."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor
 
 from compiled_optim._engine.values import add_square, lerp
-from compiled_optim.declare import buffer, counter, flag, number
+from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, counter, flag, number
 from compiled_optim.optimizer import Optimizer
 
 
@@ -22,22 +20,22 @@ class SparseAdam(Optimizer):
     written; :math:`t` counts the steps of the whole parameter.
     """
 
-    lr: float | Tensor = number(default=1e-3, above=0)
-    betas: tuple[float, float] = number(default=(0.9, 0.999), low=0, below=1)
-    eps: float = number(default=1e-8, above=0)
+    lr: float | Tensor = number(default=1e-3, above=0, unit="parameter", help="learning rate")
+    betas: tuple[float, float] = number(default=(0.9, 0.999), low=0, below=1, help="decay of m and of v per step")
+    eps: float = number(default=1e-8, above=0, unit="gradient", help="keeps the quotient finite")
     maximize: bool = flag(default=False, switch=True)
     foreach = None  # torch.optim.SparseAdam has neither this
     differentiable = None  # type: ignore[assignment]  # nor this
 
     step_count = counter()
-    exp_avg = buffer()
-    exp_avg_sq = buffer()
+    exp_avg = buffer(help="first moment m")
+    exp_avg_sq = buffer(help="second moment v")
 
     accepts_sparse = True
     accepts_dense = False
 
     @classmethod
-    def keeps_untouched_rows(cls, on: Any) -> bool:
+    def keeps_untouched_rows(cls, on: Switches) -> bool:
         return True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -56,7 +54,7 @@ class SparseAdam(Optimizer):
         return {**packed, "state": state}
 
     @staticmethod
-    def scalars(h: Any, step: Any) -> dict[str, Any]:
+    def scalars(h: Hyper, step: Value) -> dict[str, Value]:
         return {
             "one_minus_beta1": 1 - h.beta1,
             "beta2": h.beta2,
@@ -66,7 +64,7 @@ class SparseAdam(Optimizer):
         }
 
     @staticmethod
-    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+    def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
         s.exp_avg = lerp(s.exp_avg, g, k.one_minus_beta1)
         s.exp_avg_sq = add_square(s.exp_avg_sq * k.beta2, g, k.one_minus_beta2)
         return p - s.exp_avg / (s.exp_avg_sq.sqrt() + k.eps) * k.step_size

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_optim.declare import coerce
+from compiled_optim._engine.declaration import coerce
 from compiled_optim.lbfgs.history import in_memory
 
 _AT_LEAST = {"lr": 0.0, "max_iter": 0, "max_eval": 0, "history_size": 1}

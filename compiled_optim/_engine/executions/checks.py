@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compiled_optim._engine.declaration import Choice
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.torch_private import tensor_parts
-from compiled_optim.declare import Choice
 
 COUNT_DTYPES = (torch.float32, torch.float64)
 PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -12,6 +12,7 @@ from torch import Tensor
 from compiled_optim._engine import settings
 from compiled_optim._engine.cache.compiler import BuildError
 from compiled_optim._engine.cache.native import NoCompilerError
+from compiled_optim._engine.declaration import Choice
 from compiled_optim._engine.executions import dtensors, foreach, lists
 from compiled_optim._engine.executions.checks import refuse
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, expected, make_plan
@@ -23,9 +24,8 @@ from compiled_optim._engine.fallback import fall_back, fall_back_for
 from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.registry import Kernel
 from compiled_optim._engine.kernels.trace import Signature
-from compiled_optim._engine.rule import Rule, evaluate, first_counts
+from compiled_optim._engine.rule import Rule, evaluate, first_scalars
 from compiled_optim._engine.torch_private import dynamo, inductor, version
-from compiled_optim.declare import Choice
 
 _KEPT_REASONS = 19  # and the newest
 COMPILE_ERRORS = (NoCompilerError, BuildError, inductor.LoweringError, inductor.UntraceableError, OSError, ImportError)
@@ -41,7 +41,7 @@ def _scalar_names(work: Work, choices: list[Choice]) -> list[tuple[str, ...]]:
     rule, names = work.rule, []
     for group, choice in zip(work.groups, choices, strict=True):
         try:
-            names.append(tuple(evaluate(rule, choice.hyper, first_counts(rule, choice.hyper))[0]))
+            names.append(tuple(first_scalars(rule, choice.hyper)))
         except Exception:
             if any(p.grad is not None for p in group["params"]):
                 raise

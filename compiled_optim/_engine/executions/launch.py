@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from compiled_optim._engine import process
+from compiled_optim._engine.declaration import Choice
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.checks import PLAIN, is_count
 from compiled_optim._engine.executions.state import Journal, withdraw
@@ -21,7 +22,6 @@ from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.references import Form, UnknownReferenceError, is_own, references, refers_to
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.torch_private import inductor, tensor_parts
-from compiled_optim.declare import Choice
 
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
 _ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from compiled_optim._engine.declaration import Choice
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.checks import (
     COUNT_DTYPES,
@@ -36,7 +37,6 @@ from compiled_optim._engine.executions.state import Journal, make_state, publish
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.torch_private import tensor_parts
-from compiled_optim.declare import Choice
 
 _gradient = attrgetter("grad")
 _is_none = partial(is_, None)

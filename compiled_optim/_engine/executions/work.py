@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from compiled_optim._engine.declaration import Choice
 from compiled_optim._engine.executions.memory import Memory
 from compiled_optim._engine.rule import Rule
-from compiled_optim.declare import Choice
 
 
 @dataclass(slots=True, eq=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from compiled_optim._engine.declaration import Declaration
 from compiled_optim._engine.executions import checks, lists, survey
 from compiled_optim._engine.executions.checks import PLAIN
 from compiled_optim._engine.executions.memory import Memory
@@ -21,10 +22,10 @@ from compiled_optim._engine.executions.state import count_tensor, make_state
 from compiled_optim._engine.executions.survey import Member
 from compiled_optim._engine.in_graph.counts import Counts
 from compiled_optim._engine.in_graph.handles import TOKEN, Handle, Inputs, operator, same
-from compiled_optim._engine.rule import Namespace, arithmetic_dtype, evaluate, first_counts
+from compiled_optim._engine.rule import Namespace, arithmetic_dtype, evaluate, first_scalars
 from compiled_optim._engine.torch_private import dynamo
 from compiled_optim._engine.values import TensorList
-from compiled_optim.declare import Declaration, Number
+from compiled_optim.declare import Number
 
 if TYPE_CHECKING:
     from compiled_optim.optimizer import Optimizer
@@ -167,7 +168,7 @@ class RuleInputs(Inputs):
         try:
             survey.look(work, choices)
             for choice in choices:
-                evaluate(optimizer.rule, choice.hyper, first_counts(optimizer.rule, choice.hyper))
+                first_scalars(optimizer.rule, choice.hyper)
             for p, group, state in zip(self.params, self._groups, self.states, strict=True):
                 for name in declaration.kept(choices[group].switches):
                     if state.get(name) is not None:

@@ -1,0 +1,258 @@
+"""What follows from the fields of one optimizer class: its signature, the checks of its options, how they are read."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+import sys
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Sized
+from contextlib import suppress
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from compiled_optim.declare import Buffer, Carried, Compiled, Counter, Field, Flag, Number
+
+_PLAIN = {float, int, bool, type(None)}  # types whose values are read as they stand: 2 us for AdamW instead of 4
+
+
+def take_fields(cls: Any) -> dict[str, Any]:
+    """Moves the fields of a class from its attributes to ``_declared``, where `Declaration` finds them.
+
+    As in torch.optim, an optimizer has no attribute ``lr``. ``None`` withdraws what a base declares.
+    """
+    inherited = {name for base in cls.__mro__[1:] for name in vars(base).get("_declared", ())}
+    own = {k: v for k, v in vars(cls).items() if isinstance(v, Field) or (v is None and k in inherited)}
+    for name in own:
+        delattr(cls, name)
+    cls._declared = own
+    return own
+
+
+def _annotations(cls: type, names: Iterable[str]) -> dict[str, Any]:
+    """The annotations of these fields; one that cannot be evaluated stays a string."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        hints = inspect.get_annotations(base)
+        for name in hints.keys() & names:
+            found[name] = hint = hints[name]
+            if isinstance(hint, str):
+                with suppress(Exception):  # such as a name that is imported for type checkers only
+                    found[name] = eval(hint, vars(sys.modules[base.__module__]))
+    return found
+
+
+class Choice(NamedTuple):
+    """The values of one param group as the update rule sees them."""
+
+    hyper: Any
+    switches: Any
+    has_tensors: bool  # or other values that change in place
+
+
+class Declaration:
+    """Everything that follows from the fields of one optimizer class, worked out once per class."""
+
+    def __init__(self, cls: type) -> None:
+        fields: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            for name, value in {**vars(base), **vars(base).get("_declared", {})}.items():
+                # A keyword-only option that is declared again as positional moves to its new place in the order.
+                if isinstance(value, Flag) and isinstance(fields.get(name), Flag) and not value.kw_only:
+                    del fields[name]
+                fields[name] = value
+        self.name = cls.__name__
+        self.options: dict[str, Number | Flag] = {k: v for k, v in fields.items() if isinstance(v, Number | Flag)}
+        state: dict[str, Buffer] = {k: v for k, v in fields.items() if isinstance(v, Buffer)}
+        self.carried = {k: v for k, v in state.items() if isinstance(v, Carried)}
+        self.buffers = {k: v for k, v in state.items() if k not in self.carried}
+        counted = any(isinstance(v, Counter) for v in fields.values())
+        if self.carried and not counted:
+            raise TypeError(f"{self.name}: what `scalars` carries, {list(self.carried)}, needs a counter() beside it")
+        self._annotations = _annotations(cls, self.options)
+        self.counts = ("step", *self.carried) if counted else ()  # 0-d state, which the host reads
+        self.slots = (*self.counts, *self.buffers)
+        self.switch_type: Any = namedtuple("Switches", [k for k, v in self.options.items() if v.switch])  # type: ignore[misc]
+        self._read = itemgetter(*self.options)
+        names = [(n, field) for k, field in self.options.items() for n in self._rule_names(k)]
+        self.hyper_type: Any = namedtuple("Hyper", [n for n, _ in names])  # type: ignore[misc]
+        self._numbers_at = [i for i, (_, field) in enumerate(names) if isinstance(field, Number)]
+        self._switches_at = [i for i, (_, field) in enumerate(names) if field.switch]
+        # such as betas; the last first, so that to spread one moves no other
+        self._tuples_at = [i for i, f in enumerate(self.options.values()) if isinstance(f.default, tuple)][::-1]
+
+    def _rule_names(self, option: str) -> list[str]:
+        default = self.options[option].default
+        if not isinstance(default, tuple):
+            return [option]
+        return [f"{option.removesuffix('s')}{i + 1}" for i in range(len(default))]
+
+    def signature(self) -> inspect.Signature:
+        """The constructor's: ``params``, the positional options in their order, then the keyword-only ones."""
+        P = inspect.Parameter
+        kinds = (P.POSITIONAL_OR_KEYWORD, P.KEYWORD_ONLY)
+        options = [
+            P(k, kinds[v.kw_only], default=v.default, annotation=self._annotations.get(k, P.empty))
+            for k, v in self.options.items()
+            if v.init
+        ]
+        options.append(P("compiled", P.KEYWORD_ONLY, default=False, annotation=Compiled))
+        required = [P("self", kinds[0]), P("params", kinds[0], annotation=ParamsT)]
+        return inspect.Signature([*required, *sorted(options, key=attrgetter("kind"))])
+
+    def constructor(self, qualname: str) -> Callable[..., None]:
+        """The ``__init__`` of the class, which hands its arguments to ``_construct``."""
+        signature = self.signature()
+
+        def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            bound = signature.bind(optimizer, *args, **kwargs)
+            bound.apply_defaults()
+            options = dict(bound.arguments)
+            del options["self"]
+            optimizer._construct(options.pop("params"), options, options.pop("compiled"))
+
+        __init__.__signature__ = signature  # type: ignore[attr-defined]
+        __init__.__qualname__ = f"{qualname}.__init__"
+        return __init__
+
+    def check(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values as a param group keeps them.
+
+        Raises:
+            ValueError: naming the argument, its value and the range that was expected.
+            TypeError: for a value that is no number.
+        """
+        checked: dict[str, Any] = {}
+        for name, field in self.options.items():
+            value = values.get(name, field.default)
+            checked[name] = coerce(value)
+            if not isinstance(field, Number):
+                continue
+            parts = self.parts(name, value)
+            if any(isinstance(p, Tensor) for p in parts) and not all(isinstance(p, Tensor) for p in parts):
+                raise ValueError(f"{self.name}: {name} must be all floats or all tensors, got {value!r}")
+            for label, part, given in zip(self._rule_names(name), parts, self._given(name, value), strict=True):
+                if not field.admits(part):
+                    raise ValueError(f"{self.name}: {label} must be {field.range}, got {given!r}")
+        return checked
+
+    def read(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The options of a param group as they stand there.
+
+        Raises:
+            KeyError: naming the one that is missing.
+        """
+        try:
+            return self._read(group)  # type: ignore[no-any-return]
+        except KeyError as error:
+            missing, found = error.args[0], [name for name in group if name != "params"]
+            raise KeyError(f"{self.name}: a param group must have {missing!r}, got {found}") from None
+
+    def _given(self, name: str, value: Any) -> list[Any]:
+        """The parts of a value as they were given, for messages."""
+        return list(value) if isinstance(self.options[name].default, tuple) else [value]
+
+    def parts(self, name: str, value: Any) -> tuple[Any, ...]:
+        """A hyperparameter as plain numbers and tensors of one element: one, or as many as its default has.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what was expected.
+        """
+        field: Any = self.options[name]
+        parts: Any = coerce(value)
+        if not isinstance(field.default, tuple):
+            parts = (parts,)
+        elif isinstance(parts, Tensor) and parts.dim() == 1:
+            parts = tuple(parts)
+        elif not isinstance(parts, tuple):
+            raise TypeError(f"{self.name}: {name} must have {len(field.default)} values, got {value!r}")
+        elif len(parts) != len(field.default):
+            raise ValueError(f"{self.name}: {name} must have {len(field.default)} values, got {value!r}")
+        for label, part, given in zip(self._rule_names(name), parts, self._given(name, value), strict=True):
+            if isinstance(part, Tensor):
+                if part.numel() != 1 or part.is_complex():
+                    got = f"{part.dtype} and shape {tuple(part.shape)}"
+                    raise ValueError(f"{self.name}: {label} must be a number or a real tensor of 1 element, got {got}")
+            elif not isinstance(part, int | float):
+                kind = type(given).__name__
+                raise TypeError(f"{self.name}: {label} must be {field.range}, got {given!r} of type {kind}")
+            elif isinstance(part, int) and part.bit_length() > 1023:
+                got = f"an int of {part.bit_length()} bits"
+                raise ValueError(f"{self.name}: {label} must be {field.range} and fit a float, got {got}")
+        return tuple(parts)
+
+    def choose(self, group: dict[str, Any], *, keep_tensors: bool = False) -> Choice:
+        """Reads a param group; tensors become floats unless they must stay in the graph or on their device.
+
+        For a group in which a hyperparameter is no number, `Choice.hyper` raises that when it is used.
+        """
+        read = self.read(group)
+        for i in self._tuples_at:
+            if type(read[i]) is tuple:
+                read = (*read[:i], *read[i], *read[i + 1 :])
+        if len(read) == len(self.hyper_type._fields) and _PLAIN.issuperset(map(type, read)):
+            with suppress(TypeError, OverflowError):  # of None, and of an int beyond all floats
+                list(map(float, [read[i] for i in self._numbers_at]))
+                on = [bool(read[i]) for i in self._switches_at]
+                return Choice(self.hyper_type._make(read), self.switch_type._make(on), False)
+        return self._choose(group, keep_tensors)
+
+    def _choose(self, group: dict[str, Any], keep_tensors: bool) -> Choice:
+        values: list[Any] = []
+        has_tensors = False
+        try:
+            for (option, field), value in zip(self.options.items(), self.read(group), strict=True):
+                parts = self.parts(option, value) if isinstance(field, Number) else (value,)
+                fixed = isinstance(field, Flag) or isinstance(value, tuple | numbers.Number)
+                has_tensors = has_tensors or not fixed
+                for part in parts:
+                    if isinstance(part, Tensor):
+                        has_tensors = True
+                        part = part.squeeze() if keep_tensors else part.item()
+                    values.append(part)
+            hyper = self.hyper_type._make(values)
+            on = [bool(values[i]) for i in self._switches_at]
+        except (TypeError, ValueError, RuntimeError) as error:
+            return Choice(Unreadable(error), self.switch_type._make([False] * len(self._switches_at)), True)
+        return Choice(hyper, self.switch_type._make(on), has_tensors)
+
+    def kept(self, switches: Any) -> tuple[str, ...]:
+        """The names of the buffers that exist under these switches."""
+        return tuple(k for k, b in self.buffers.items() if b.when is None or getattr(switches, b.when))
+
+
+class Unreadable:
+    """In place of hyperparameters one of which is no number: an error when they are used.
+
+    As in torch.optim, a param group of which nothing is updated may hold anything.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self._error = type(error), str(error)
+
+    def __getattr__(self, name: str) -> Any:
+        kind, message = self._error
+        raise kind(message)
+
+
+def coerce(value: Any) -> Any:
+    """A hyperparameter as a plain Python value, or a tuple of such, as torch.optim's checkpoints can hold it.
+
+    An ``np.float64`` can be saved in a checkpoint but not loaded again with ``weights_only=True``.
+    """
+    if isinstance(value, Tensor | bool | str) or value is None or type(value) in (int, float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if type(value).__name__ in ("bool", "bool_"):  # NumPy 2 and 1
+        return bool(value)
+    if getattr(value, "ndim", None) == 0:  # an array of it
+        return coerce(value.item())
+    if isinstance(value, Sized) and isinstance(value, Iterable):
+        return tuple(v.squeeze() if isinstance(v, Tensor) and v.dim() else coerce(v) for v in value)
+    return value
