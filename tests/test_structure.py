@@ -49,7 +49,7 @@ def test_size_of_the_package() -> None:
     files = [*FILES, *PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]
     lines = sum(code_lines(file) for file in files if file.name != "demo.py")
     print(f"{lines} lines of code")
-    assert lines < 7800
+    assert lines < 7850
 
 
 @pytest.mark.parametrize("name", compiled_optim.algorithms.__all__)
