@@ -42,7 +42,7 @@ $(OTHER)/.stamp: pyproject.toml constraints.txt
 lint: .venv/.stamp ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict compiled_optim
+	$(BIN)/mypy --strict compiled_optim tests/typing
 
 SEED ?= 0
 STEPS ?= 20000

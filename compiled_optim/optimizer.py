@@ -22,6 +22,8 @@ from compiled_optim._engine.torch_private import dynamo, optim
 from compiled_optim.declare import Compiled, Flag, Hyper, Number, Switches, Value, flag, number
 
 if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
     from compiled_optim.attached import Attached
 
 T = TypeVar("T")
@@ -46,24 +48,40 @@ class _Attributes:
 
 
 class Optimizer(_Attributes, torch.optim.Optimizer):
-    """An algorithm, declared once and run eagerly or compiled.
+    """The base class of all optimizers: an algorithm that is declared once, and runs eagerly or compiled.
 
-    A subclass declares hyperparameters (`number`), options (`flag`) and state (`buffer`, `counter`, `carried`), and two
-    static methods: ``scalars(h, step)``, what one update needs of the hyperparameters ``h`` and the step count, by
-    name; and ``update(p, g, s, k, on)``, which returns the new parameter and assigns the new state to attributes of
-    ``s``, given the gradient ``g``, those scalars as ``k`` and the switches as ``on``. With `carried` state it is
-    ``scalars(h, step, s)``, called once per step count and carried values, on the host or, for all parameters at
-    once, on the device.
+    A subclass declares its hyperparameters (`number`), options (`flag`) and state (`buffer`, `counter`, `carried`) with
+    the fields of `compiled_optim.declare`, and has two static methods:
 
-    Args:
-        params: parameters, named parameters, or dicts that define param groups, as in torch.optim.
-        maximize: ascend instead of descend.
-        foreach: ``False`` updates one tensor at a time in eager steps; otherwise lists of tensors.
-        differentiable: record the step with autograd. Excludes ``compiled``.
-        compiled: ``True`` for the best lowering of the device, or ``"multi_tensor"`` or ``"foreach"`` by name.
+    - ``scalars(h, step)`` returns the numbers that an update needs, by name, given the hyperparameters ``h`` and the
+      step count. It is called once per step count. With `carried` state it is ``scalars(h, step, s)``.
+    - ``update(p, g, s, k, on)`` returns the new parameter and assigns the new state to attributes of ``s``, given the
+      parameter ``p``, its gradient ``g``, those scalars as ``k`` and the switches as ``on``.
+
+    The constructor and the documentation of its arguments follow from the fields; see `compiled_optim.AdamW`.
 
     Raises:
         ValueError: for a hyperparameter out of its range; the message names argument, value and range.
+
+    Example:
+        >>> import torch
+        >>> from compiled_optim import Optimizer
+        >>> from compiled_optim.declare import number
+        >>> class SignDescent(Optimizer):
+        ...     lr: float = number(default=0.001, low=0, unit="parameter", help="length of a step")
+        ...
+        ...     @staticmethod
+        ...     def scalars(h, step):
+        ...         return {"lr": h.lr}
+        ...
+        ...     @staticmethod
+        ...     def update(p, g, s, k, on):
+        ...         return p - g.sign() * k.lr
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, -4.0])
+        >>> SignDescent([weight], lr=0.5).step()
+        >>> weight.tolist()
+        [-0.5, 0.5]
     """
 
     if TYPE_CHECKING:  # arguments of every constructor that are no options of a param group
@@ -120,11 +138,13 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     @classmethod
     def validate(cls, h: Hyper) -> None:
-        """Checks what concerns several hyperparameters at once; raises ValueError."""
+        """Raises ValueError for hyperparameters that do not go together."""
 
     @classmethod
     def keeps_untouched_rows(cls, on: Switches) -> bool:
-        """Whether a sparse gradient may update the rows it touches only; else it is applied as a dense one.
+        """Whether an update leaves the rows that a sparse gradient does not touch as they are, under these switches.
+
+        If not, a sparse gradient is applied as a dense one.
 
         Raises:
             RuntimeError: for options that do not go with sparse gradients.
@@ -144,10 +164,13 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         """Performs one optimization step.
 
         Args:
-            closure: reevaluates the model and returns the loss.
+            closure: reevaluates the model, computes the gradients and returns the loss.
 
         Returns:
-            The loss of ``closure``, or None.
+            What ``closure`` returned; None without one.
+
+        Raises:
+            CompileError: in strict mode, if the step cannot be compiled although it was to be.
         """
         if torch.compiler.is_compiling():
             return operators.trace_step(self) if closure is None else operators.trace_closure(self, closure)
@@ -189,16 +212,15 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         if self._attached is not None:
             self._attached.advance()
 
-    def attach(self, schedule: Any) -> None:
-        """Lets a schedule move with the steps of this optimizer, so that it needs no ``step()`` of its own.
+    def attach(self, schedule: LRScheduler) -> None:
+        """Steps a schedule after every step of this optimizer, so that nobody needs to call ``schedule.step()``.
 
-        It is stepped after each step, and all is as if by hand: what is changed in it, or in the param groups, counts.
-        In a CUDA graph a tensor learning rate has the closed form, and replays move it. After its last step, a step of
-        the optimizer raises ValueError, as one of the schedule would, and updates nothing.
+        The result is the same as by hand, also when the schedule or the param groups are changed in between. In a CUDA
+        graph, the learning rate must be a tensor; each replay moves it. Once the schedule has ended, a step of the
+        optimizer raises the schedule's ValueError and updates nothing.
 
-        This optimizer keeps the schedule, and no longer the other way round. Its ``state_dict`` is torch's and does not
-        hold the place of the schedule, which has a ``state_dict`` of its own: load both. Copies of the optimizer have
-        nothing attached.
+        The optimizer now holds the schedule, and the schedule refers to the optimizer weakly. ``state_dict`` does not
+        include the schedule: save and load its own ``state_dict`` too. A copy of the optimizer has no schedule.
 
         Args:
             schedule: of `compiled_optim.lr_scheduler`, built on this optimizer.
@@ -219,8 +241,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
         self._attached = Attached(schedule, self)
 
-    def detach(self, schedule: Any) -> None:
-        """Undoes `attach`: the schedule stays where it is, and is stepped by hand from there.
+    def detach(self, schedule: LRScheduler) -> None:
+        """Undoes `attach`. The schedule keeps its place; step it by hand from there.
 
         Raises:
             ValueError: if it is not attached.

@@ -6,6 +6,8 @@ import doctest
 import inspect
 import pydoc
 import re
+import runpy
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -116,3 +118,8 @@ def test_a_subclass_that_declares_nothing_inherits_the_documentation() -> None:
         pass
 
     assert inspect.getdoc(Plain) == inspect.getdoc(AdamW)
+
+
+def test_the_program_that_type_checkers_check_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(Path(__file__).parent / "typing" / "user_script.py"))["main"]()
+    assert "eager" in capsys.readouterr().out

@@ -86,5 +86,13 @@ def main(compiled: bool = False) -> None:
     print(compiled_optim.cache_info().kernels)
 
 
+def refused_by_type_checkers(params: list[nn.Parameter]) -> None:
+    """Never called: an ignore that is not needed is an error under --strict."""
+    AdamW(params, compiled="multitensor")  # type: ignore[arg-type]
+    AdamW(params, learning_rate=0.1)  # type: ignore[call-arg]
+    Lion(params, "0.1")  # type: ignore[arg-type]
+    Lion(params, 0.1, (0.9, 0.99), 0.0, True)  # type: ignore[call-arg]
+
+
 if __name__ == "__main__":
     main()
