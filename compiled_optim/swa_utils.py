@@ -193,19 +193,33 @@ class AveragedModel(swa_utils.AveragedModel):
 
     with :math:`w = 1 / (n + 1)` after :math:`n` models, or :math:`1 - \text{decay}` with ``get_ema_avg_fn``.
 
-    Args:
-        model, device, avg_fn, multi_avg_fn, use_buffers: as in torch.optim.swa_utils.
-        compiled: update all tensors of a dtype in one launch, in place. An ``avg_fn`` of one's own is compiled too if
-            it is elementwise, and until what it refers to changes; then, and a ``multi_avg_fn`` of one's own always, it
-            is called as torch calls it, with a warning.
+    An update that raises changes nothing. To ensure that for your own functions, an update copies the average first.
 
-    An update that raises has changed nothing. For a function of one's own that needs a copy of the average meanwhile.
+    Args:
+        model: the model to average; the average begins as a copy of it.
+        device: where the average is kept; default: where the model is.
+        avg_fn: ``avg_fn(average, model, n)`` returns the new average of one tensor after ``n`` models; default: the
+            equal average.
+        multi_avg_fn: the same for lists of tensors, in place. Not together with ``avg_fn``.
+        use_buffers: average the buffers of the model too; otherwise they are copied.
+        compiled: False averages as torch does. True updates all tensors of a dtype in one launch, in place. Your own
+            ``avg_fn`` is compiled if it is elementwise, for as long as what it refers to does not change. After that it
+            is called as torch calls it, with a warning, as your own ``multi_avg_fn`` always is.
+
+    Example:
+        >>> import torch
+        >>> from compiled_optim.swa_utils import AveragedModel, get_ema_avg_fn
+        >>> model = torch.nn.Linear(3, 1)
+        >>> average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.99), compiled=True)
+        >>> average.update_parameters(model)  # after each step of the optimizer
+        >>> average(torch.ones(2, 3)).shape
+        torch.Size([2, 1])
     """
 
     def __init__(
         self,
         model: Module,
-        device: Any = None,
+        device: int | torch.device | None = None,
         avg_fn: AvgFn | None = None,
         multi_avg_fn: MultiAvgFn | None = None,
         use_buffers: bool = False,
@@ -223,7 +237,7 @@ class AveragedModel(swa_utils.AveragedModel):
         return {**self.__dict__, "_launcher": None}
 
     def update_parameters(self, model: Module) -> None:
-        """Takes the weights of ``model`` into the average, in place; the first time it copies them.
+        """Takes the weights of ``model`` into the average, in place. The first call copies them.
 
         Raises:
             CompileError: in strict mode, if this average cannot be compiled although it was to be.
@@ -309,7 +323,7 @@ _update_outside_graphs = dynamo.never_traced(AveragedModel._update)
 
 
 def _tensors(module: Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters and buffers, in one walk: torch's two take half of the time of a small average (issue 4)."""
+    """Parameters and buffers, in one walk. torch's two walks take half of the time of a small average."""
     modules = list(module.modules())
     parameters: list[Tensor] = [p for m in modules for p in m._parameters.values() if p is not None]
     return parameters, [b for m in modules for b in m._buffers.values() if b is not None]
@@ -323,7 +337,8 @@ def update_bn(loader: Iterable[Any], model: Module, device: Any = None) -> None:
     """Recomputes the statistics of BatchNorm layers in one pass over ``loader``, as torch.optim.swa_utils does.
 
     Args:
-        loader: batches: a tensor, a list or tuple whose first element is one, or a dict, which the model takes whole.
+        loader: batches, each a tensor, a list or tuple that begins with one, or a dict, which the model is given whole.
+        model: the model whose layers are updated.
         device: where to move the batches, the tensors in a dict included.
     """
 

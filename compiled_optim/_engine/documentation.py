@@ -29,18 +29,20 @@ class Documentation:
     """The ``__doc__`` of a class: the text it was written with, and sections that say what its fields say."""
 
     def __init__(self, declaration: Declaration, text: str | None) -> None:
-        self._declaration, self._text = declaration, inspect.cleandoc(text or f"{declaration.name}.")
+        self._declaration, self._text = declaration, text or f"{declaration.name}."
 
     def __get__(self, instance: Any, owner: Any) -> str:
-        if "Args:" in self._text:
-            return self._text
+        text = inspect.cleandoc(self._text)
         sections = {
             "Args": _arguments(self._declaration),
             "State": _state(self._declaration),
             "Example": _example(owner),
         }
-        wrapped = {title: "\n".join(map(_indent, lines)) for title, lines in sections.items()}
-        return "\n\n".join([self._text, *(f"{title}:\n{lines}" for title, lines in wrapped.items() if lines)]) + "\n"
+        for title, lines in sections.items():
+            body = "\n".join(map(_indent, lines))
+            if body and f"{title}:" not in text:
+                text += f"\n\n{title}:\n{body}"
+        return text + "\n"
 
 
 def _indent(line: str) -> str:

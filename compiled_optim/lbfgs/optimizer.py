@@ -6,7 +6,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from compiled_optim._engine.torch_private import dynamo, optim, tensor_parts
 from compiled_optim.lbfgs import checks
 from compiled_optim.lbfgs.history import DTYPES, History, Kernels
 
+T = TypeVar("T")
+
 
 class LBFGS(torch.optim.LBFGS):
     """Limited-memory BFGS: torch.optim.LBFGS, with the update of its history and the direction compiled.
@@ -30,20 +32,35 @@ class LBFGS(torch.optim.LBFGS):
 
     Args:
         params: parameters of one device, in one param group; complex ones count as pairs of reals.
-        lr: the step length, or the first one that a line search tries; a number or a tensor of one element.
-        max_iter: iterations in one step.
-        max_eval: calls of the closure in one step after which no iteration is begun; default ``max_iter * 1.25``.
-        tolerance_grad: a gradient with no element larger than this ends the step.
-        tolerance_change: so does a change of the loss, or of all parameters, below this.
-        history_size: how many pairs of changes of gradient and parameters are remembered.
-        line_search_fn: None, or "strong_wolfe".
-        maximize: ascend instead of descend, in torch.optim since torch 2.14.
-        compiled: whether the vector work is compiled. It is for float32 and float64 on the CPU.
+        lr: factor of the step, or the first one that a line search tries; at least 0; default: 1.
+        max_iter: iterations in one step; default: 20.
+        max_eval: calls of the closure after which a step begins no iteration; default: ``max_iter * 1.25``.
+        tolerance_grad: a step ends at a gradient that has no element above this; default: 1e-07.
+        tolerance_change: a step ends when the loss, or every parameter, changes by less than this; default: 1e-09.
+        history_size: how many pairs of changes of gradient and parameters are kept; default: 100.
+        line_search_fn: None or ``"strong_wolfe"``.
+        maximize: ascend instead of descend; torch.optim has this since torch 2.14.
+        compiled: False works as torch does. True compiles the vector work for float32 and float64 on the CPU.
 
     Raises:
         ValueError: for an argument out of its range; the message names argument, value and range.
         TypeError: for one that is no number.
         RuntimeError: for an unknown line search.
+
+    Example:
+        >>> import torch
+        >>> from compiled_optim import LBFGS
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> optimizer = LBFGS([x], line_search_fn="strong_wolfe", compiled=True)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = (x - 1).square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> optimizer.step(closure).item()
+        13.0
+        >>> [round(v, 3) for v in x.tolist()]
+        [1.0, 1.0]
     """
 
     _compiled: bool = False
@@ -75,7 +92,7 @@ class LBFGS(torch.optim.LBFGS):
         self._compiled = bool(compiled)
         self._inputs = operators.inputs_of(self)
 
-    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], T]) -> T:  # type: ignore[override]
         """Performs up to ``max_iter`` iterations.
 
         Args:
@@ -85,8 +102,8 @@ class LBFGS(torch.optim.LBFGS):
             The first loss of ``closure``.
         """
         if torch.compiler.is_compiling():
-            return _step_outside_graphs(self, closure)
-        return self._run_step(closure)
+            return _step_outside_graphs(self, closure)  # type: ignore[no-any-return]
+        return self._run_step(closure)  # type: ignore[no-any-return]
 
     step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it, and torch.compile traces the wrapper
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # so do schedulers; they need `_opt_called`
