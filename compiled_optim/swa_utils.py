@@ -17,11 +17,10 @@ from torch.nn import Module
 from torch.optim import swa_utils
 
 from compiled_optim._engine.executions.checks import PLAIN
-from compiled_optim._engine.executions.dispatch import COMPILE_ERRORS, switched_off
 from compiled_optim._engine.executions.launch import Plan, Row, make_plan
 from compiled_optim._engine.executions.memory import Memory, ShortStorageError, check_storage
 from compiled_optim._engine.executions.work import Work
-from compiled_optim._engine.fallback import fall_back, fall_back_for
+from compiled_optim._engine.fallback import COMPILE_ERRORS, Fallback
 from compiled_optim._engine.in_graph.handles import same
 from compiled_optim._engine.torch_private import dynamo, inductor
 from compiled_optim._engine.values import lerp
@@ -122,14 +121,13 @@ _PLAIN = frozenset(PLAIN)
 class _Launcher:
     """The launch that updates one set of averaged tensors."""
 
-    def __init__(self, averaged: list[Tensor], fn: Any) -> None:
-        self.averaged, self.fn = averaged, fn
+    def __init__(self, averaged: list[Tensor], fn: Any, fallback: Fallback) -> None:
+        self.averaged, self.fn, self.fallback = averaged, fn, fallback
         rule = (_Average if isinstance(fn, _Weighted) else _custom(fn)).rule
         options = rule.declaration.check({})
         self.work = Work(rule, [{"params": averaged, **options}], defaultdict(dict), options, Memory())
         self.plan: Plan | None = None
         self.failed = ""
-        self.warned: set[Any] = set()
 
     def fits(self, averaged: list[Tensor], fn: Any) -> bool:
         return self.fn is fn and same(averaged, self.averaged)
@@ -183,7 +181,7 @@ class _Launcher:
     def _refused(self, elsewhere: list[tuple[Tensor, str]]) -> None:
         # integers, such as BatchNorm's count, are no fallback
         others = [(p, why) for p, why in elsewhere if p.is_floating_point() or p.is_complex()]
-        fall_back_for(self.warned, others, "tensor", "averaged eagerly")
+        self.fallback.tell_of(others, "tensor", "averaged eagerly")
 
 
 class AveragedModel(swa_utils.AveragedModel):
@@ -230,11 +228,12 @@ class AveragedModel(swa_utils.AveragedModel):
             raise ValueError(f"compiled must be False or True, got {compiled!r}")
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
         self.compiled = compiled
-        self._warned: set[str] = set()
         self._launcher: _Launcher | None = None
 
+    _fallback: Fallback | None = None  # made when it is needed, and again after a copy
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_launcher": None}
+        return {**self.__dict__, "_launcher": None, "_fallback": None}
 
     def update_parameters(self, model: Module) -> None:
         """Takes the weights of ``model`` into the average, in place. The first call copies them.
@@ -249,14 +248,17 @@ class AveragedModel(swa_utils.AveragedModel):
 
     def _update(self, model: Module) -> None:
         on_host = self.n_averaged.device.type == "cpu"  # or reading the count would wait for the device
-        if not (self.compiled and on_host and int(self.n_averaged)) or switched_off():
+        if not (self.compiled and on_host and int(self.n_averaged)):
             self._update_eagerly(model)
             return
-        try:
-            self._launch(model, int(self.n_averaged))
-        except COMPILE_ERRORS as error:
-            fall_back(self._warned, f"the average is updated eagerly: {error}", "repair that, or set compiled=False")
-            self._update_eagerly(model)
+        fallback = self._fallback = self._fallback or Fallback()
+        if not fallback.reason():
+            try:
+                self._launch(model, int(self.n_averaged), fallback)
+                return
+            except COMPILE_ERRORS as error:
+                fallback.tell(f"the average is updated eagerly: {error}", "repair that, or set compiled=False")
+        self._update_eagerly(model)
 
     def _update_eagerly(self, model: Module) -> None:
         """As torch does; what it has written before it raises is taken back."""
@@ -281,7 +283,7 @@ class AveragedModel(swa_utils.AveragedModel):
         return next((fn for fn in (self.avg_fn, self.multi_avg_fn) if fn is not None), _EQUAL)
 
     @torch.no_grad()
-    def _launch(self, model: Module, n: int) -> None:
+    def _launch(self, model: Module, n: int, fallback: Fallback) -> None:
         fn = self._function
         if self.multi_avg_fn is not None and not isinstance(fn, _Weighted):
             raise inductor.LoweringError("a multi_avg_fn works on lists in place, and only an avg_fn can be compiled")
@@ -301,7 +303,7 @@ class AveragedModel(swa_utils.AveragedModel):
             raise inductor.LoweringError("a kernel takes complex numbers as two, which an avg_fn may not")
         launcher = self._launcher
         if launcher is None or not launcher.fits(averaged, fn):
-            launcher = self._launcher = _Launcher(averaged, fn)
+            launcher = self._launcher = _Launcher(averaged, fn, fallback)
         weight = fn.weight(n) if isinstance(fn, _Weighted) else n
         launcher.run(model_of, weight, self._other, casts=self.multi_avg_fn is None)
         if not self.use_buffers:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from compiled_optim._engine.executions.dispatch import COMPILE_ERRORS, switched_off
-from compiled_optim._engine.fallback import fall_back
+from compiled_optim._engine.fallback import COMPILE_ERRORS, Fallback
 from compiled_optim._engine.in_graph import operators
 from compiled_optim._engine.torch_private import dynamo, optim, tensor_parts
 from compiled_optim.lbfgs import checks
@@ -316,11 +315,10 @@ class _Execution:
     def __init__(self) -> None:
         self.reason = ""
         self.kernels: Kernels | None = None
-        self._given_up = ""
-        self._warned: set[str] = set()
+        self._fallback = Fallback()
 
     def kernels_for(self, g: Tensor) -> Kernels | None:
-        self.reason = switched_off() or self._given_up or self._obtain(g)
+        self.reason = self._fallback.reason() or self._obtain(g)
         return None if self.reason else self.kernels
 
     def _obtain(self, g: Tensor) -> str:
@@ -331,15 +329,14 @@ class _Execution:
             reason = (
                 f"L-BFGS steps eagerly: it is compiled for float32 and float64 on the CPU, and its gradient is a {kind}"
             )
-            fall_back(self._warned, reason, remedy)
+            self._fallback.tell(reason, remedy)
             return reason
         if self.kernels is None or self.kernels.dtype != g.dtype:
             try:
                 self.kernels = Kernels(g.dtype)
             except COMPILE_ERRORS as error:
-                fall_back(self._warned, f"the optimizer steps eagerly: {error}", f"repair that, or {remedy}")
-                self._given_up = str(error)
-        return self._given_up
+                return self._fallback.give_up(str(error), f"repair that, or {remedy}")
+        return ""
 
 
 # with the hooks, and an entry in the profiler

@@ -9,9 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_optim._engine import settings
-from compiled_optim._engine.cache.compiler import BuildError
-from compiled_optim._engine.cache.native import NoCompilerError
 from compiled_optim._engine.declaration import Choice
 from compiled_optim._engine.executions import dtensors, foreach, lists
 from compiled_optim._engine.executions.checks import refuse
@@ -20,20 +17,14 @@ from compiled_optim._engine.executions.memory import Memory
 from compiled_optim._engine.executions.state import Journal, withdraw
 from compiled_optim._engine.executions.survey import Values, commit, look
 from compiled_optim._engine.executions.work import Work
-from compiled_optim._engine.fallback import fall_back, fall_back_for
+from compiled_optim._engine.fallback import COMPILE_ERRORS, Fallback
 from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.registry import Kernel
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.rule import Rule, evaluate, first_scalars
-from compiled_optim._engine.torch_private import dynamo, inductor, version
+from compiled_optim._engine.torch_private import inductor, version
 
 _KEPT_REASONS = 19  # and the newest
-COMPILE_ERRORS = (NoCompilerError, BuildError, inductor.LoweringError, inductor.UntraceableError, OSError, ImportError)
-
-
-def switched_off() -> str:
-    """Why nothing is to be compiled now, or an empty string."""
-    return dynamo.compiling_disabled() or ("COMPILED_OPTIM_DISABLE=1" if settings.disabled() else "")
 
 
 def _scalar_names(work: Work, choices: list[Choice]) -> list[tuple[str, ...]]:
@@ -67,8 +58,7 @@ class Execution:
         self._scalar_names: list[tuple[str, ...]] = []  # of each param group
         self._pairs: list[Counts] = []  # what the next step is expected to ask for
         self._kernels: dict[Signature, Kernel] = {}
-        self._warned: set[Any] = set()
-        self._given_up = ""
+        self._fallback = Fallback()
         self._lowering = ""
 
     def work_on(self, groups: list[dict[str, Any]], state: Any, defaults: dict[str, Any]) -> Work:
@@ -82,7 +72,7 @@ class Execution:
         if not self._compiled:
             lists.step(work)
             return
-        self.reason = switched_off() or self._given_up or self._unavailable(work)
+        self.reason = self._fallback.reason() or self._unavailable(work)
         if self.reason:
             lists.step(work)
             return
@@ -91,7 +81,7 @@ class Execution:
             self._step_multi_tensor(work)
         elif any(group.get("capturable") for group in work.groups):
             self.reason = "with capturable=True step counts stay on their device, and graphs of lists read them"
-            fall_back(self._warned, f"the optimizer steps eagerly: {self.reason}", "leave capturable out")
+            self._fallback.tell(f"the optimizer steps eagerly: {self.reason}", "leave capturable out")
             lists.step(work)
         else:
             self._step_foreach(work)
@@ -102,7 +92,7 @@ class Execution:
 
     def begin(self, work: Work) -> None:
         """Starts to compile what the next step needs, if that is known yet. Raises nothing: the step does."""
-        off = switched_off() or self._given_up or version.unsupported_version() or not work.rule.elementwise
+        off = self._fallback.reason() or version.unsupported_version() or not work.rule.elementwise
         if off or self.plan is not None or self._choose_lowering(work) != "multi_tensor":
             return
         with suppress(Exception):  # of an option that is no number, say: the step raises it, and no trace is around it
@@ -115,14 +105,11 @@ class Execution:
                 return ""
             name = work.rule.name
             why = f"the update of {name}, or what it refers to, has changed since it was compiled"
-            return self._give_up(why, "make such a value a hyperparameter, or build another optimizer after a change")
+            return self._fallback.give_up(
+                why, "make such a value a hyperparameter, or build another optimizer after a change"
+            )
         unknown = version.unsupported_version()
-        return self._give_up(unknown, "install a version that is known to work") if unknown else ""
-
-    def _give_up(self, reason: str, remedy: str) -> str:
-        fall_back(self._warned, f"the optimizer steps eagerly: {reason}", remedy)
-        self._given_up = reason
-        return reason
+        return self._fallback.give_up(unknown, "install a version that is known to work") if unknown else ""
 
     def _choose_lowering(self, work: Work) -> str:
         devices = {p.device.type for group in work.groups for p in group["params"]}
@@ -226,19 +213,19 @@ class Execution:
         self._scalar_names = _scalar_names(work, self._choices)
 
         def refused(elsewhere: list[tuple[Tensor, str]]) -> None:
-            fall_back_for(self._warned, elsewhere, "parameter", "updated eagerly")
+            self._fallback.tell_of(elsewhere, "parameter", "updated eagerly")
 
         try:
             if not work.rule.elementwise:
                 raise inductor.LoweringError(f"{work.rule.name} is not elementwise, so not one fusible loop")
             self.plan = plan = make_plan(work, self._choices, self._scalar_names, refused)
         except inductor.LoweringError as error:
-            fall_back(self._warned, str(error), 'it is compiled as with compiled="foreach"')
+            self._fallback.tell(str(error), 'it is compiled as with compiled="foreach"')
             self._lowering = "foreach"
             self._step_foreach(work)
             return None
         except COMPILE_ERRORS as error:
-            self.reason = self._give_up(str(error), "repair that, or build the optimizer with compiled=False")
+            self.reason = self._fallback.give_up(str(error), "repair that, or build the optimizer with compiled=False")
             lists.step(work)
             return None
         self.rebuilt = [*self.rebuilt[-_KEPT_REASONS:], why]
@@ -251,7 +238,7 @@ class Execution:
         updates = look(work, choices)
         sparse = [u for u in updates if u.grad.is_sparse]
         if sparse:
-            fall_back(self._warned, "sparse gradients are applied eagerly", "the other parameters are compiled")
+            self._fallback.tell("sparse gradients are applied eagerly", "the other parameters are compiled")
             updates = [u for u in updates if not u.grad.is_sparse]
         rule, switches = work.rule, [choice.switches for choice in choices]
         off = [False] * len(choices)
@@ -268,7 +255,7 @@ class Execution:
                     self.graphs = foreach.run(rule, updates, switches, scalars)
                 except foreach.Unfinished as left:
                     reason = f"torch.compile failed: {left.__cause__}"
-                    self.reason = self._give_up(reason, "build it with compiled=False")
+                    self.reason = self._fallback.give_up(reason, "build it with compiled=False")
                     rest = lists.batches(left.updates, scalars, off, off) + rest
                 lists.run(rule, rest, switches, scalars)
             except BaseException:

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from compiled_optim._engine.fallback import fall_back
+from compiled_optim._engine.fallback import Fallback
 from compiled_optim._engine.torch_private import dynamo, optim, tensor_parts, version
 
 T = TypeVar("T")
 
 # Every operator says that it writes this, so that none is left out or moved past another: what they do is hidden.
 TOKEN = torch.zeros((), device="cpu")
-_warned: set[str] = set()
+_fallback = Fallback()  # of all graphs of this process
 _NUMBERS = {float, int, bool, type(None), list, str}  # the types that param groups hold most
 
 
@@ -125,7 +125,7 @@ class Inputs:
         if not version.missing:
             _define_operators()
         if obstacle := dynamo.join_trace(type(self._owner())):
-            fall_back(_warned, f"steps run outside of graphs: {obstacle}", "install a version that is known to work")
+            _fallback.tell(f"steps run outside of graphs: {obstacle}", "install a version that is known to work")
         return not obstacle
 
     @dynamo.constant_in_graphs
