@@ -384,7 +384,7 @@ def test_kernels_begun_in_a_trace_do_not_wait_for_who_waits_for_it() -> None:
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         assert inductor.holds_dynamo()
-        registry.begin(())
+        registry.prefetch(())
         release.set()
         return graph.forward
 

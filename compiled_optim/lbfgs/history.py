@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ DTYPES = (torch.float32, torch.float64)
 _ONE_THREAD = 32_768  # bytes of a vector below which one thread is faster: measured, float32 and float64
 _FLAGS = ("-O3", "-march=native", "-fopenmp")
 _SOURCE = Path(__file__).with_name("history.cpp")
-_library: ctypes.CDLL | None = None
+_library: native.Loaded[ctypes.CDLL] | None = None
 _lock = process.new_lock()
 
 
@@ -146,14 +147,15 @@ class Kernels:
     ``origin``: "compiled", "disk", or "memory" if this process had them already; ``seconds``: until they were loaded.
 
     Raises:
-        native.NoCompilerError, build.BuildError, OSError: see `native.begin`.
+        native.NoCompilerError, compiler.BuildError, OSError: see `native.Future.result`.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.name = f"lbfgs_{str(dtype).removeprefix('torch.')}"
-        library, self.origin, self.seconds = _obtain()
-        self._update, self._direction = (getattr(library, f"{f}_{self.name}") for f in ("update", "direction"))
+        library = _compiled()
+        self.origin, self.seconds = library.origin, library.seconds
+        self._update, self._direction = (getattr(library.value, f"{f}_{self.name}") for f in ("update", "direction"))
 
     def update(self, history: History, g: Tensor, before: Tensor, d: Tensor, t: Any) -> None:
         history.make_room()
@@ -216,17 +218,16 @@ def _threads(vector: Tensor) -> int:
     return 1 if vector.nbytes < _ONE_THREAD else process.team_size()
 
 
-def _obtain() -> tuple[ctypes.CDLL, str, float]:
+def _compiled() -> native.Loaded[ctypes.CDLL]:
     global _library
     with _lock:
         if _library is not None:
-            return _library, "memory", 0.0
-        source, flags = _SOURCE.read_text(), [*inductor.BASE_FLAGS, *_FLAGS]
-        key = native.machine_key("lbfgs", source, *flags)
-        found = native.obtain(key, lambda: (source, flags), _load)
-        settings.logger.info("lbfgs: %s in %.1f s", found.origin, found.seconds)
-        _library = found.value
-        return _library, found.origin, found.seconds
+            return replace(_library, origin="memory", seconds=0.0)
+        source = native.Source(_SOURCE.read_text(), [*inductor.BASE_FLAGS, *_FLAGS])
+        key = native.machine_key("lbfgs", source.text, *source.flags)
+        _library = native.get(native.Library(key, lambda: source, _load))
+        settings.logger.info("lbfgs: %s in %.1f s", _library.origin, _library.seconds)
+        return _library
 
 
 def _load(path: Path) -> ctypes.CDLL:

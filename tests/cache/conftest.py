@@ -26,7 +26,7 @@ from compiled_optim._engine.cache import compiler, store
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library compiled once by the compiler of this machine."""
     output = tmp_path_factory.mktemp("real") / "real.so"
-    compiler.build(found_compiler(), SOURCE, FLAGS, output)
+    compiler.compile_library(found_compiler(), SOURCE, FLAGS, output)
     return output
 
 

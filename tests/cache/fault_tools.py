@@ -330,8 +330,13 @@ def load(path: Path) -> int:
     return int(ctypes.CDLL(str(path)).answer())
 
 
-def obtain(key: str = KEY, load: Callable[[Path], Any] = load, **options: Any) -> native.Library[Any]:
-    return native.obtain(key, lambda: (SOURCE, FLAGS), load, **options)
+def begin(key: str = KEY, load: Callable[[Path], Any] = load, facts: Any = None, **options: Any) -> native.Future[Any]:
+    source = native.Source(SOURCE, FLAGS, facts or {})
+    return native.Future(native.Library(key, lambda: source, load), **options)
+
+
+def obtain(key: str = KEY, load: Callable[[Path], Any] = load, facts: Any = None) -> native.Loaded[Any]:
+    return begin(key, load, facts).result()
 
 
 def opened() -> store.Store:
@@ -350,13 +355,10 @@ def found_compiler(*, named: bool = True) -> compiler.Compiler:
     return found
 
 
-def find(fingerprint: str | None = None) -> store.Entry | None:
-    with opened().find(KEY, fingerprint) as entry:
-        return entry
-
-
-def begin(key: str = KEY) -> native.Pending[int]:
-    return native.begin(key, lambda: (SOURCE, FLAGS), load)
+def find(fingerprint: str | None = None) -> Any:
+    """The facts of an entry that is found whole."""
+    found = opened().load(KEY, fingerprint, lambda path: path)
+    return None if found is None else found[1]
 
 
 def contents(directory: Path) -> dict[str, tuple[int, int]]:

@@ -13,7 +13,6 @@ import pytest
 from fault_tools import (
     DAMAGE,
     DIRECTORY_DAMAGE,
-    FLAGS,
     KEY,
     OTHER_KEY,
     SOURCE,
@@ -43,21 +42,9 @@ def test_compiled_once_then_read_without_writing(here: Here) -> None:
     assert first.seconds > 0
     assert second.seconds > 0
     assert contents(here.cache) == before
+    assert find() == first.facts
     assert here.builds() == 1
     assert store.counters == store.Counters()
-
-
-def test_facts_may_be_found_while_producing() -> None:
-    facts = {}
-
-    def produce() -> tuple[str, Sequence[str]]:
-        facts["kernels"] = 1
-        return SOURCE, FLAGS
-
-    assert native.obtain(KEY, produce, load, facts).facts == {"kernels": 1}
-    found = find()
-    assert found is not None
-    assert found.facts == {"kernels": 1}
 
 
 def test_another_compiler_is_a_miss_and_none_is_a_hit(here: Here, entry: Entry) -> None:
@@ -182,7 +169,7 @@ def test_planted_library_never_runs(here: Here, entry: Entry, monkeypatch: Patch
     source = """#include <cstdlib>
         #include <sys/stat.h>
         __attribute__((constructor)) static void run() { mkdir(std::getenv("MARKER"), 0700); }"""
-    compiler.build(found_compiler(), source + SOURCE, (), planted)
+    compiler.compile_library(found_compiler(), source + SOURCE, (), planted)
     shutil.copyfile(planted, entry.library)
     assert obtain().value == 42
     assert not marker.exists()
@@ -219,7 +206,7 @@ def test_what_was_checked_is_loaded(here: Here, entry: Entry) -> None:
         shutil.copy(here.path / "other.so", here.cache / entry.library.name)
         return load(path)
 
-    compiler.build(found_compiler(named=False), SOURCE.replace("42", "666"), (), here.path / "other.so")
+    compiler.compile_library(found_compiler(named=False), SOURCE.replace("42", "666"), (), here.path / "other.so")
     assert obtain(load=exchanged).value == 42
     assert load(here.path / "other.so") == 666
 
@@ -228,7 +215,7 @@ def test_libraries_loaded_one_after_another_are_not_mixed_up(here: Here) -> None
     """The loader remembers names, and a descriptor has the number of one that was closed before."""
     for i, key in enumerate(KEYS[:4]):
         library = here.path / f"{i}.so"
-        compiler.build(found_compiler(named=False), SOURCE.replace("42", str(i)), (), library)
+        compiler.compile_library(found_compiler(named=False), SOURCE.replace("42", str(i)), (), library)
         here.use(fault_tools.copying_compiler(here.path / "cxx", library, here.log))
         assert obtain(key).value == i
     here.use(here.path / "absent")
@@ -284,7 +271,7 @@ def test_writers_sweep_what_others_left(here: Here, entry: Entry) -> None:
         (here.cache / name).touch()
     (here.cache / f"{KEYS[6]}.json.bad").mkdir()
     os.truncate(here.cache / f"{KEYS[3]}.json.bad", 2**40)  # takes no room
-    with opened().writer(KEYS[5], 0) as held:
+    with opened().writer(KEYS[5]) as held:
         assert held
         assert obtain(OTHER_KEY).value == 42
         assert keys_in(here.cache) == {KEY, OTHER_KEY, KEYS[5], "notes.txt"}
@@ -298,7 +285,7 @@ def test_modes_do_not_depend_on_umask(here: Here, monkeypatch: Patch, umask: int
     previous = os.umask(umask)
     try:
         store.open_store()
-        with opened().writer(KEY, 0) as held, compiler.private_directory() as private:
+        with opened().writer(KEY) as held, compiler.private_directory() as private:
             assert held
             assert private.stat().st_mode & 0o777 == 0o700
             opened().publish(KEY, here.real, {}, "")

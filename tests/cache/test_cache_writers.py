@@ -1,5 +1,6 @@
 """Writers: concurrent, interrupted, out of space, without a compiler. A failure is but a miss."""
 
+import atexit
 import errno
 import fcntl
 import itertools
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -88,6 +89,7 @@ def test_two_libraries_are_compiled_at_once(here: Here, gate: Gate) -> None:
     gate.open()
     assert [pending.result().value for pending in both] == [42, 42]
     assert both[0].result() is both[0].result()
+    assert not both[0].failed
 
 
 def test_stopped_lock_holder(here: Here, monkeypatch: Patch) -> None:
@@ -95,7 +97,7 @@ def test_stopped_lock_holder(here: Here, monkeypatch: Patch) -> None:
     monkeypatch.setattr(time, "time", itertools.count(1e9, -3600).__next__)  # a clock that is set back again and again
 
     def hold() -> None:
-        with opened().writer(KEY, 0) as held:
+        with opened().writer(KEY) as held:
             assert held
             os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -127,15 +129,15 @@ PUBLISHING = [(name, nth) for name in ("open", "fchmod", "write", "fsync", "rena
 
 def obtain_failing(
     here: Here, monkeypatch: Patch, name: str, nth: int, failure: Callable[[], object]
-) -> native.Library[int]:
+) -> native.Loaded[int]:
     """Obtain a library, but the nth call of an os function by `publish` fails."""
 
-    def produce() -> tuple[str, Sequence[str]]:
+    def produce() -> native.Source:
         under = here.cache if name in ("open", "rename") else None  # these are called elsewhere, too
         monkeypatch.setattr(os, name, fault_tools.failing(getattr(os, name), failure, nth, under))
-        return SOURCE, FLAGS
+        return native.Source(SOURCE, FLAGS)
 
-    return native.obtain(KEY, produce, load)
+    return native.get(native.Library(KEY, produce, load))
 
 
 @pytest.mark.parametrize(("name", "nth"), PUBLISHING)
@@ -163,29 +165,77 @@ def test_failure_while_publishing(here: Here, monkeypatch: Patch, name: str, nth
 
 
 def test_child_forked_while_compiling_disturbs_nothing(here: Here, gate: Gate) -> None:
-    pending = [begin()]
+    pending = begin()
     gate.wait()
 
     def work() -> None:
+        assert pending.failed
         with pytest.raises(compiler.BuildError, match="not by this one"):
-            pending[0].result()
-        pending.clear()
-        with opened().writer(KEY, 0) as held:
+            pending.result()
+        pending.cancel()
+        with opened().writer(KEY) as held:
             assert not held
 
     assert status_of(in_child(work)) == 0
     gate.open()
-    assert pending[0].result().value == 42
+    assert pending.result().value == 42
     assert find() is not None
 
 
-def test_dropped_while_compiling(here: Here, gate: Gate) -> None:
+def test_child_forked_while_compiling_exits(here: Here, gate: Gate) -> None:
+    """With the handlers that its parent has registered for its own exit."""
     pending = begin()
     gate.wait()
-    del pending
+    assert status_of(in_child(atexit._run_exitfuncs)) == 0
+    gate.open()
+    assert pending.result().value == 42
+
+
+def test_cancelled_while_compiling(here: Here, gate: Gate) -> None:
+    pending = begin()
+    gate.wait()
+    pending.cancel()
     assert os.listdir(here.temporary) == []
-    with opened().writer(KEY, 0) as held:
+    with opened().writer(KEY) as held:
         assert held
+    with pytest.raises(compiler.BuildError, match="was cancelled"):
+        pending.result()
+
+
+def test_cancelled_while_another_writer_is_waited_for() -> None:
+    with opened().writer(KEY) as held:
+        assert held
+        pending = begin()
+        pending.underway.wait()
+        pending.cancel()
+        assert pending.failed
+        impatient = begin(wait=False)
+        with pytest.raises(compiler.BuildError, match="by another writer"):
+            impatient.result()
+    assert obtain().value == 42
+
+
+EXITING = """
+import sys
+sys.path.insert(0, {tests!r})
+import fault_tools
+fault_tools.begin().underway.wait()
+assert sys.stdin.read(1) == "."
+"""
+
+
+def test_process_that_exits_while_compiling_leaves_nothing(here: Here) -> None:
+    hanging = fault_tools.Hanging(here)
+    process = subprocess.Popen(
+        [sys.executable, "-c", EXITING.format(tests=str(Path(__file__).parent))],
+        env={**os.environ, "TMPDIR": str(here.temporary)},
+        stdin=subprocess.PIPE,
+    )
+    hanging.wait()
+    process.communicate(b".")
+    assert process.returncode == 0
+    hanging.wait_for_death()
+    assert os.listdir(here.temporary) == os.listdir(here.cache) == []
 
 
 def test_unreadable_entry_is_left_alone(here: Here, entry: Entry, monkeypatch: Patch) -> None:
@@ -236,11 +286,8 @@ def test_bad_compiler(here: Here, body: str, error: type[Exception], message: st
 
 def test_compiler_that_hangs(here: Here) -> None:
     hanging = fault_tools.Hanging(here)
-    with compiler.private_directory() as private:
-        started = compiler.start_build(found_compiler(), SOURCE, FLAGS, private / "library.so", seconds=0.3)
-        hanging.wait()
-        with pytest.raises(compiler.BuildError, match=r"longer than 0\.3 s"):
-            started.wait()
+    with compiler.private_directory() as private, pytest.raises(compiler.BuildError, match=r"longer than 0\.3 s"):
+        compiler.compile_library(found_compiler(), SOURCE, FLAGS, private / "library.so", seconds=0.3)
     hanging.wait_for_death()
 
 
@@ -250,7 +297,7 @@ def test_interrupt_while_compiling(here: Here, monkeypatch: Patch, moment: str) 
 
     def start_interrupted(*arguments: Any, **options: Any) -> Any:
         process = start(*arguments, **options)
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
         return process
 
     def work() -> None:

@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from compiled_optim._engine.cache.trust import directory_problem
 _PREFIX = "compiled_optim-build-"
 _SHOWN_BYTES = 4096
 _SHOWN_LINES = 12
+_POLL_SECONDS = 0.02
 # Runs a command in a process group in which all are killed when the standard input ends.
 _WATCHED = 'exec 3<&0; { read -r _ <&3; kill -KILL 0; } >/dev/null 2>&1 & exec "$@" </dev/null 3<&-'
 
@@ -72,23 +72,21 @@ def private_directory() -> Iterator[Path]:
     Raises:
         BuildError: there is no place for temporary files, or others could exchange the directory.
     """
-    owner = os.getpid()
     try:
         temporary = Path(tempfile.gettempdir()).resolve()
         _sweep(temporary)
         path, lock = _locked_directory(temporary)
-        problem = directory_problem(path)
     except OSError as error:
         raise BuildError(f"no private directory to compile in: {error}") from error
     try:
+        problem = directory_problem(path)
         if problem is not None:
             raise BuildError(
                 f"no private directory to compile in: {problem}. Set TMPDIR to one that only you can write"
             )
         yield path
     finally:
-        if os.getpid() == owner:  # a forked child unwinds a copy of this frame, but the directory is its parent's
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
 
@@ -97,25 +95,13 @@ def _locked_directory(parent: Path) -> tuple[Path, int]:
     while True:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         os.chmod(path, 0o700)  # an odd umask takes bits from the owner, too
-        with suppress(FileNotFoundError, BlockingIOError):  # swept before it was locked
+        with suppress(FileNotFoundError):  # another process swept it before it was locked
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                _lock(lock)
-                os.stat(path)
-            except BaseException:
-                os.close(lock)
-                raise
-            return path, lock
-
-
-def _lock(directory: int) -> None:
-    """Locks it; raises BlockingIOError if another process has. Where locks do not work, nothing is swept either."""
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass
+            with suppress(OSError):  # where locks do not work, nothing is swept either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return path, lock
+            os.close(lock)
 
 
 def _sweep(parent: Path) -> None:
@@ -131,121 +117,70 @@ def _sweep(parent: Path) -> None:
                 os.close(lock)
 
 
-class Build:
-    """A compiler at work. Call `wait()`, and `stop()` when the result is no longer wanted."""
+def compile_library(
+    compiler: Compiler,
+    source: str,
+    flags: Sequence[str],
+    output: Path,
+    cancelled: threading.Event | None = None,
+    seconds: float = 300,
+) -> None:
+    """Compiles a shared library and waits for it, unless `cancelled` is set or `seconds` have passed before.
 
-    def __init__(self, command: list[str], output: Path, seconds: float) -> None:
-        self.output = output
-        self._owner = os.getpid()
-        self._command = shlex.join(command)
-        self._seconds = seconds
-        self._deadline = time.monotonic() + seconds
-        self._log = output.with_suffix(".log")
-        # The compiler's own temporary files belong in the private directory: one that is killed cannot remove them.
-        environment = {**os.environ, "TMPDIR": str(output.parent)}
-        self._process: subprocess.Popen[bytes] | None = None
-        try:
-            with open(self._log, "xb") as log, _uninterrupted():
-                self._process = subprocess.Popen(
-                    ["/bin/sh", "-c", _WATCHED, "sh", *command],
-                    stdin=subprocess.PIPE,  # ends when this process does
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    start_new_session=True,  # so that a compiler is killed together with what it started
-                )
-                weakref.finalize(self, _kill, self._process)  # for a caller interrupted before it can call `stop`
-        except BaseException:
-            self.stop()
-            raise
-
-    def wait(self) -> None:
-        """Wait until the library is at `output`.
-
-        Raises:
-            BuildError: the compiler failed, took too long, wrote no library, or was started before this process forked.
-        """
-        if os.getpid() != self._owner:
-            raise BuildError(f"compiler was started by process {self._owner}, not by this one: {self._command}")
-        assert self._process is not None
-        try:
-            status = self._process.wait(max(0.0, self._deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            raise self._error(f"took longer than {self._seconds:g} s") from None
-        finally:
-            self.stop()
-        if status != 0:
-            raise self._error(f"failed with status {status}")
-        if not self.output.is_file() or self.output.stat().st_size == 0:
-            raise self._error("reported success but wrote no library")
-
-    def stop(self) -> None:
-        """Kill the compiler and all it started, if it still runs."""
-        if self._process is not None:
-            _kill(self._process)
-
-    def _error(self, problem: str) -> BuildError:
-        printed = b""
-        with suppress(OSError), open(self._log, "rb") as log:
-            printed = log.read(_SHOWN_BYTES)
-        lines = printed.decode(errors="replace").expandtabs().splitlines()[:_SHOWN_LINES]
-        shown = "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
-        return BuildError(f"compiler {problem}: {self._command}\n{shown}")
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-    if process.poll() is None:  # never so in a forked child, whose process this is not
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # in an uninterruptible wait even SIGKILL may take for ever
-            process.wait(5)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Put off Ctrl-C until the end: an interrupt inside Popen would lose sight of a process that has started."""
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is None or threading.current_thread() is not threading.main_thread():  # Python handles no signals here
-        yield
-        return
-    caught: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if caught:
-            signal.raise_signal(signal.SIGINT)
-
-
-def start_build(compiler: Compiler, source: str, flags: Sequence[str], output: Path, seconds: float = 300) -> Build:
-    """Start compiling a shared library.
+    The compiler and everything that it starts are dead afterwards, and they die with this process if that is killed.
+    Call it in a thread that handles no signals: an exception inside `Popen` would lose sight of a started process.
 
     Args:
         compiler: the compiler to run.
         source: C++ code; it is written next to `output`.
         flags: come after the source, so that libraries among them are searched for its symbols.
         output: the library to write, in a directory of its own (see `private_directory`).
-        seconds: how long the compiler may take.
 
     Raises:
-        BuildError: the compiler cannot be started.
+        BuildError: the compiler cannot be started, failed, was stopped or wrote no library.
     """
-    text = output.with_suffix(".cpp")
+    text, log = output.with_suffix(".cpp"), output.with_suffix(".log")
     command = [compiler.path, *compiler.arguments, "-shared", "-fPIC", str(text), *flags, "-o", str(output)]
+    cancelled = cancelled or threading.Event()
     try:
         text.write_text(source, encoding="utf-8")
-        return Build(command, output, seconds)
+        with open(log, "xb") as printed:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", _WATCHED, "sh", *command],
+                stdin=subprocess.PIPE,  # ends when this process does
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                # A killed compiler cannot remove its temporary files, so they belong in the private directory.
+                env={**os.environ, "TMPDIR": str(output.parent)},
+                start_new_session=True,  # a process group, so that a compiler is killed together with what it started
+            )
     except OSError as error:
         raise BuildError(f"compiler cannot be started ({error}): {shlex.join(command)}") from error
+    deadline = time.monotonic() + seconds
+    while (status := process.poll()) is None and time.monotonic() < deadline and not cancelled.wait(_POLL_SECONDS):
+        pass
+    _kill(process)
+    if status == 0 and output.is_file() and output.stat().st_size > 0:
+        return
+    if status is None:
+        problem = "was cancelled" if cancelled.is_set() else f"took longer than {seconds:g} s"
+    else:
+        problem = "reported success but wrote no library" if status == 0 else f"failed with status {status}"
+    raise BuildError(f"compiler {problem}: {shlex.join(command)}\n{_shown(log)}")
 
 
-def build(compiler: Compiler, source: str, flags: Sequence[str], output: Path, seconds: float = 300) -> None:
-    """Compile a shared library and wait for it: `start_build(...).wait()`.
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    if process.poll() is None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # even SIGKILL does not end an uninterruptible wait
+            process.wait(5)
 
-    Raises:
-        BuildError: the compiler cannot be started, failed, took too long or wrote no library.
-    """
-    start_build(compiler, source, flags, output, seconds).wait()
+
+def _shown(log: Path) -> str:
+    """The first lines of what a compiler printed, without control characters."""
+    with open(log, "rb") as file:
+        lines = file.read(_SHOWN_BYTES).decode(errors="replace").expandtabs().splitlines()[:_SHOWN_LINES]
+    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)

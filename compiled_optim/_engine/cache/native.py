@@ -1,7 +1,8 @@
-"""Obtain a native library: from disk if it is there, else compiled, and published for the next process."""
+"""Native libraries: loaded from disk if they are there, else compiled and published for the next process."""
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import json
@@ -9,176 +10,180 @@ import os
 import platform
 import sys
 import sysconfig
+import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 
-from compiled_optim._engine.cache.compiler import Build, find_compiler, private_directory, start_build
-from compiled_optim._engine.cache.store import SCHEMA, Fact, counters, open_store
+from compiled_optim._engine.cache.compiler import BuildError, compile_library, find_compiler, private_directory
+from compiled_optim._engine.cache.store import SCHEMA, Fact, Store, counters, open_store
 from compiled_optim._engine.cache.tidy import tidy
 from compiled_optim.version import __version__
 
 T = TypeVar("T")
-Produce = Callable[[], tuple[str, Sequence[str]]]
 
 LOCK_SECONDS = 120.0  # several times what a library takes to compile
-_LOAD_ERRORS = (OSError, ImportError, RuntimeError)
 
 
 class NoCompilerError(RuntimeError):
     """A library must be compiled and there is no C++ compiler."""
 
 
+class Source(NamedTuple):
+    """What a library is compiled from. ``facts`` are recorded with it, for whoever finds it on disk."""
+
+    text: str
+    flags: Sequence[str]
+    facts: Mapping[str, Fact] = {}
+
+
 @dataclass(frozen=True)
 class Library(Generic[T]):
-    """A loaded library: what `load` made of it, where it came from, and the seconds since it was asked for."""
+    """How to get a library.
+
+    Args:
+        key: from `machine_key`.
+        produce: called only if the library must be compiled.
+        load: opens a library and checks that it fits; raises OSError, ImportError or RuntimeError if it does not. A
+            library from disk that does not load is compiled again, once.
+        persistent: whether the library is looked for and kept on disk.
+    """
+
+    key: str
+    produce: Callable[[], Source]
+    load: Callable[[Path], T]
+    persistent: bool = True
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """What `load` returned, the library's facts and origin, and the seconds since it was asked for."""
 
     value: T
-    origin: Literal["disk", "compiled"]
-    seconds: float
     facts: Mapping[str, Fact]
+    origin: Literal["disk", "compiled", "memory"]
+    seconds: float
 
 
-class Pending(Generic[T]):
-    """A library that was asked for; see `begin`. Use it from one thread at a time."""
+class Future(threading.Thread, Generic[T]):
+    """A library that a daemon thread loads from disk or, failing that, compiles, publishes and loads.
 
-    def __init__(
-        self, key: str, produce: Produce, load: Callable[[Path], T], facts: Mapping[str, Fact], persistent: bool
-    ) -> None:
+    ``underway`` is set once the library is there, its compiler runs, or another process compiles it: from then on it
+    takes time but no Python code.
+
+    Args:
+        library: what to get.
+        wait: whether to wait for another writer that is compiling the library; if not, the future fails.
+    """
+
+    def __init__(self, library: Library[T], *, wait: bool = True) -> None:
+        super().__init__(name="compiled_optim", daemon=True)
+        self.underway = threading.Event()
         self._begun = time.perf_counter()
-        self._key, self._produce, self._load, self._facts = key, produce, load, facts
-        self._store = open_store() if persistent else None
+        self._library, self._wait = library, wait
+        self._store = open_store() if library.persistent else None  # in the thread of the caller, whom it may warn
         self._compiler = find_compiler()
-        self._build: Build | None = None
-        self._held = False
-        self._stack = ExitStack()
-        weakref.finalize(self, self._stack.close)  # dropped, or at exit: stop the compiler, delete its directory
-        self._library = self._find()
-        if self._library is None:
-            # Without waiting: who waits for a lock while holding another one may be waited for in turn.
-            self._start(lock_seconds=0)
+        self._cancelled, self._done = threading.Event(), threading.Event()
+        self._outcome: Loaded[T] | BaseException | None = None
+        self.start()
 
-    def result(self) -> Library[T]:
-        """Wait for the library and load it; the same one again when called again.
+    @property
+    def failed(self) -> bool:
+        """Whether `result` will raise, as in a child that was forked before the library was there."""
+        return isinstance(self._outcome, BaseException) or (self._outcome is None and not self.is_alive())
+
+    def result(self) -> Loaded[T]:
+        """Waits for the library. An exception in the meantime, such as an interrupt, stops the compiler.
 
         Raises:
-            BuildError: the compiler failed.
-            OSError, ImportError, RuntimeError: what `load` raised on a library just compiled.
+            NoCompilerError: there is no C++ compiler, and the library is not on disk.
+            BuildError: the compiler failed, or this process was forked while it ran.
+            Exception: what `produce` raised, or `load` on a library just compiled.
         """
         try:
-            if self._library is None and self._build is None:
-                self._start(lock_seconds=LOCK_SECONDS)
-            if self._library is None:
-                assert self._build is not None
-                self._library = self._finish(self._build)
+            self._finish()
+        except BaseException:
+            self.cancel()
+            raise
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        if self._outcome is None:
+            raise BuildError(f"{self._library.key} is compiled by the process that forked this one, not by this one")
+        return self._outcome
+
+    def cancel(self) -> None:
+        """Stops the compiler, if it runs, and waits until nothing is left of it."""
+        self._cancelled.set()
+        self._finish()
+
+    def _finish(self) -> None:
+        if self.is_alive():  # not so in a forked child, which would wait for ever
+            self._done.wait()  # `join` takes the thread for dead once it was interrupted (CPython issue 90882)
+
+    def run(self) -> None:
+        try:
+            self._outcome = self._find("disk") or self._compile()
+        except BaseException as error:
+            self._outcome = error
         finally:
-            self._close()
-        return self._library
+            self.underway.set()
+            self._done.set()
 
-    def _close(self) -> None:
-        self._build, self._held = None, False
-        self._stack.close()
-
-    def _find(self, origin: Literal["disk", "compiled"] = "disk") -> Library[T] | None:
+    def _find(self, origin: Literal["disk", "compiled"]) -> Loaded[T] | None:
         if self._store is None:
             return None
-        with self._store.find(self._key, None if self._compiler is None else self._compiler.fingerprint) as entry:
-            if entry is None:
-                return None
-            try:
-                return self._loaded(entry.path, origin, entry.facts)
-            except _LOAD_ERRORS as error:  # perhaps because nothing may be executed from that file system
-                self._store.set_aside(self._key, entry.library, f"{entry.library.name} does not load: {error}")
-                return None
+        fingerprint = None if self._compiler is None else self._compiler.fingerprint
+        found = self._store.load(self._library.key, fingerprint, self._library.load)
+        return None if found is None else Loaded(*found, origin, time.perf_counter() - self._begun)
 
-    def _start(self, lock_seconds: float) -> None:
-        """Find the library or start to compile it; neither if another writer does, and is not to be waited for."""
+    def _compile(self) -> Loaded[T]:
         if self._compiler is None:
             raise NoCompilerError(
                 f"no C++ compiler to compile a kernel with (CXX is {os.environ.get('CXX', '')!r}): install g++ or "
                 "clang++, or set CXX to a compiler"
             )
-        try:
-            if self._store is not None:
-                self._held = self._stack.enter_context(self._store.writer(self._key, lock_seconds))
-                if not self._held and lock_seconds == 0:
-                    return
-                self._library = self._find()  # another writer may have been faster
-            if self._library is None:
-                source, flags = self._produce()
-                directory = self._stack.enter_context(private_directory())
-                self._build = start_build(self._compiler, source, flags, directory / "library.so")
-                self._stack.callback(self._build.stop)
-            else:
-                self._close()
-        except BaseException:
-            self._close()
-            raise
+        with ExitStack() as stack:
+            held = self._store is not None and self._lock(self._store, stack)
+            if (found := self._find("disk")) is not None:  # another writer was faster
+                return found
+            source = self._library.produce()
+            self.underway.set()
+            output = stack.enter_context(private_directory()) / "library.so"
+            atexit.register(self.cancel)  # or the directory would stay behind
+            stack.callback(atexit.unregister, self.cancel)
+            compile_library(self._compiler, source.text, source.flags, output, self._cancelled)
+            published = (self._library.key, output, source.facts, self._compiler.fingerprint)
+            if held and self._store is not None and self._store.publish(*published):
+                tidy(self._store, self._library.key)
+                if (found := self._find("compiled")) is not None:
+                    return found
+            value = self._library.load(output)  # once loaded, the file may be deleted
+            return Loaded(value, source.facts, "compiled", time.perf_counter() - self._begun)
 
-    def _finish(self, build: Build) -> Library[T]:
-        build.wait()
-        if self._compiler is not None and self._store is not None and self._held:
-            try:
-                self._store.publish(self._key, build.output, self._facts, self._compiler.fingerprint)
-            except OSError as error:
-                counters.count_error(f"{self._key} cannot be published: {error}")
-            else:
-                with suppress(OSError):
-                    tidy(self._store, self._key)
-                if (library := self._find("compiled")) is not None:
-                    return library
-        elif self._store is not None:
-            counters.count_error(f"{self._key} is not published: it is locked by another writer, or locks do not work")
-        return self._loaded(build.output, "compiled", self._facts)  # once loaded, the file may be deleted
-
-    def _loaded(self, path: Path, origin: Literal["disk", "compiled"], facts: Mapping[str, Fact]) -> Library[T]:
-        value = self._load(path)
-        return Library(value, origin, time.perf_counter() - self._begun, dict(facts))
+    def _lock(self, store: Store, stack: ExitStack) -> bool:
+        """Whether this thread is the only writer; otherwise nothing may be published."""
+        key = self._library.key
+        if stack.enter_context(store.writer(key)):
+            return True
+        if not self._wait:
+            raise BuildError(f"{key} is being compiled by another writer, or locks do not work")
+        self.underway.set()
+        if stack.enter_context(store.writer(key, LOCK_SECONDS, self._cancelled)):
+            return True
+        if self._cancelled.is_set():
+            raise BuildError(f"{key} was cancelled")
+        counters.count_error(f"{key} is not published: it is locked by another writer, or locks do not work")
+        return False
 
 
-def begin(
-    key: str,
-    produce: Produce,
-    load: Callable[[Path], T],
-    facts: Mapping[str, Fact] | None = None,
-    *,
-    persistent: bool = True,
-) -> Pending[T]:
-    """Ask for a library: load it from disk at once, or start to compile it.
-
-    To compile several at once, begin them all and then ask for their results in the same order.
-
-    Args:
-        key: from `machine_key`.
-        produce: gives the C++ source and the compiler's flags. Called only if the library must be compiled, in this
-            thread, by `begin` or (if another process was compiling it) by `result`.
-        load: opens a library and checks that it fits; raises OSError, ImportError or RuntimeError if it does not. A
-            library from disk that does not load is compiled again, once.
-        facts: recorded with the library, for whoever finds it on disk. Read after `produce`, which may add to it.
-        persistent: whether the library is looked for and kept on disk.
-
-    Raises:
-        NoCompilerError: there is no C++ compiler, and the library is not on disk.
-        BuildError: the compiler cannot be started.
-        Exception: anything `produce` raises.
-    """
-    return Pending(key, produce, load, {} if facts is None else facts, persistent)
-
-
-def obtain(
-    key: str, produce: Produce, load: Callable[[Path], T], facts: Mapping[str, Fact] | None = None
-) -> Library[T]:
-    """Load a library from disk, or compile and publish it.
-
-    It is `begin(...).result()`; see there for the arguments and errors.
-    """
-    return begin(key, produce, load, facts).result()
+def get(library: Library[T]) -> Loaded[T]:
+    """`Future(library).result()`."""
+    return Future(library).result()
 
 
 def machine_key(*parts: str) -> str:

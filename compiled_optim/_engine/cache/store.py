@@ -14,16 +14,18 @@ import json
 import os
 import re
 import secrets
+import threading
 import time
-from collections.abc import Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeAlias, Union
+from typing import TypeAlias, TypeVar, Union
 
 from compiled_optim._engine import settings
-from compiled_optim._engine.cache.trust import Distrust, contents, loadable, open_mine
-from compiled_optim._engine.cache.trust import directory_problem as directory_problem
+from compiled_optim._engine.cache.trust import Distrust, contents, directory_problem, loadable, open_mine
+
+T = TypeVar("T")
 
 SCHEMA = 1
 Fact: TypeAlias = Union[str, int, float, "list[Fact]"]
@@ -66,16 +68,6 @@ class Counters:
 
 counters = Counters()
 _warned: set[str | None] = set()
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A library found whole, and what its maker recorded about it; ``path`` is where to load it from."""
-
-    key: str
-    library: Path
-    path: Path
-    facts: dict[str, Fact]
 
 
 @dataclass(frozen=True)
@@ -165,66 +157,64 @@ class Store:
     def __init__(self, root: Path, limit: int) -> None:
         self.root, self.limit = root, limit
 
-    @contextmanager
-    def find(self, key: str, fingerprint: str | None) -> Iterator[Entry | None]:
-        """Look up an entry and check it from end to end; in the context, what was checked can be loaded.
+    def load(self, key: str, fingerprint: str | None, load: Callable[[Path], T]) -> tuple[T, dict[str, Fact]] | None:
+        """Check an entry from end to end and load its library.
 
         Args:
             key: the entry's key.
             fingerprint: of the compiler at hand; an entry made by another one is a miss. None, for no compiler at
                 hand, accepts any.
+            load: opens a library, and raises OSError, ImportError or RuntimeError if it does not fit.
 
         Returns:
-            None for a miss, which includes every error. A bad entry is set aside and counted first.
+            What `load` returned and the entry's facts; None for a miss, which includes every error. A bad entry is
+            set aside and counted first.
         """
-        with ExitStack() as stack:
-            yield self._find(key, fingerprint, stack)
-
-    def _find(self, key: str, fingerprint: str | None, stack: ExitStack) -> Entry | None:
-        library, before = None, None
+        manifest = None
         try:
             while True:
-                manifest = self._manifest(key)
-                if fingerprint is not None and manifest.compiler != fingerprint:
+                before, manifest = manifest, self._manifest(key)
+                if fingerprint not in (None, manifest.compiler):
                     return None
-                library = self.root / manifest.library
                 try:
-                    descriptor = open_mine(library, manifest.size)
-                    break
+                    return self._load(manifest, load), manifest.facts
                 except FileNotFoundError:
-                    if manifest == before:
+                    if manifest == before:  # otherwise a writer may just have replaced both
                         raise
-                before = manifest  # a writer may just have replaced both
-            stack.callback(os.close, descriptor)
-            if hashlib.sha256(contents(descriptor, manifest.size)).hexdigest() != manifest.sha256:
-                raise Distrust(f"{library.name} is damaged")
-            with suppress(OSError):
-                os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
-            return Entry(key, library, loadable(descriptor, library), manifest.facts)
         except FileNotFoundError:
-            if library is not None:
-                self.set_aside(key, library, f"{library.name} is missing")
+            if manifest is not None:
+                self._set_aside(key, manifest, f"{manifest.library} is missing")
         except Distrust as problem:
-            self.set_aside(key, library, str(problem))
+            self._set_aside(key, manifest, str(problem))
         except OSError as error:
             counters.count_error(f"{key} cannot be read: {error}")
         return None
 
-    def _manifest(self, key: str) -> _Manifest:
-        descriptor = open_mine(self.root / f"{key}.json", _MANIFEST_LIMIT)
-        try:
-            return _Manifest.decode(contents(descriptor, _MANIFEST_LIMIT), key)
-        finally:
-            os.close(descriptor)
+    def _load(self, manifest: _Manifest, load: Callable[[Path], T]) -> T:
+        library = self.root / manifest.library
+        with open_mine(library, manifest.size) as descriptor:
+            if hashlib.sha256(contents(descriptor, manifest.size)).hexdigest() != manifest.sha256:
+                raise Distrust(f"{library.name} is damaged")
+            with suppress(OSError):
+                os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
+            path = loadable(descriptor, library)
+            try:
+                return load(path)
+            except (OSError, ImportError, RuntimeError) as error:  # such as a file system that allows no execution
+                raise Distrust(f"{library.name} does not load: {error}") from error
 
-    def set_aside(self, key: str, library: Path | None, reason: str) -> None:
+    def _manifest(self, key: str) -> _Manifest:
+        with open_mine(self.root / f"{key}.json", _MANIFEST_LIMIT) as descriptor:
+            return _Manifest.decode(contents(descriptor, _MANIFEST_LIMIT), key)
+
+    def _set_aside(self, key: str, manifest: _Manifest | None, reason: str) -> None:
         """Put a bad entry out of the way and count it, unless another process just did so."""
         if _put_away(self.root / f"{key}.json"):
             counters.count_bad(reason)
-            if library is not None:
-                _put_away(library)
+            if manifest is not None:
+                _put_away(self.root / manifest.library)
 
-    def publish(self, key: str, library: Path, facts: Mapping[str, Fact], fingerprint: str) -> None:
+    def publish(self, key: str, library: Path, facts: Mapping[str, Fact], fingerprint: str) -> bool:
         """Copy a library into the store; call it while holding `writer`.
 
         Args:
@@ -233,14 +223,19 @@ class Store:
             facts: anything worth knowing about it without loading it; JSON keeps it.
             fingerprint: of the compiler that made it.
 
-        Raises:
-            OSError: it could not be written, and nothing of it is left.
+        Returns:
+            Whether it is there. If not, the error is counted and nothing of it is left.
         """
-        code = library.read_bytes()
-        manifest = _Manifest(SCHEMA, key, fingerprint, hashlib.sha256(code).hexdigest(), len(code), dict(facts))
-        self._write(manifest.library, code, min(_LIBRARY_LIMIT, self.limit))
-        self._write(f"{key}.json", manifest.encode(), _MANIFEST_LIMIT)
-        self._sweep(key)
+        try:
+            code = library.read_bytes()
+            manifest = _Manifest(SCHEMA, key, fingerprint, hashlib.sha256(code).hexdigest(), len(code), dict(facts))
+            self._write(manifest.library, code, min(_LIBRARY_LIMIT, self.limit))
+            self._write(f"{key}.json", manifest.encode(), _MANIFEST_LIMIT)
+            self._sweep(key)
+        except OSError as error:
+            counters.count_error(f"{key} cannot be published: {error}")
+            return False
+        return True
 
     def _write(self, name: str, data: bytes, limit: int) -> None:
         if not 0 < len(data) <= limit:
@@ -263,18 +258,18 @@ class Store:
             raise
 
     @contextmanager
-    def writer(self, key: str, seconds: float) -> Iterator[bool]:
+    def writer(self, key: str, seconds: float = 0, cancelled: threading.Event | None = None) -> Iterator[bool]:
         """Hold the right to write an entry, against other threads and processes.
 
         Args:
             key: the entry's key.
-            seconds: how long to wait for another writer.
+            seconds: how long to wait for another writer, unless `cancelled` is set before.
 
         Returns:
             Whether it is held. If not, after the time limit or where locks do not work, do not publish.
         """
         owner, path = os.getpid(), self.root / f"{key}.lock"
-        descriptor = _lock(path, seconds)
+        descriptor = _lock(path, seconds, cancelled or threading.Event())
         if descriptor is None:
             yield False
             return
@@ -289,7 +284,7 @@ class Store:
 
     def sweep(self, key: str) -> None:
         """Remove what killed writers and bad entries left of a key, unless it is being written."""
-        with self.writer(key, 0) as held:
+        with self.writer(key) as held:
             if held:
                 self._sweep(key)
 
@@ -301,7 +296,7 @@ class Store:
 
     def drop(self, key: str) -> None:
         """Remove an entry, unless it is being written."""
-        with self.writer(key, 0) as held:
+        with self.writer(key) as held:
             if held:
                 _delete(self.root / f"{key}.json")  # first: a library without one is a miss, the reverse is a bad entry
                 self._remove(re.compile(re.escape(key) + ".*"), {f"{key}.lock"})
@@ -337,7 +332,7 @@ def _put_away(path: Path) -> bool:
     return True
 
 
-def _lock(path: Path, seconds: float) -> int | None:
+def _lock(path: Path, seconds: float, cancelled: threading.Event) -> int | None:
     """A descriptor that holds the lock at ``path``, which its holder removes; None if it cannot be had."""
     deadline = time.monotonic() + seconds
     while True:
@@ -360,6 +355,5 @@ def _lock(path: Path, seconds: float) -> int | None:
         finally:
             if not held:
                 os.close(descriptor)
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= deadline or cancelled.wait(_POLL_SECONDS):
             return None
-        time.sleep(_POLL_SECONDS)

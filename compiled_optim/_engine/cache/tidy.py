@@ -29,14 +29,13 @@ class _Files:
 def tidy(store: Store, own: str) -> None:
     """Removes what killed writers left, bad entries, and the entries not used for longest that exceed the limits.
 
+    A directory that cannot be read is left as it is.
+
     Args:
         own: the key of the entry that has just been published, which stays.
-
-    Raises:
-        OSError: the directory cannot be read.
     """
     found: dict[str, _Files] = {}
-    with os.scandir(store.root) as entries:
+    with suppress(OSError), os.scandir(store.root) as entries:
         for entry in entries:
             ours = OURS.fullmatch(entry.name)
             with suppress(FileNotFoundError):  # by another one that tidies

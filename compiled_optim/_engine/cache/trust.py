@@ -6,6 +6,8 @@ import errno
 import itertools
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _serial = itertools.count()
@@ -40,7 +42,8 @@ def directory_problem(directory: Path) -> str | None:
     return None
 
 
-def open_mine(path: Path, limit: int) -> int:
+@contextmanager
+def open_mine(path: Path, limit: int) -> Iterator[int]:
     """A descriptor of a file of mine that has no more than ``limit`` bytes. Follows no link and waits for no FIFO.
 
     Raises:
@@ -63,10 +66,9 @@ def open_mine(path: Path, limit: int) -> int:
             raise Distrust(f"{path.name} has another owner, another writer or another name")
         if status.st_size > limit:
             raise Distrust(f"{path.name} has {status.st_size} bytes, {limit} at most were expected")
-    except BaseException:
+        yield descriptor
+    finally:
         os.close(descriptor)
-        raise
-    return descriptor
 
 
 def contents(descriptor: int, limit: int) -> bytes:

@@ -97,7 +97,7 @@ class Execution:
             return
         with suppress(Exception):  # of an option that is no number, say: the step raises it, and no trace is around it
             choices = work.read()
-            registry.begin(expected(work, choices, _scalar_names(work, choices)))
+            registry.prefetch(expected(work, choices, _scalar_names(work, choices)))
 
     def _unavailable(self, work: Work) -> str:
         if self.plan is not None:

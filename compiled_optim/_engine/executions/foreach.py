@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_optim._engine.cache.store import directory_problem
+from compiled_optim._engine.cache.trust import directory_problem
 from compiled_optim._engine.executions.lists import update_lists
 from compiled_optim._engine.executions.survey import Member, Scalars, advance, in_order
 from compiled_optim._engine.rule import Rule, arithmetic_dtype

@@ -132,10 +132,10 @@ def make_plan(
 
     Raises:
         inductor.LoweringError: if the rule refers to what could change unnoticed.
-        What `look`, `registry.obtain` and ``refused`` raise.
+        What `look`, `registry.get` and ``refused`` raise.
     """
     members, form = _sorted_by_kernel(work, choices, scalar_names)
-    host, found = registry.obtain([m.signature for m in members if m.grad is not None and m.signature])
+    host, found = registry.get([m.signature for m in members if m.grad is not None and m.signature])
     declaration = work.rule.declaration
     native = host.make(declaration.slots, len(declaration.counts))
     plan = Plan(host, native, [c.switches for c in choices], work.rule.update, form)

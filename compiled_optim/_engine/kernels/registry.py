@@ -10,8 +10,8 @@ import importlib.util
 import inspect
 import os
 import sysconfig
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,7 @@ import torch
 
 from compiled_optim._engine import process, settings
 from compiled_optim._engine.cache import native
+from compiled_optim._engine.cache.store import Fact
 from compiled_optim._engine.kernels.backends.cpu import translation_unit
 from compiled_optim._engine.kernels.references import UnknownReferenceError, is_own, references
 from compiled_optim._engine.kernels.trace import Signature, trace
@@ -59,7 +60,7 @@ _kernels: dict[Signature, Kernel] = {}
 _MOST_VERSIONS = 8  # of what one rule refers to
 _counts = {"hits": 0, "disk_hits": 0, "misses": 0}
 _host: ModuleType | None = None
-_ahead: set[Signature] = set()  # obtained before they were asked for
+_ahead: dict[Signature | None, native.Future[Any]] = {}  # prefetched, and not asked for since; None: the host module
 _lock = process.new_lock()
 
 
@@ -76,80 +77,78 @@ def forget() -> None:
         _counts.update(dict.fromkeys(_counts, 0))
 
 
-def obtain(signatures: Sequence[Signature]) -> tuple[ModuleType, dict[Signature, Kernel]]:
+def get(signatures: Sequence[Signature]) -> tuple[ModuleType, dict[Signature, Kernel]]:
     """The host module and a kernel for each signature; what must be compiled is compiled side by side.
 
     Raises:
-        native.NoCompilerError, build.BuildError, inductor.LoweringError: see there.
+        native.NoCompilerError, compiler.BuildError, inductor.LoweringError: see there.
     """
+    global _host
     with _lock:
         wanted = dict.fromkeys(signatures)
-        new = _load(wanted) | _ahead.intersection(wanted)
-        _ahead.difference_update(new)
+        new = [s for s in wanted if s not in _kernels]
+        with _compiling(new) as futures:
+            _host = _host or futures[None].result().value
+            _kernels.update((s, _kernel(s, futures[s].result())) for s in new)
         _counts["hits"] += len(wanted) - len(new)
-        assert _host is not None
         return _host, {s: k if s in new else replace(k, origin="memory") for s in wanted for k in (_kernels[s],)}
 
 
-def begin(signatures: Sequence[Signature]) -> None:
-    """Begins what `obtain` will be asked for, and returns while it is compiled; raises nothing, as `obtain` will."""
-    begun = threading.Event()
-    traced_around = inductor.holds_dynamo()
+def prefetch(signatures: Iterable[Signature]) -> None:
+    """Lowers what `get` will be asked for, and returns while it is compiled.
 
-    def let_go() -> None:
-        inductor.excuse_from_dynamo(False)
-        begun.set()
-
-    def run() -> None:
-        # who holds the lock may wait for Dynamo's, which the caller may hold: the caller does not wait then
-        if _lock.acquire(blocking=False):
-            inductor.excuse_from_dynamo(traced_around)
-        else:
-            let_go()
-            _lock.acquire()
-        try:
-            _ahead.update(_load(signatures, let_go))
-        except Exception as error:
-            settings.logger.info("%s could not be obtained ahead: %s", [s.name for s in signatures], error)
-        finally:
-            _lock.release()
-            let_go()
-
-    # a thread of its own, which waits for the compiler; and the caller may be tracing, which lowering is no part of
-    threading.Thread(target=run, name="compiled_optim", daemon=True).start()
-    begun.wait()  # until all is lowered
+    Raises nothing but interrupts: what fails here fails in `get` again. Takes no lock that `get` holds, because the
+    caller may hold Dynamo's lock, and `get` may be waiting for that.
+    """
+    new = [s for s in dict.fromkeys(signatures) if s not in _kernels]
+    try:
+        with _compiling(new, wait=False) as futures:
+            _ahead.update(futures)
+    except Exception as error:
+        settings.logger.info("%s could not be prefetched: %s", [s.name for s in signatures], error)
 
 
-def _load(signatures: Iterable[Signature], begun: Callable[[], None] = lambda: None) -> set[Signature]:
-    """Loads the host module and the kernels that are not loaded; which they are. Calls ``begun`` once all are begun."""
-    global _host
-    host = _begin_host() if _host is None else None
-    # in one order everywhere: two processes that begin the same kernels wait for each other's locks
-    wanted = sorted(dict.fromkeys(signatures), key=repr)
-    pending = {s: _begin(s) for s in wanted if s not in _kernels}
-    begun()
-    if host is not None:
-        _host = host.result().value
-    for signature, library in pending.items():
-        _kernels[signature] = _finish(signature, library.result())
-    return set(pending)
+@contextmanager
+def _compiling(new: Iterable[Signature], wait: bool = True) -> Iterator[dict[Signature | None, native.Future[Any]]]:
+    """Futures of kernels and of the host module, unless it is loaded; an exception in the context stops the compilers.
+
+    All are lowered, one after another, when the context is entered.
+    """
+    excused = inductor.holds_dynamo()
+    futures: dict[Signature | None, native.Future[Any]] = {}
+    try:
+        for wanted in (*([None] if _host is None else []), *new):
+            future = _ahead.pop(wanted, None)
+            if future is None or future.failed:
+                library = _host_library() if wanted is None else _library(wanted, excused)
+                future = native.Future(library, wait=wait)
+            futures[wanted] = future
+            future.underway.wait()
+            if future.failed:
+                future.result()
+        yield futures
+    except BaseException:
+        for future in futures.values():
+            future.cancel()
+        raise
 
 
 def host_module() -> ModuleType:
     """The compiled host module (host/host.cpp)."""
-    return obtain(())[0]
+    return get(())[0]
 
 
-def _begin(signature: Signature) -> native.Pending[ctypes.CDLL]:
-    facts: dict[str, Any] = {"name": signature.name}
+def _library(signature: Signature, excused: bool) -> native.Library[ctypes.CDLL]:
+    """``excused``: whether it is lowered without Dynamo's lock, which the caller holds until that is done."""
+    versions = {s.references for s in _kernels if s.rule is signature.rule} - {signature.references}
 
-    def produce() -> tuple[str, Sequence[str]]:
-        versions = {s.references for s in _kernels if s.rule is signature.rule}
-        if len(versions - {signature.references}) >= _MOST_VERSIONS:
+    def produce() -> native.Source:
+        inductor.excuse_from_dynamo(excused)
+        if len(versions) >= _MOST_VERSIONS:
             raise inductor.UntraceableError(f"what the update of {signature.name} refers to changes again and again")
         lowered = inductor.lower_cpp(trace(signature))
-        facts["bytes_per_element"] = bytes_per_element(signature, lowered)
-        return translation_unit(signature, lowered), inductor.cpp_flags()
+        facts: dict[str, Fact] = {"name": signature.name, "bytes_per_element": bytes_per_element(signature, lowered)}
+        return native.Source(translation_unit(signature, lowered), inductor.cpp_flags(), facts)
 
     def load(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
@@ -160,10 +159,10 @@ def _begin(signature: Signature) -> native.Pending[ctypes.CDLL]:
 
     identity, persistent = _identity(signature)
     key = native.machine_key("kernel", _engine(), torch.backends.cpu.get_cpu_capability(), *identity)
-    return native.begin(key, produce, load, facts, persistent=persistent)
+    return native.Library(key, produce, load, persistent)
 
 
-def _finish(signature: Signature, library: native.Library[ctypes.CDLL]) -> Kernel:
+def _kernel(signature: Signature, library: native.Loaded[ctypes.CDLL]) -> Kernel:
     address = ctypes.cast(library.value.launch, ctypes.c_void_p).value
     assert address is not None
     traffic = int(library.facts["bytes_per_element"])  # type: ignore[arg-type]
@@ -178,7 +177,7 @@ def bytes_per_element(signature: Signature, lowered: inductor.Lowered) -> int:
     return sum(signature.flat_dtypes[i].itemsize for i in flat)
 
 
-def _begin_host() -> native.Pending[ModuleType]:
+def _host_library() -> native.Library[ModuleType]:
     source = (_HOST / "host.cpp").read_text()
     headers = [file.read_text() for file in sorted(_HOST.glob("*.h"))]
     # it is compiled beside the first kernel: at -O2 it would take longer than that, and is not faster
@@ -196,7 +195,8 @@ def _begin_host() -> native.Pending[ModuleType]:
         module.start(torch.Tensor, torch.nn.Parameter, sample, sample.data_ptr())
         return module
 
-    return native.begin(native.machine_key("host", source, *headers, *flags), lambda: (source, flags), load)
+    key = native.machine_key("host", source, *headers, *flags)
+    return native.Library(key, lambda: native.Source(source, flags), load)
 
 
 def _identity(signature: Signature) -> tuple[list[str], bool]:
