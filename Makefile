@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-torch lint graphs bench fuzz clean
+.PHONY: help venv demo lines test test-torch lint graphs bench fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -43,6 +43,9 @@ lint: .venv/.stamp ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict compiled_optim tests/typing
+
+lines: .venv/.stamp ## count the lines of code by folder, with the difference to the last commit
+	$(BIN)/python tests/code_lines.py
 
 SEED ?= 0
 STEPS ?= 20000

@@ -6,25 +6,13 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiled_optim import algorithms
 from compiled_optim._engine.cache.store import CacheWarning, open_store
 from compiled_optim._engine.executions import foreach
 from compiled_optim._engine.fallback import CompileError, CompileFallbackWarning
 from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.registry import CacheInfo, cache_info
-from compiled_optim.algorithms import (
-    ASGD,
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    NAdam,
-    RAdam,
-    RMSprop,
-    Rprop,
-    SparseAdam,
-)
+from compiled_optim.algorithms import *  # noqa: F403
 from compiled_optim.optimizer import Optimizer
 from compiled_optim.report import explain
 from compiled_optim.version import __version__
@@ -67,27 +55,16 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "ASGD",
     "LBFGS",
-    "SGD",
-    "Adadelta",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
     "CacheInfo",
     "CacheWarning",
     "CompileError",
     "CompileFallbackWarning",
-    "NAdam",
     "Optimizer",
-    "RAdam",
-    "RMSprop",
-    "Rprop",
-    "SparseAdam",
     "__version__",
     "cache_clear",
     "cache_dir",
     "cache_info",
     "explain",
 ]
+__all__ += algorithms.__all__

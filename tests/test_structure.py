@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from code_lines import by_folder, in_working_tree
 
 import compiled_optim
 
@@ -31,25 +32,27 @@ def test_private_torch_stands_in_one_folder() -> None:
     assert found == {"_engine.torch_private"}
 
 
-def code_lines(file: Path) -> int:
-    """Lines that are neither blank nor comment nor docstring."""
-    lines = file.read_text().splitlines()
-    documentation: set[int] = set()
-    if file.suffix == ".py":
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-                documentation.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    return sum(
-        bool(line.strip()) and not line.strip().startswith(("#", "//")) and number not in documentation
-        for number, line in enumerate(lines, 1)
-    )
+# A number that rises is argued in the commit that raises it.
+BUDGETS = {
+    "compiled_optim": 1080,
+    "compiled_optim/_engine": 690,
+    "compiled_optim/_engine/cache": 680,
+    "compiled_optim/_engine/executions": 1800,
+    "compiled_optim/_engine/in_graph": 530,
+    "compiled_optim/_engine/kernels": 560,
+    "compiled_optim/_engine/kernels/backends": 150,
+    "compiled_optim/_engine/kernels/host": 945,
+    "compiled_optim/_engine/torch_private": 480,
+    "compiled_optim/algorithms": 460,
+    "compiled_optim/lbfgs": 615,
+    "compiled_optim/lr_scheduler": 920,
+}
 
 
-def test_size_of_the_package() -> None:
-    files = [*FILES, *PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]
-    lines = sum(code_lines(file) for file in files if file.name != "demo.py")
-    print(f"{lines} lines of code")
-    assert lines < 7850
+def test_each_folder_keeps_its_budget() -> None:
+    lines = by_folder(in_working_tree())
+    assert set(lines) == set(BUDGETS)
+    assert not {folder: n for folder, n in lines.items() if n > BUDGETS[folder]}
 
 
 @pytest.mark.parametrize("name", compiled_optim.algorithms.__all__)
