@@ -46,11 +46,11 @@ def _annotations(cls: type, names: Iterable[str]) -> dict[str, Any]:
 
 
 class Choice(NamedTuple):
-    """The values of one param group as the update rule sees them."""
+    """The values of one param group as a rule sees them."""
 
     hyper: Any
     switches: Any
-    has_tensors: bool  # or other values that change in place
+    has_tensors: bool  # whether it holds tensors, or other values that can change in place
 
 
 class Declaration:
@@ -73,7 +73,7 @@ class Declaration:
         if self.carried and not counted:
             raise TypeError(f"{self.name}: what `scalars` carries, {list(self.carried)}, needs a counter() beside it")
         self._annotations = _annotations(cls, self.options)
-        self.counts = ("step", *self.carried) if counted else ()  # 0-d state, which the host reads
+        self.counts = ("step", *self.carried) if counted else ()  # the 0-d state
         self.slots = (*self.counts, *self.buffers)
         self.switch_type: Any = namedtuple("Switches", [k for k, v in self.options.items() if v.switch])  # type: ignore[misc]
         self._read = itemgetter(*self.options)
@@ -81,7 +81,7 @@ class Declaration:
         self.hyper_type: Any = namedtuple("Hyper", [n for n, _ in names])  # type: ignore[misc]
         self._numbers_at = [i for i, (_, field) in enumerate(names) if isinstance(field, Number)]
         self._switches_at = [i for i, (_, field) in enumerate(names) if field.switch]
-        # such as betas; the last first, so that to spread one moves no other
+        # Positions of tuples, such as betas; the last comes first, so that spreading one does not move the others.
         self._tuples_at = [i for i, f in enumerate(self.options.values()) if isinstance(f.default, tuple)][::-1]
 
     def _rule_names(self, option: str) -> list[str]:
@@ -134,7 +134,7 @@ class Declaration:
             parts = self.parts(name, value)
             if any(isinstance(p, Tensor) for p in parts) and not all(isinstance(p, Tensor) for p in parts):
                 raise ValueError(f"{self.name}: {name} must be all floats or all tensors, got {value!r}")
-            for label, part, given in zip(self._rule_names(name), parts, self._given(name, value), strict=True):
+            for label, part, given in self._labelled(name, parts, value):
                 if not field.admits(part):
                     raise ValueError(f"{self.name}: {label} must be {field.range}, got {given!r}")
         return checked
@@ -151,9 +151,10 @@ class Declaration:
             missing, found = error.args[0], [name for name in group if name != "params"]
             raise KeyError(f"{self.name}: a param group must have {missing!r}, got {found}") from None
 
-    def _given(self, name: str, value: Any) -> list[Any]:
-        """The parts of a value as they were given, for messages."""
-        return list(value) if isinstance(self.options[name].default, tuple) else [value]
+    def _labelled(self, name: str, parts: Any, value: Any) -> Iterable[tuple[str, Any, Any]]:
+        """Each part of a hyperparameter with its name, and as it was given, for messages."""
+        given = value if isinstance(self.options[name].default, tuple) else [value]
+        return zip(self._rule_names(name), parts, given, strict=True)
 
     def parts(self, name: str, value: Any) -> tuple[Any, ...]:
         """A hyperparameter as plain numbers and tensors of one element: one, or as many as its default has.
@@ -171,7 +172,7 @@ class Declaration:
             raise TypeError(f"{self.name}: {name} must have {len(field.default)} values, got {value!r}")
         elif len(parts) != len(field.default):
             raise ValueError(f"{self.name}: {name} must have {len(field.default)} values, got {value!r}")
-        for label, part, given in zip(self._rule_names(name), parts, self._given(name, value), strict=True):
+        for label, part, given in self._labelled(name, parts, value):
             if isinstance(part, Tensor):
                 if part.numel() != 1 or part.is_complex():
                     got = f"{part.dtype} and shape {tuple(part.shape)}"
@@ -185,16 +186,16 @@ class Declaration:
         return tuple(parts)
 
     def choose(self, group: dict[str, Any], *, keep_tensors: bool = False) -> Choice:
-        """Reads a param group; tensors become floats unless they must stay in the graph or on their device.
+        """Reads a param group. Tensors become floats unless they must stay in the graph or on their device.
 
-        For a group in which a hyperparameter is no number, `Choice.hyper` raises that when it is used.
+        If a hyperparameter is no number, using `Choice.hyper` raises the error that says so.
         """
         read = self.read(group)
         for i in self._tuples_at:
             if type(read[i]) is tuple:
                 read = (*read[:i], *read[i], *read[i + 1 :])
         if len(read) == len(self.hyper_type._fields) and _PLAIN.issuperset(map(type, read)):
-            with suppress(TypeError, OverflowError):  # of None, and of an int beyond all floats
+            with suppress(TypeError, OverflowError):  # raised for None, and for an int that no float can hold
                 list(map(float, [read[i] for i in self._numbers_at]))
                 on = [bool(read[i]) for i in self._switches_at]
                 return Choice(self.hyper_type._make(read), self.switch_type._make(on), False)
@@ -225,9 +226,9 @@ class Declaration:
 
 
 class Unreadable:
-    """In place of hyperparameters one of which is no number: an error when they are used.
+    """Stands for hyperparameters of which one is no number, and raises that error when one of them is used.
 
-    As in torch.optim, a param group of which nothing is updated may hold anything.
+    As in torch.optim, a param group in which nothing is updated may hold anything.
     """
 
     def __init__(self, error: Exception) -> None:
@@ -239,9 +240,9 @@ class Unreadable:
 
 
 def coerce(value: Any) -> Any:
-    """A hyperparameter as a plain Python value, or a tuple of such, as torch.optim's checkpoints can hold it.
+    """A hyperparameter as a plain Python value or a tuple of them.
 
-    An ``np.float64`` can be saved in a checkpoint but not loaded again with ``weights_only=True``.
+    A checkpoint with an ``np.float64`` can be saved, but not loaded with ``weights_only=True``.
     """
     if isinstance(value, Tensor | bool | str) or value is None or type(value) in (int, float):
         return value
@@ -251,7 +252,7 @@ def coerce(value: Any) -> Any:
         return float(value)
     if type(value).__name__ in ("bool", "bool_"):  # NumPy 2 and 1
         return bool(value)
-    if getattr(value, "ndim", None) == 0:  # an array of it
+    if getattr(value, "ndim", None) == 0:  # an array of one number
         return coerce(value.item())
     if isinstance(value, Sized) and isinstance(value, Iterable):
         return tuple(v.squeeze() if isinstance(v, Tensor) and v.dim() else coerce(v) for v in value)

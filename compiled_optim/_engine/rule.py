@@ -6,7 +6,7 @@ sees plain arithmetic on values; what all algorithms share, the width of the ari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,12 +149,12 @@ def _unknown(rule: Rule, what: str, letter: str, names: Iterable[str]) -> Attrib
     return AttributeError(f"{rule.name}: {what}, which is not among the {_GIVEN[letter]}: {list(names)}")
 
 
-def _read_all(s: Any, names: Iterable[str], rule: Rule, function: str) -> tuple[Any, ...]:
+def _read_all(s: Any, names: Collection[str], rule: Rule, function: str) -> tuple[Any, ...]:
     """The state that a rule leaves; raises AttributeError if it assigned anything else."""
-    unknown = [name for name in vars(s) if name not in names]
-    if unknown:
+    if len(vars(s)) > len(names):
+        unknown = [name for name in vars(s) if name not in names]
         raise _unknown(rule, f"`{function}` assigns s.{unknown[0]}", "s", names)
-    return tuple(getattr(s, name) for name in names)
+    return tuple([getattr(s, name) for name in names])
 
 
 def _check_numbers(rule: Rule, values: Mapping[str, Any]) -> None:
