@@ -22,13 +22,31 @@ if TYPE_CHECKING:
 
 
 def cache_dir() -> Path | None:
-    """The directory that holds compiled kernels, or None where none can be trusted or it is switched off."""
+    """The directory that holds compiled kernels; None if none can be trusted, or if it is switched off.
+
+    Example:
+        >>> import os, compiled_optim
+        >>> os.environ["COMPILED_OPTIM_DISK_CACHE"] = "0"
+        >>> print(compiled_optim.cache_dir())
+        None
+        >>> del os.environ["COMPILED_OPTIM_DISK_CACHE"]
+    """
     store = open_store()
     return None if store is None else store.root
 
 
 def cache_clear(disk: bool = False) -> None:
-    """Forgets all kernels of this process and its counts; ``disk``: deletes those on disk too."""
+    """Forgets the kernels of this process, and the counts of `cache_info`.
+
+    Args:
+        disk: delete the kernels on disk too.
+
+    Example:
+        >>> import compiled_optim
+        >>> compiled_optim.cache_clear()
+        >>> compiled_optim.cache_info().kernels
+        0
+    """
     registry.forget()
     foreach.forget()
     store = open_store() if disk else None

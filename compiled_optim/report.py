@@ -44,7 +44,12 @@ class Row:
 
 
 class Explanation:
-    """The rows of `explain`, to iterate over or to print."""
+    """The rows of `explain`, to iterate over or to print.
+
+    Attributes:
+        rows: a `Row` for each part of the step.
+        rebuilt: why each of the last plans was made, the newest last.
+    """
 
     def __init__(self, rows: list[Row], rebuilt: list[str]) -> None:
         self.rows, self.rebuilt = rows, rebuilt
@@ -70,6 +75,16 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
 
     Raises:
         TypeError: if it is not an optimizer of this package, and holds none.
+
+    Example:
+        >>> import torch
+        >>> from compiled_optim import AdamW, explain
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> weight.grad = torch.ones(3)
+        >>> optimizer = AdamW([weight])
+        >>> optimizer.step()
+        >>> [(row.execution, row.elements, row.reason) for row in explain(optimizer)]
+        [('eager', 3, 'compiled=False')]
     """
     optimizer = _unwrapped(optimizer)
     execution: Any = optimizer._execution

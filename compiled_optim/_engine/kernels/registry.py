@@ -29,10 +29,13 @@ from compiled_optim._engine.torch_private import dynamo, inductor
 
 
 class CacheInfo(NamedTuple):
-    """Counts since the process began or `cache_clear`.
+    """Counts since the process began, or since `cache_clear`.
 
-    ``hits``: requests answered from memory; ``disk_hits``: from disk; ``misses``: by compiling; ``kernels``: how many
-    are loaded now.
+    Attributes:
+        hits: requests for a kernel that was in memory.
+        disk_hits: requests for a kernel that was on disk.
+        misses: requests for a kernel that had to be compiled.
+        kernels: how many kernels are loaded now.
     """
 
     hits: int
@@ -65,7 +68,14 @@ _lock = process.new_lock()
 
 
 def cache_info() -> CacheInfo:
-    """How often kernels were asked for, and where they came from."""
+    """How often kernels were asked for, and where they came from.
+
+    Example:
+        >>> import compiled_optim
+        >>> compiled_optim.cache_clear()
+        >>> compiled_optim.cache_info()
+        CacheInfo(hits=0, disk_hits=0, misses=0, kernels=0)
+    """
     return CacheInfo(**_counts, kernels=len(_kernels))
 
 
