@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ from compiled_optim._engine.rule import Namespace, arithmetic_dtype, evaluate, f
 from compiled_optim._engine.torch_private import dynamo
 from compiled_optim._engine.values import TensorList
 from compiled_optim.declare import Number
-
-if TYPE_CHECKING:
-    from compiled_optim.optimizer import Optimizer
 
 
 class Layout(NamedTuple):
@@ -70,7 +67,7 @@ class RuleInputs(Inputs):
     to need is made when that is traced, and becomes the optimizer's when it runs; until then it stands in ``_made``.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Any) -> None:
         self.states: list[dict[str, Any]] = []
         self._counts = Counts((), torch.float32, [], [])
         self._groups: list[int] = []  # of each parameter
@@ -93,23 +90,23 @@ class RuleInputs(Inputs):
             self._make(had, _switches(optimizer))  # what was taken away is made again, for graphs take it in
         return changed
 
-    def _look_for_shared_memory(self, optimizer: Optimizer) -> bool:
+    def _look_for_shared_memory(self, optimizer: Any) -> bool:
         states = [optimizer.state.get(p, {}).values() for p in self.params]
         written = [[p, *[v for v in s if isinstance(v, Tensor)]] for p, s in zip(self.params, states, strict=True)]
         read = [p.grad for p in self.params]
         return any(self._memory.turns(written, [TOKEN if g is None else g for g in read]))
 
-    def _is_as_left(self, optimizer: Optimizer) -> bool:
+    def _is_as_left(self, optimizer: Any) -> bool:
         live = [*optimizer.state.values()]
         watched = self._held.items()
         return same(live, self._live) and all(same([state.get(name) for state in live], held) for name, held in watched)
 
-    def _watch(self, optimizer: Optimizer) -> None:
+    def _watch(self, optimizer: Any) -> None:
         live = self._live = [*optimizer.state.values()]
         names = optimizer.declaration.counts or tuple(optimizer.declaration.buffers)
         self._held = {name: [state.get(name) for state in live] for name in names}
 
-    def _gather(self, optimizer: Optimizer) -> None:
+    def _gather(self, optimizer: Any) -> None:
         groups, params = optimizer.param_groups, self.params
         self._groups = [i for i, group in enumerate(groups) for _ in group["params"]]
         self.states = [optimizer.state.get(p) or {} for p in params]
@@ -142,7 +139,7 @@ class RuleInputs(Inputs):
             self._make_one(optimizer, i, switches[self._groups[i]])
         self._watch(optimizer)
 
-    def _make_one(self, optimizer: Optimizer, i: int, switches: tuple[bool, ...]) -> None:
+    def _make_one(self, optimizer: Any, i: int, switches: tuple[bool, ...]) -> None:
         options = optimizer.param_groups[self._groups[i]]
         made = make_state(optimizer._work(), self.params[i], options, optimizer.declaration.switch_type(*switches))
         made = {name: value for name, value in made.items() if self.states[i].get(name) is None}
@@ -240,7 +237,7 @@ class RuleInputs(Inputs):
         optimizer._stepped()
         return torch.tensor(table, dtype=dtype, device="cpu")
 
-    def _give(self, optimizer: Optimizer, members: tuple[int, ...]) -> None:
+    def _give(self, optimizer: Any, members: tuple[int, ...]) -> None:
         """The state that was made becomes the optimizer's."""
         for i in self._made.intersection(members):
             optimizer.state[self.params[i]] = self.states[i]
@@ -248,7 +245,7 @@ class RuleInputs(Inputs):
         self._watch(optimizer)
 
 
-def _switches(optimizer: Optimizer) -> list[tuple[bool, ...]]:
+def _switches(optimizer: Any) -> list[tuple[bool, ...]]:
     """Of each param group; a number that is a tensor is on, for its device may have to be waited for."""
     names = optimizer.declaration.switch_type._fields
     groups = optimizer.param_groups
@@ -284,7 +281,7 @@ def count(
     return inputs.run(lambda: inputs.count(_layouts[layout], columns, dtype), (hyper, inputs.hyper))  # type: ignore[no-any-return]
 
 
-def trace(optimizer: Optimizer, inputs: RuleInputs) -> bool:
+def trace(optimizer: Any, inputs: RuleInputs) -> bool:
     """The step, if there is any gradient; traced by Dynamo."""
     present = tuple([p.grad is not None for p in inputs.params])
     if not any(present):
@@ -306,7 +303,7 @@ def trace(optimizer: Optimizer, inputs: RuleInputs) -> bool:
 
 
 def _scalars_on_device(
-    optimizer: Optimizer, inputs: RuleInputs, members: tuple[int, ...], row: Any, sources: Any
+    optimizer: Any, inputs: RuleInputs, members: tuple[int, ...], row: Any, sources: Any
 ) -> dict[str, list[Any]]:
     """Those of a capturable group, from step counts on the device; traced by Dynamo."""
     values: dict[str, Any] = {}

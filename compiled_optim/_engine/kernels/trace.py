@@ -50,11 +50,8 @@ class Signature:
 
 
 @dataclass(frozen=True)
-class Traced:
+class Traced(inductor.FlatGraph):
     signature: Signature
-    graph: torch.fx.GraphModule
-    fake_mode: Any
-    inputs: list[Any]
 
 
 def trace(signature: Signature, device: str = "cpu") -> Traced:
@@ -89,7 +86,7 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
             node.meta["val"] = target.meta["val"]
     output.args = ([],)
     graph.recompile()
-    traced = Traced(signature, graph, mode, inputs)
+    traced = Traced(signature.name, graph, mode, inputs, signature)
     if device == "cpu" and not is_own(signature.rule.update):
         _try(traced)
     return traced

@@ -14,15 +14,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from compiled_optim._engine.cache.compiler import BuildError, find_compiler
 from compiled_optim._engine.torch_private import dynamo
-
-if TYPE_CHECKING:
-    from compiled_optim._engine.kernels.trace import Traced
 
 # The length that lowering sees as a hint; no power of two and no small number, which would be specialised on.
 _HINT = 1_000_003
@@ -38,6 +35,16 @@ class LoweringError(RuntimeError):
 
 class UntraceableError(RuntimeError):
     """A user's rule raised while it was traced, or its trace does something else."""
+
+
+@dataclass(frozen=True)
+class FlatGraph:
+    """A rule traced on flat tensors of one symbolic length, with the fake tensors that are its inputs."""
+
+    name: str
+    graph: torch.fx.GraphModule
+    fake_mode: Any
+    inputs: list[Any]
 
 
 @dataclass(frozen=True)
@@ -209,7 +216,7 @@ def _inductor(settings: dict[str, Any]) -> Iterator[None]:
             cpu_vec_isa.valid_vec_isa_list = stock
 
 
-def lower_cpp(traced: Traced, vector_bits: int | None = None) -> Lowered:
+def lower_cpp(traced: FlatGraph, vector_bits: int | None = None) -> Lowered:
     """Lowers to one serial, vectorised C++ loop. Nothing is compiled and no file is written.
 
     Args:
@@ -249,14 +256,14 @@ def lower_cpp(traced: Traced, vector_bits: int | None = None) -> Lowered:
         if len(recorders) == 1:
             namespace["call"](list(probes))
     if len(recorders) != 1:
-        raise LoweringError(f"{traced.signature.name} is not one fusible loop: Inductor made {len(recorders)} kernels")
+        raise LoweringError(f"{traced.name} is not one fusible loop: Inductor made {len(recorders)} kernels")
     place = {t.data_ptr(): i for i, t in enumerate(probes)}
     arguments: list[int | None] = []
     for value in recorders[0].call:
         if isinstance(value, torch.Tensor) and value.data_ptr() not in place:
-            raise LoweringError(f"{traced.signature.name} is not one fusible loop: Inductor allocates a buffer")
+            raise LoweringError(f"{traced.name} is not one fusible loop: Inductor allocates a buffer")
         if not isinstance(value, torch.Tensor) and value != len(probes[0]):  # of `item()`, say
-            raise LoweringError(f"{traced.signature.name} is not one fusible loop: it takes the number {value}")
+            raise LoweringError(f"{traced.name} is not one fusible loop: it takes the number {value}")
         arguments.append(place[value.data_ptr()] if isinstance(value, torch.Tensor) else None)
     return Lowered(recorders[0].source, tuple(arguments))
 
