@@ -36,7 +36,7 @@ def signatures() -> Iterator[tuple[str, Signature]]:
         switches = {k: v for k, v in declaration.options.items() if v.switch and v.init}
         everything = {**defaults, **{k: True if isinstance(v, Flag) else 0.1 for k, v in switches.items()}}
         for suffix, options in (("", defaults), ("-all-switches", everything)):
-            choice = declaration.choose(options)
+            choice = declaration.read(options)
             buffers = declaration.kept(choice.switches)
             scalars = tuple(first_scalars(cls.rule, choice.hyper))
             dtypes = (torch.float32,) * (1 + len(buffers))

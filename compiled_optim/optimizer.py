@@ -124,7 +124,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             raise RuntimeError(f"{chosen} does not support differentiable=True: a kernel records no graph")
         if fused and defaults.get("foreach"):
             raise RuntimeError("fused=True and foreach=True cannot be combined")
-        self.validate(self.declaration.choose(defaults).hyper)
+        self.validate(self.declaration.read(defaults).hyper)
         torch.optim.Optimizer.__init__(self, params, defaults)
         self._compiled = compiled or fused
         if fused:

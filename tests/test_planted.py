@@ -33,7 +33,7 @@ def largest_error(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) 
 
 def scalars_read(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) -> set[str]:
     """The scalars that the kernel of these options reads."""
-    choice = cls.declaration.choose(cls.declaration.check(options))
+    choice = cls.declaration.read(cls.declaration.check(options))
     buffers = cls.declaration.kept(choice.switches)
     scalars = tuple(first_scalars(cls.rule, choice.hyper))
     signature = Signature(cls.rule, choice.switches, (torch.float64,) * (1 + len(buffers)), buffers, scalars)

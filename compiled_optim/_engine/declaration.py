@@ -45,7 +45,7 @@ def _annotations(cls: type, names: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-class Choice(NamedTuple):
+class Group(NamedTuple):
     """The values of one param group as a rule sees them."""
 
     hyper: Any
@@ -76,7 +76,7 @@ class Declaration:
         self.counts = ("step", *self.carried) if counted else ()  # the 0-d state
         self.slots = (*self.counts, *self.buffers)
         self.switch_type: Any = namedtuple("Switches", [k for k, v in self.options.items() if v.switch])  # type: ignore[misc]
-        self._read = itemgetter(*self.options)
+        self._values = itemgetter(*self.options)
         names = [(n, field) for k, field in self.options.items() for n in self._rule_names(k)]
         self.hyper_type: Any = namedtuple("Hyper", [n for n, _ in names])  # type: ignore[misc]
         self._numbers_at = [i for i, (_, field) in enumerate(names) if isinstance(field, Number)]
@@ -139,14 +139,14 @@ class Declaration:
                     raise ValueError(f"{self.name}: {label} must be {field.range}, got {given!r}")
         return checked
 
-    def read(self, group: dict[str, Any]) -> tuple[Any, ...]:
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options of a param group as they stand there.
 
         Raises:
             KeyError: naming the one that is missing.
         """
         try:
-            return self._read(group)  # type: ignore[no-any-return]
+            return self._values(group)  # type: ignore[no-any-return]
         except KeyError as error:
             missing, found = error.args[0], [name for name in group if name != "params"]
             raise KeyError(f"{self.name}: a param group must have {missing!r}, got {found}") from None
@@ -185,27 +185,27 @@ class Declaration:
                 raise ValueError(f"{self.name}: {label} must be {field.range} and fit a float, got {got}")
         return tuple(parts)
 
-    def choose(self, group: dict[str, Any], *, keep_tensors: bool = False) -> Choice:
+    def read(self, group: dict[str, Any], *, keep_tensors: bool = False) -> Group:
         """Reads a param group. Tensors become floats unless they must stay in the graph or on their device.
 
-        If a hyperparameter is no number, using `Choice.hyper` raises the error that says so.
+        If a hyperparameter is no number, using `Group.hyper` raises the error that says so.
         """
-        read = self.read(group)
+        values = self.values(group)
         for i in self._tuples_at:
-            if type(read[i]) is tuple:
-                read = (*read[:i], *read[i], *read[i + 1 :])
-        if len(read) == len(self.hyper_type._fields) and _PLAIN.issuperset(map(type, read)):
+            if type(values[i]) is tuple:
+                values = (*values[:i], *values[i], *values[i + 1 :])
+        if len(values) == len(self.hyper_type._fields) and _PLAIN.issuperset(map(type, values)):
             with suppress(TypeError, OverflowError):  # raised for None, and for an int that no float can hold
-                list(map(float, [read[i] for i in self._numbers_at]))
-                on = [bool(read[i]) for i in self._switches_at]
-                return Choice(self.hyper_type._make(read), self.switch_type._make(on), False)
-        return self._choose(group, keep_tensors)
+                list(map(float, [values[i] for i in self._numbers_at]))
+                on = [bool(values[i]) for i in self._switches_at]
+                return Group(self.hyper_type._make(values), self.switch_type._make(on), False)
+        return self._read_tensors(group, keep_tensors)
 
-    def _choose(self, group: dict[str, Any], keep_tensors: bool) -> Choice:
+    def _read_tensors(self, group: dict[str, Any], keep_tensors: bool) -> Group:
         values: list[Any] = []
         has_tensors = False
         try:
-            for (option, field), value in zip(self.options.items(), self.read(group), strict=True):
+            for (option, field), value in zip(self.options.items(), self.values(group), strict=True):
                 parts = self.parts(option, value) if isinstance(field, Number) else (value,)
                 fixed = isinstance(field, Flag) or isinstance(value, tuple | numbers.Number)
                 has_tensors = has_tensors or not fixed
@@ -217,8 +217,8 @@ class Declaration:
             hyper = self.hyper_type._make(values)
             on = [bool(values[i]) for i in self._switches_at]
         except (TypeError, ValueError, RuntimeError) as error:
-            return Choice(Unreadable(error), self.switch_type._make([False] * len(self._switches_at)), True)
-        return Choice(hyper, self.switch_type._make(on), has_tensors)
+            return Group(Unreadable(error), self.switch_type._make([False] * len(self._switches_at)), True)
+        return Group(hyper, self.switch_type._make(on), has_tensors)
 
     def kept(self, switches: Any) -> tuple[str, ...]:
         """The names of the buffers that exist under these switches."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_optim._engine.declaration import Choice
+from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.torch_private import tensor_parts
@@ -39,7 +39,7 @@ def number_of(work: Work, p: Tensor, name: str, value: Any) -> float:
         ) from None
 
 
-def refuse(work: Work, choices: list[Choice]) -> None:
+def refuse(work: Work, choices: list[Group]) -> None:
     """Raises RuntimeError for ``capturable`` without graphs, and what `dtensors.refuse` raises."""
     for group in work.groups:
         capturable = group.get("capturable")
@@ -50,7 +50,7 @@ def refuse(work: Work, choices: list[Choice]) -> None:
                 raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
 
 
-def check_gradient(work: Work, choice: Choice, grad: Tensor) -> Tensor:
+def check_gradient(work: Work, choice: Group, grad: Tensor) -> Tensor:
     """A gradient that is not dense, or of an algorithm that takes no other; in COO layout."""
     name = work.rule.name
     if grad.layout is torch.strided:

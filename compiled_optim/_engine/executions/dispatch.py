@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_optim._engine.declaration import Choice
+from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions import dtensors, foreach, lists
 from compiled_optim._engine.executions.checks import refuse
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, expected, make_plan
@@ -27,7 +27,7 @@ from compiled_optim._engine.torch_private import inductor, version
 _KEPT_REASONS = 19  # and the newest
 
 
-def _scalar_names(work: Work, choices: list[Choice]) -> list[tuple[str, ...]]:
+def _scalar_names(work: Work, choices: list[Group]) -> list[tuple[str, ...]]:
     """Of each param group; none where they cannot be evaluated, if nothing is to be updated there."""
     rule, names = work.rule, []
     for group, choice in zip(work.groups, choices, strict=True):
@@ -53,7 +53,7 @@ class Execution:
         self.graphs: list[foreach.Graph] = []
         self.reason = ""
         self.rebuilt: list[str] = []
-        self._choices: list[Choice] = []
+        self._choices: list[Group] = []
         self._options: list[Any] = []  # as read from the param groups
         self._scalar_names: list[tuple[str, ...]] = []  # of each param group
         self._pairs: list[Counts] = []  # what the next step is expected to ask for
@@ -169,20 +169,20 @@ class Execution:
 
     def _read_options(self, work: Work) -> str | None:
         """Reads the param groups again; why the plan no longer fits, or None."""
-        read = work.rule.declaration.read
+        values = work.rule.declaration.values
         groups = work.groups
         if len(groups) != len(self._options):
-            self._options, self._choices = [read(group) for group in groups], work.read()
+            self._options, self._choices = [values(group) for group in groups], work.read()
             return "the param groups changed"
         why = None
         for i, group in enumerate(groups):
-            options, old = read(group), self._choices[i]
+            options, old = values(group), self._choices[i]
             try:
                 equal = options == self._options[i]
             except (RuntimeError, ValueError):  # of arrays, which answer for each element
                 equal = False
             if old.has_tensors or not equal:
-                self._options[i], self._choices[i] = options, work.rule.declaration.choose(group)
+                self._options[i], self._choices[i] = options, work.rule.declaration.read(group)
                 if self._choices[i].switches != old.switches:
                     why = "a switch changed"
         return why

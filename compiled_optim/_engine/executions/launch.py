@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from compiled_optim._engine import process
-from compiled_optim._engine.declaration import Choice
+from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.checks import PLAIN, is_count
 from compiled_optim._engine.executions.state import Journal, withdraw
@@ -120,7 +120,7 @@ class Plan:
 
 def make_plan(
     work: Work,
-    choices: list[Choice],
+    choices: list[Group],
     scalar_names: list[tuple[str, ...]],
     refused: Callable[[list[tuple[Tensor, str]]], None],
 ) -> Plan:
@@ -171,7 +171,7 @@ def make_plan(
     return plan
 
 
-def expected(work: Work, choices: list[Choice], scalar_names: list[tuple[str, ...]]) -> list[Signature]:
+def expected(work: Work, choices: list[Group], scalar_names: list[tuple[str, ...]]) -> list[Signature]:
     """The kernels of a step in which these parameters have a gradient, or all that are trained if none has one yet."""
     members, _ = _sorted_by_kernel(work, choices, scalar_names)
     active = [m for m in members if m.grad is not None] or [m for m in members if m.param.requires_grad]
@@ -179,7 +179,7 @@ def expected(work: Work, choices: list[Choice], scalar_names: list[tuple[str, ..
 
 
 def _sorted_by_kernel(
-    work: Work, choices: list[Choice], scalar_names: list[tuple[str, ...]]
+    work: Work, choices: list[Group], scalar_names: list[tuple[str, ...]]
 ) -> tuple[list[Member], Form | None]:
     """All parameters with the signature of their kernel, or the reason why none takes them; what the rule refers to.
 
@@ -211,7 +211,7 @@ def _references(work: Work) -> Form | None:
         ) from error
 
 
-def _reason(work: Work, choice: Choice, m: Member) -> str:
+def _reason(work: Work, choice: Group, m: Member) -> str:
     """Why no kernel takes a parameter, or an empty string."""
     p = m.param
     if type(p) not in PLAIN:

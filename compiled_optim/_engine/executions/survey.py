@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from compiled_optim._engine.declaration import Choice
+from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.checks import (
     COUNT_DTYPES,
@@ -99,7 +99,7 @@ class Member:
 
 
 def look(
-    work: Work, choices: list[Choice], only: Iterable[tuple[int, Tensor]] | None = None, *, idle: bool = False
+    work: Work, choices: list[Group], only: Iterable[tuple[int, Tensor]] | None = None, *, idle: bool = False
 ) -> list[Member]:
     """All parameters with a gradient, or those of ``only`` (group, parameter).
 
@@ -261,7 +261,7 @@ def advance(members: list[Member], carried: Sequence[Any]) -> None:
             increment_version(u.listed)
 
 
-def commit(work: Work, choices: list[Choice], members: Iterable[Member], journal: Journal) -> None:
+def commit(work: Work, choices: list[Group], members: Iterable[Member], journal: Journal) -> None:
     """Makes the state that members lack and gives it to the optimizer; ``journal``: what `withdraw` takes back then."""
     begun = [m for m in members if m.lacks]
     made = []

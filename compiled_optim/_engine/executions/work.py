@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compiled_optim._engine.declaration import Choice
+from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions.memory import Memory
 from compiled_optim._engine.rule import Rule
 
@@ -31,6 +31,6 @@ class Work:
             return p.grad
         return self.substitutes[p]
 
-    def read(self, *, keep_tensors: bool = False) -> list[Choice]:
+    def read(self, *, keep_tensors: bool = False) -> list[Group]:
         """The hyperparameters and switches of each param group."""
-        return [self.rule.declaration.choose(group, keep_tensors=keep_tensors) for group in self.groups]
+        return [self.rule.declaration.read(group, keep_tensors=keep_tensors) for group in self.groups]

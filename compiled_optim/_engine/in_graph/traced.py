@@ -202,7 +202,7 @@ class RuleInputs(Inputs):
                 row = rows.setdefault((g, firsts.setdefault(g, i) if equal[g] else i), len(rows))
                 counted.append((i, row))
                 if not names:
-                    h = declaration.choose(groups[g]).hyper
+                    h = declaration.read(groups[g]).hyper
                     names = tuple(evaluate(optimizer.rule, h, self._counts.next(i))[0])
             dtypes = tuple(self.states[i][name].dtype for name in buffers)
             parts.setdefault((p.device, p.dtype, dtypes, width, switches[g], buffers, hyper), []).append((i, row))
@@ -222,8 +222,8 @@ class RuleInputs(Inputs):
         """The table of a step, ``[rows, columns]``; counts the step."""
         optimizer = self.optimizer
         optimizer._check_schedule()
-        rule, choose = optimizer.rule, optimizer.declaration.choose
-        choices = [choose(group, keep_tensors=bool(group.get("capturable"))) for group in optimizer.param_groups]
+        rule, read = optimizer.rule, optimizer.declaration.read
+        choices = [read(group, keep_tensors=bool(group.get("capturable"))) for group in optimizer.param_groups]
         table, carried = [], []
         for group, i in layout.rows:
             hyper = choices[group].hyper
