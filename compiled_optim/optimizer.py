@@ -96,7 +96,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     rule: ClassVar[Rule]
     accepts_sparse: ClassVar[bool] = False
     accepts_dense: ClassVar[bool] = True
-    state_at_construction: ClassVar[bool] = False  # or when the first gradient arrives
+    state_at_construction: ClassVar[bool] = False  # False: state is made when the first gradient arrives
     elementwise: ClassVar[bool] = True  # False: ``update`` is given one whole tensor at a time, and may reduce it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -174,12 +174,12 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling():
             return operators.trace_step(self) if closure is None else operators.trace_closure(self, closure)
-        if closure is not None and dynamo.compiles_frames():  # which the closure broke
+        if closure is not None and dynamo.compiles_frames():  # the closure broke the graph
             return operators.resume_closure(self, closure)
         return self._run_step(closure)
 
-    step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it: 10 us a step, hooks or none
-    # or schedulers wrap it in code that breaks graphs; to see their order of calls they need `_opt_called` only
+    step.hooked = True  # type: ignore[attr-defined]  # else torch wraps it: 10 us a step, even without hooks
+    # Else schedulers wrap it in code that breaks graphs. To check the order of calls, they need `_opt_called` only.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _run_step(self, closure: Callable[[], Any] | None) -> Any:
@@ -202,12 +202,12 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         return loss
 
     def _check_schedule(self) -> None:
-        """What comes before a step: it is not taken if the attached schedule has no next value."""
+        """Raises, before the step changes anything, if the attached schedule has no next value."""
         if self._attached is not None:
             self._attached.check()
 
     def _stepped(self) -> None:
-        """What follows a step."""
+        """Counts a step that was taken, for torch's schedulers and for the attached one."""
         self._opt_called = True
         if self._attached is not None:
             self._attached.advance()
@@ -290,7 +290,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         self._inputs = self._inputs or operators.inputs_of(self)
 
     def _restore_counts(self, group: dict[str, Any]) -> None:
-        """Numbers become tensors, and tensors that torch's ``load_state_dict`` cast as if they were moments, again."""
+        """Makes tensors of counts that are numbers, or that torch's ``load_state_dict`` cast like moments."""
         for p in group["params"]:
             for name in self.declaration.counts:
                 count = self.state.get(p, {}).get(name)
@@ -299,7 +299,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                     self.state[p][name] = count_tensor(p, group, number_of(self._work(), p, name, count))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group, as in torch.optim; sequences and numpy scalars among its options become Python's."""
+        """Adds a param group, as in torch.optim. Lists and NumPy's numbers among its options become plain values."""
         count = len(self.param_groups)
         try:
             optim.undecorated("add_param_group")(self, param_group)
@@ -310,7 +310,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch.optim's ``state_dict`` lays it out; either side loads the other's."""
+        """Returns the state in torch.optim's layout, so that either library loads what the other saved."""
         saved: dict[str, Any] = optim.undecorated("state_dict")(self)
         for group in saved.get("param_groups", ()):
             options = {k: v for k, v in group.items() if k in self.declaration.options and not isinstance(v, list)}
@@ -318,10 +318,10 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` of this class or of torch.optim's returned.
+        """Loads what ``state_dict`` returned, that of this class or of the same class in torch.optim.
 
-        A tensor learning rate stays the tensor it is, and takes the value that was saved. Whatever is raised, the
-        optimizer is as it was.
+        A learning rate that is a tensor stays the same tensor and takes the saved value. If this raises, the optimizer
+        is unchanged.
 
         Raises:
             KeyError, TypeError, ValueError: for a checkpoint of another make; the message names what was expected.
@@ -370,5 +370,5 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 take_fields(Optimizer)
 _SETTINGS = {k for k, v in vars(Optimizer)["__annotations__"].items() if "ClassVar" in v} - {"scalars", "update"}
 
-# with the hooks, and an entry in the profiler
+# Runs the hooks, and makes an entry in the profiler.
 _observed_step = torch.optim.Optimizer.profile_hook_step(Optimizer._step)
