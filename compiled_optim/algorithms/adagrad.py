@@ -14,7 +14,7 @@ class Adagrad(Optimizer):
         \theta \leftarrow \theta - \frac{\gamma}{1 + (t - 1) \eta} \, \frac{g}{\sqrt{v} + \epsilon}
 
     :math:`\eta` is ``lr_decay``, :math:`v` begins at ``initial_accumulator_value``, and ``weight_decay`` adds
-    :math:`\lambda \theta` to the gradient. Of a sparse gradient, only the rows it touches are read and written.
+    :math:`\lambda \theta` to the gradient. With a sparse gradient, only the rows it touches are read and written.
     """
 
     lr: float | Tensor = number(default=1e-2, low=0, unit="parameter", help="learning rate")

@@ -60,9 +60,13 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    r"""Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101): :class:`Adam`, with
-    :math:`\theta \leftarrow (1 - \gamma \lambda)\,\theta` before each update."""
+    r"""Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101).
 
-    # no switch: a group without decay multiplies by one, which is exact, and shares its kernel and its launch
+    .. math:: \theta \leftarrow (1 - \gamma \lambda)\,\theta
+
+    comes before the update of :class:`Adam`, with :math:`\lambda` the ``weight_decay``.
+    """
+
+    # No switch: a group without decay multiplies by one, which is exact, and shares the kernel and its launch.
     weight_decay: float = number(default=1e-2, low=0, unit="1 / lr", help="decay of the parameter per step")
     decoupled_weight_decay: bool = flag(default=True, switch=True, init=False)

@@ -50,6 +50,6 @@ class ASGD(Optimizer):
         if on.weight_decay:
             g = g + p * k.weight_decay
         p = p * k.shrink - g * k.eta
-        # as long as the average is the parameter it takes nothing of what it was, which may not be finite
+        # While mu is 1 the average is the parameter, whatever it was before: that may not be finite.
         s.ax = where(k.mu < 1, lerp(s.ax, p, k.mu), p)
         return p

@@ -38,7 +38,7 @@ class RAdam(Optimizer):
         limit = 2 / (1 - h.beta2) - 1
         rho = limit - 2 * step * h.beta2**step / correction2
         rectified = rho > 5
-        # kept from the poles, where neither is used
+        # Clamped away from their poles. Where the clamp acts, neither is used.
         r, top = maximum(rho, 5), maximum(limit, 5)
         rectification = ((r - 4) * (r - 2) * top / ((top - 4) * (top - 2) * r) * correction2) ** 0.5
         return {

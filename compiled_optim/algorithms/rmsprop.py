@@ -52,7 +52,7 @@ class RMSprop(Optimizer):
         s.square_avg = variance = add_square(s.square_avg * k.alpha, g, k.one_minus_alpha)
         if on.centered:
             s.grad_avg = lerp(s.grad_avg, g, k.one_minus_alpha)
-            # the difference of squares in factors, for either square may be infinite; rounding can leave it below zero
+            # The difference of squares as a product, because either square may overflow. Rounding can make it negative.
             deviation = variance.sqrt()
             variance = ((deviation - s.grad_avg) * (deviation + s.grad_avg)).clamp_min(0)
         g = g / (variance.sqrt() + k.eps)

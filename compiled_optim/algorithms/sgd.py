@@ -42,7 +42,7 @@ class SGD(Optimizer):
 
     @staticmethod
     def scalars(h: Hyper, step: Value) -> dict[str, Value]:
-        # there is no step count in SGD's state: step is 1 while the buffer is new, and 2 after
+        # SGD's state holds no step count: step is 1 while the momentum buffer is new, and 2 afterwards.
         return {
             "lr": h.lr,
             "momentum": h.momentum,
