@@ -1,22 +1,110 @@
-"""The values that a rule computes with: lists of tensors as one, and what numbers and tensors spell differently."""
+"""The values that a rule computes with: lists of tensors as one, and functions that numbers and tensors share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class TensorList:
-    """A list of tensors that reads as one value: each operator is one ``torch._foreach_*`` call.
+class Value:
+    """What a rule computes with: the operators of elementwise arithmetic, each of which calls `_apply` with its name.
 
-    Tensors of one dtype and one device under elementwise arithmetic.
-
-    Operands are another `TensorList` of the same length, a Python number, or a 0-d tensor; a 0-d tensor stands on the
-    right, or Python asks the list first (`__torch_function__`).
+    Operands are values of the same kind, Python numbers and tensors; a tensor stands on the right, or Python asks it
+    first (``__torch_function__``).
     """
+
+    __slots__ = ()
+
+    def _apply(self, name: str, *operands: Any) -> Any:
+        """``name``: of a method of a tensor, which this calls for each tensor of the value."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"an elementwise update cannot use .{name} of a value; "
+            "if it needs whole tensors, declare `elementwise = False` in its class"
+        )
+
+    def __add__(self, other: Any) -> Any:
+        return self._apply("add", other)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._apply("sub", other)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._apply("mul", other)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._apply("div", other)
+
+    def __pow__(self, other: Any) -> Any:
+        return self._apply("pow", other)
+
+    def __neg__(self) -> Any:
+        return self._apply("neg")
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __rsub__(self, other: Any) -> Any:
+        return -self + other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self._apply("reciprocal") * other
+
+    def __gt__(self, other: Any) -> Any:
+        return self._apply("gt", other)
+
+    def __lt__(self, other: Any) -> Any:
+        return self._apply("lt", other)
+
+    def __eq__(self, other: Any) -> Any:
+        return self._apply("eq", other)
+
+    def __ne__(self, other: Any) -> Any:
+        return self._apply("ne", other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise TypeError("an update cannot branch on a value: use `where`, or a number that is declared as a switch")
+
+    def maximum(self, other: Any) -> Any:
+        return self._apply("maximum", other)
+
+    def minimum(self, other: Any) -> Any:
+        return self._apply("minimum", other)
+
+    def clamp_min(self, least: float) -> Any:
+        return self._apply("clamp_min", least)
+
+    def addcmul(self, a: Any, b: Any, *, value: float) -> Any:
+        return self._apply("addcmul", a, b, value)
+
+    def lerp(self, end: Any, weight: float) -> Any:
+        return self._apply("lerp", end, weight)
+
+    def sqrt(self) -> Any:
+        return self._apply("sqrt")
+
+    def abs(self) -> Any:
+        return self._apply("abs")
+
+    def sign(self) -> Any:
+        return self._apply("sign")
+
+    def where(self, condition: Any, other: Any) -> Any:
+        return self._apply("where", condition, other)
+
+    def masked_fill(self, condition: Any, value: float) -> Any:
+        return self._apply("masked_fill", condition, value)
+
+
+class TensorList(Value):
+    """A list of tensors of one dtype and one device: each operator is one ``torch._foreach_*`` call."""
 
     __slots__ = ("tensors",)
 
@@ -30,100 +118,33 @@ class TensorList:
     def to(self, dtype: torch.dtype) -> TensorList:
         return self if dtype == self.dtype else TensorList([t.to(dtype) for t in self.tensors])
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"an elementwise update cannot use .{name} of a value; "
-            "if it needs whole tensors, declare `elementwise = False` in its class"
-        )
-
-    def _with(self, operation: Callable[..., Any], other: Any) -> TensorList:
-        if isinstance(other, TensorList):
-            other = other.tensors
-        elif isinstance(other, Tensor):
-            # the overload for one 0-d tensor cannot be traced on fake tensors in torch 2.13
-            other = [other] * len(self.tensors)
-        return TensorList(operation(self.tensors, other))
-
-    def __add__(self, other: Any) -> TensorList:
-        return self._with(torch._foreach_add, other)
-
-    def __sub__(self, other: Any) -> TensorList:
-        return self._with(torch._foreach_sub, other)
-
-    def __mul__(self, other: Any) -> TensorList:
-        return self._with(torch._foreach_mul, other)
-
-    def __truediv__(self, other: Any) -> TensorList:
-        return self._with(torch._foreach_div, other)
-
-    def __pow__(self, other: Any) -> TensorList:
-        return self._with(torch._foreach_pow, other)
-
-    def __neg__(self) -> TensorList:
-        return TensorList(torch._foreach_neg(self.tensors))
-
-    __radd__ = __add__
-    __rmul__ = __mul__
-
-    def __rsub__(self, other: Any) -> TensorList:
-        return (-self)._with(torch._foreach_add, other)
-
-    def __rtruediv__(self, other: Any) -> TensorList:
-        return TensorList(torch._foreach_reciprocal(self.tensors))._with(torch._foreach_mul, other)
-
-    def maximum(self, other: Any) -> TensorList:
-        return self._with(torch._foreach_maximum, other)
-
-    def minimum(self, other: Any) -> TensorList:
-        return self._with(torch._foreach_minimum, other)
-
-    def clamp_min(self, least: float) -> TensorList:
-        return self._with(torch._foreach_clamp_min, least)
-
-    def addcmul(self, a: TensorList, b: TensorList, *, value: float) -> TensorList:
-        return TensorList(torch._foreach_addcmul(self.tensors, a.tensors, b.tensors, value))
-
-    def lerp(self, end: TensorList, weight: float) -> TensorList:
-        return TensorList(torch._foreach_lerp(self.tensors, end.tensors, weight))
-
-    def sqrt(self) -> TensorList:
-        return TensorList(torch._foreach_sqrt(self.tensors))
-
-    def abs(self) -> TensorList:
-        return TensorList(torch._foreach_abs(self.tensors))
-
-    def sign(self) -> TensorList:
-        return TensorList(torch._foreach_sign(self.tensors))
-
-    # what has no foreach operation, one tensor at a time
-
-    def __gt__(self, other: float) -> TensorList:
-        return TensorList([t > other for t in self.tensors])
-
-    def __lt__(self, other: float) -> TensorList:
-        return TensorList([t < other for t in self.tensors])
-
-    def __eq__(self, other: Any) -> TensorList:  # type: ignore[override]
-        return TensorList([t.eq(other) for t in self.tensors])
-
-    def __ne__(self, other: Any) -> TensorList:  # type: ignore[override]
-        return TensorList([t.ne(other) for t in self.tensors])
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __bool__(self) -> bool:
-        raise TypeError("an update cannot branch on a value: use `where`, or a number that is declared as a switch")
-
-    def where(self, condition: TensorList, other: TensorList) -> TensorList:
-        parts = zip(self.tensors, condition.tensors, other.tensors, strict=True)
-        return TensorList([a.where(c, b) for a, c, b in parts])
-
-    def masked_fill(self, condition: TensorList, value: float) -> TensorList:
-        parts = zip(self.tensors, condition.tensors, strict=True)
-        return TensorList([t.masked_fill(c, value) for t, c in parts])
+    def _apply(self, name: str, *operands: Any) -> TensorList:
+        # the overloads for one 0-d tensor cannot be traced on fake tensors in torch 2.13
+        lists = [
+            o.tensors if isinstance(o, TensorList) else [o] * len(self.tensors) if isinstance(o, Tensor) else o
+            for o in operands
+        ]
+        return TensorList(FUNCTIONS[name](self.tensors, *lists))
 
     def copy_(self, source: TensorList) -> None:
         torch._foreach_copy_(self.tensors, source.tensors)
+
+
+def each(method: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    """What has no foreach operation, one tensor at a time."""
+
+    def call(tensors: Sequence[Tensor], *operands: Any) -> list[Tensor]:
+        columns = [o if isinstance(o, list | tuple) else [o] * len(tensors) for o in operands]
+        return [method(*row) for row in zip(tensors, *columns, strict=True)]
+
+    return call
+
+
+IN_FOREACH = ["add", "sub", "mul", "div", "pow", "neg", "reciprocal", "maximum", "minimum", "clamp_min"]
+IN_FOREACH += ["addcmul", "lerp", "sqrt", "abs", "sign"]
+_IN_TENSOR = ["gt", "lt", "eq", "ne", "where", "masked_fill"]
+FUNCTIONS: dict[str, Callable[..., Any]] = {name: getattr(torch, f"_foreach_{name}") for name in IN_FOREACH}
+FUNCTIONS |= {name: each(getattr(Tensor, name)) for name in _IN_TENSOR}
 
 
 def maximum(a: Any, b: float) -> Any:
@@ -133,9 +154,7 @@ def maximum(a: Any, b: float) -> Any:
 
 def where(condition: Any, a: Any, b: Any) -> Any:
     """``a`` where the condition, a bool or tensors of bools, holds, else ``b``; both are evaluated."""
-    if isinstance(a, TensorList) and isinstance(condition, Tensor):
-        condition = TensorList([condition] * len(a.tensors))
-    if isinstance(condition, TensorList):
+    if isinstance(condition, Value) or (isinstance(condition, Tensor) and isinstance(a, Value)):
         return a.where(condition, b)
     if not isinstance(condition, Tensor):
         return a if condition else b
@@ -146,7 +165,7 @@ def where(condition: Any, a: Any, b: Any) -> Any:
 
 def lerp(start: Any, end: Any, weight: Any) -> Any:
     """``start + weight * (end - start)``, exact at weights of 0 and 1, for ``weight`` a number, or tensors of one."""
-    if not isinstance(weight, Tensor | TensorList):
+    if not isinstance(weight, Tensor | Value):
         return start.lerp(end, weight)
     # as torch.lerp, whose decomposition takes no symbolic length
     near = weight < 0.5
@@ -155,6 +174,6 @@ def lerp(start: Any, end: Any, weight: Any) -> Any:
 
 def add_square(start: Any, x: Any, weight: Any) -> Any:
     """``start + weight * x * x``, which overflows where the product does and not where ``x * x`` would."""
-    if isinstance(weight, Tensor | TensorList):
+    if isinstance(weight, Tensor | Value):
         return start + x * weight * x
     return start.addcmul(x, x, value=weight)

@@ -1,4 +1,4 @@
-"""The eager execution: the rule on buckets of tensors, on one tensor with its graph, or on rows of a sparse gradient.
+"""The eager execution: the rule on lists of tensors, on one tensor with its graph, or on rows of a sparse gradient.
 
 It is the default, and what every other execution falls back to.
 """
@@ -6,12 +6,12 @@ It is the default, and what every other execution falls back to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from compiled_optim._engine.executions.program import Program, record
 from compiled_optim._engine.executions.state import Journal, withdraw
 from compiled_optim._engine.executions.survey import (
     Member,
@@ -24,22 +24,20 @@ from compiled_optim._engine.executions.survey import (
 )
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.rule import Rule, apply, arithmetic_dtype, evaluate
-from compiled_optim._engine.torch_private import tensor_parts
 from compiled_optim._engine.values import TensorList
 
-# Bounds the temporaries of a step, and keeps them in cache.
-BUCKET_ELEMENTS = 1 << 17
-# A tensor of this size is updated by itself: copying it to a bucket costs more than the calls that are saved.
-ALONE_ELEMENTS = 1 << 14
+# Of the lists that are updated at once: it bounds the temporaries of a step on CPU, and keeps them in cache.
+CHUNK_ELEMENTS = 1 << 17
 
 
 class Batch(NamedTuple):
     """Members that are done at once: with these scalars, or None if what they depend on is written before; and what is
-    carried on, as `advance` takes it."""
+    carried on, as `advance` takes it. ``single``: one tensor at a time."""
 
     members: list[Member]
     scalars: dict[str, Any] | None
     carried: Sequence[Any]
+    single: bool
 
 
 def step(work: Work) -> None:
@@ -92,18 +90,33 @@ def batches(updates: list[Member], scalars: Scalars, one_by_one: list[bool], cap
     """
     found = []
     for members, values, turn in in_order(updates, scalars, capturable):
-        single = one_by_one[members[0].group] or members[0].grad.is_sparse
-        for bucket in buckets(members, 1 if single else BUCKET_ELEMENTS):
-            known = values or (on_device(bucket, scalars) if turn == 0 else (None, ()))
-            found.append(Batch(bucket, *known))
+        known, after = values or (on_device(members, scalars) if turn == 0 else (None, ()))
+        found.append(Batch(members, known, after, one_by_one[members[0].group]))
     return found
 
 
+class Update(NamedTuple):
+    """What is done to the tensors of a batch; ``program``: the rule recorded, or None if it is run on the tensors."""
+
+    rule: Rule
+    on: Any
+    buffers: tuple[str, ...]
+    scalars: dict[str, Any]
+    program: Program | None
+    single: bool
+
+
 def run(rule: Rule, found: list[Batch], switches: list[Any], scalars: Scalars) -> None:
-    """Members parameters and state in place."""
-    for members, values, carried in found:
+    """Updates parameters and state in place. The rule is recorded for all batches before anything is written."""
+    programs = [_record(rule, batch, switches) for batch in found]
+    for (members, values, carried, single), program in zip(found, programs, strict=True):
         known, after = (values, carried) if values is not None else on_device(members, scalars)
-        run_bucket(rule, members, switches[members[0].group], known)
+        update = Update(rule, switches[members[0].group], members[0].buffers, known, program, single)
+        if members[0].grad.is_sparse:
+            for u in members:
+                run_rows(update, u)
+        else:
+            run_bucket(update, _columns(members))
         advance(members, after)
 
 
@@ -114,51 +127,61 @@ def on_device(members: list[Member], scalars: Scalars) -> Values:
     return {k: TensorList(v.unbind()) if isinstance(v, Tensor) and v.dim() else v for k, v in values.items()}, after
 
 
-def buckets(members: list[Member], limit: int) -> Iterator[list[Member]]:
-    bucket: list[Member] = []
-    total = 0
-    for u in members:
-        if u.param.numel() >= ALONE_ELEMENTS:
-            yield [u]
-            continue
-        if bucket and total + u.param.numel() > limit:
-            yield bucket
-            bucket, total = [], 0
-        bucket.append(u)
-        total += u.param.numel()
-    if bucket:
-        yield bucket
+def _record(rule: Rule, batch: Batch, switches: list[Any]) -> Program | None:
+    """None for a rule on whole tensors, and where a rule or its scalars hold tensors."""
+    first, values = batch.members[0], batch.scalars
+    if not rule.elementwise or values is None or any(isinstance(v, TensorList) for v in values.values()):
+        return None
+    tensors = [first.param, first.grad, *(first.state[name] for name in first.buffers)]
+    return record(rule, switches[first.group], [t.dtype.to_real() for t in tensors], first.param.device, values)
 
 
-def run_bucket(rule: Rule, members: list[Member], on: Any, values: dict[str, Any]) -> None:
-    """Members one bucket: on CPU as one flat tensor, for a list op there is a loop over tensors; elsewhere as lists."""
-    first = members[0]
-    if first.grad.is_sparse:
-        for u in members:
-            run_rows(rule, u, on, values)
-        return
+def _columns(members: list[Member]) -> list[list[Tensor]]:
     columns = [[u.param for u in members], [u.grad for u in members]]
-    columns += [[u.state[name] for u in members] for name in first.buffers]
-    if first.param.is_complex():
+    return columns + [[u.state[name] for u in members] for name in members[0].buffers]
+
+
+def run_bucket(update: Update, columns: list[list[Tensor]]) -> None:
+    """Updates parameters in place, and their state; ``columns``: parameters, gradients, and each buffer."""
+    rule, on, buffers, scalars, program, single = update
+    if columns[0][0].is_complex():
         columns[1] = [g.resolve_conj() for g in columns[1]]  # a lazily conjugated one has no real view
         columns = [[torch.view_as_real(t) for t in column] for column in columns]
     if not rule.elementwise:
         for tensors in zip(*columns, strict=True):
-            run_value(rule, on, list(tensors), first.buffers, values)
-    elif first.param.device.type != "cpu" or any(isinstance(v, TensorList) for v in values.values()):
-        run_value(rule, on, [TensorList(column) for column in columns], first.buffers, values)
-    elif len(members) == 1:
-        for piece in pieces([column[0] for column in columns]):
-            run_value(rule, on, [TensorList([t]) for t in piece], first.buffers, values)
-    else:
-        flat = [tensor_parts.flatten(column) for column in columns]
-        run_value(rule, on, [TensorList([t]) for t in flat], first.buffers, values)
-        for column, source in zip([columns[0], *columns[2:]], [flat[0], *flat[2:]], strict=True):
-            torch._foreach_copy_(column, tensor_parts.unflatten(source, column))
+            run_value(rule, on, list(tensors), buffers, scalars)
+        return
+    by_tensor = any(isinstance(v, TensorList) for v in scalars.values())
+    for part in [columns] if by_tensor else _parts(columns, single):
+        if program is not None:
+            program.run(part)
+        else:
+            run_value(rule, on, [TensorList(column) for column in part], buffers, scalars)
+
+
+def _parts(columns: list[list[Tensor]], single: bool) -> Iterator[list[list[Tensor]]]:
+    """Columns of about CHUNK_ELEMENTS, for which large tensors are cut where they are contiguous."""
+    sizes = [t.numel() for t in columns[0]]
+    if not single and (columns[0][0].device.type != "cpu" or sum(sizes) <= CHUNK_ELEMENTS):
+        yield columns
+        return
+    begin = total = 0
+    for i, size in enumerate(sizes):
+        if begin < i and (single or total + size > CHUNK_ELEMENTS):
+            yield [column[begin:i] for column in columns]
+            begin, total = i, 0
+        if size > CHUNK_ELEMENTS and all(column[i].is_contiguous() for column in columns):
+            for piece in zip(*(torch.split(column[i].view(-1), CHUNK_ELEMENTS) for column in columns), strict=True):
+                yield [[t] for t in piece]
+            begin = i + 1
+        else:
+            total += size
+    if begin < len(sizes):
+        yield [column[begin:] for column in columns]
 
 
 def run_value(rule: Rule, on: Any, value: list[Any], buffers: tuple[str, ...], scalars: Any) -> None:
-    """Members (parameter, gradient, buffers...) in place."""
+    """Updates (parameter, gradient, buffers...) in place."""
     state = {name: value[2 + i] for i, name in enumerate(buffers)}
     new, new_state = apply(rule, on, value[0], value[1], state, scalars)
     value[0].copy_(new)
@@ -174,7 +197,7 @@ def update_lists(
     state: dict[str, list[Tensor]],
     scalars: dict[str, list[Any]],
 ) -> None:
-    """Members tensors of one kind in place, with scalars for each of them. Dynamo can trace it."""
+    """Updates tensors of one kind in place, with scalars for each of them. Dynamo can trace it."""
     buffers = tuple(state)
     columns = [params, grads, *state.values()]
     if params[0].is_complex():
@@ -188,27 +211,19 @@ def update_lists(
         run_value(rule, on, [t[i] for t in columns], buffers, {name: each[i] for name, each in scalars.items()})
 
 
-def pieces(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
-    """A large update cut into parts whose temporaries stay in cache, where its tensors are contiguous."""
-    if tensors[0].numel() <= BUCKET_ELEMENTS or not all(t.is_contiguous() for t in tensors):
-        return [tensors]
-    return map(list, zip(*(torch.split(t.view(-1), BUCKET_ELEMENTS) for t in tensors), strict=True))
-
-
-def run_rows(rule: Rule, u: Member, on: Any, values: dict[str, Any]) -> None:
+def run_rows(update: Update, u: Member) -> None:
     """A sparse gradient. Where the rule leaves a row without gradient as it is, only the touched rows are visited."""
     grad = u.grad.coalesce()
-    if not rule.keeps_untouched_rows(on):
-        run_bucket(rule, [replace(u, grad=grad.to_dense())], on, values)
+    tensors = [u.param, *(u.state[name] for name in u.buffers)]
+    if not update.rule.keeps_untouched_rows(update.on):
+        run_bucket(update, [[tensors[0]], [grad.to_dense()], *([t] for t in tensors[1:])])
         return
     # behind a dimension of one, for a gradient may have no sparse dimension
-    tensors = [t[None] for t in (u.param, *(u.state[name] for name in u.buffers))]
+    tensors = [t[None] for t in tensors]
     indices = grad.indices()
     rows = (indices.new_zeros(indices.shape[1]), *indices)
     touched = [t[rows] for t in tensors]
-    column = dict(zip(u.buffers, touched[1:], strict=True))
-    made = replace(u, param=touched[0], grad=grad.values(), state=column)
-    run_bucket(rule, [made], on, values)
+    run_bucket(update, [[touched[0]], [grad.values()], *([t] for t in touched[1:])])
     for tensor, new in zip(tensors, touched, strict=True):
         tensor[rows] = new
 

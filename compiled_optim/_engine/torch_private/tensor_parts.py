@@ -1,4 +1,4 @@
-"""The parts of sparse tensors and DTensors, and flat copies of lists."""
+"""The parts of sparse tensors and DTensors, and the parts of flat ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from compiled_optim._engine.torch_private import version
 
 try:
-    from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+    from torch._utils import _unflatten_dense_tensors
 except ImportError as error:
     version.missing.append(version.lacks(error))
 
@@ -26,15 +26,8 @@ def check_indices(tensor: torch.Tensor) -> None:
     torch.sparse_coo_tensor(indices, values, tensor.shape, check_invariants=True)
 
 
-def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """One 1-D tensor with the elements of all."""
-    if version.missing:
-        return torch.cat([t.reshape(-1) for t in tensors])
-    return _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call, no-any-return]
-
-
 def unflatten(flat: torch.Tensor, like: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The parts of `flatten`'s result, with the shapes of ``like``."""
+    """The parts of one 1-D tensor, with the shapes of ``like``."""
     if version.missing:
         return tuple(
             part.view_as(t) for part, t in zip(torch.split(flat, [t.numel() for t in like]), like, strict=True)
