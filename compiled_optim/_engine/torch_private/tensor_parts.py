@@ -1,4 +1,4 @@
-"""The parts of sparse tensors and DTensors, and the parts of flat ones."""
+"""The parts of sparse tensors, of DTensors and of flat copies of lists."""
 
 from __future__ import annotations
 
