@@ -114,6 +114,19 @@ def test_a_rule_has_both_functions(name: str) -> None:
         cls([torch.nn.Parameter(torch.ones(3))])
 
 
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (buffer(when="lazy"), r"Wrong: when of 'other' must be one of \['maximize'\], got 'lazy'"),
+        (buffer(initial="rate"), r"Wrong: initial of 'other' must be one of \[.*'lr', 'lazy'\], got 'rate'"),
+        (carried(initial="rate"), r"Wrong: initial of 'other' must be one of \[.*'lr', 'lazy'\], got 'rate'"),
+    ],
+)
+def test_a_buffer_refers_to_fields_that_exist(field: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        type("Wrong", (Mine,), {"other": field})
+
+
 def test_an_error_of_the_rules_own_is_left_as_it_is() -> None:
     cls = type("Other", (Mine,), {"update": staticmethod(lambda p, g, s, k, on: p - g * "x".step_sise)})
     p = torch.nn.Parameter(torch.ones(3))
