@@ -79,9 +79,9 @@ class Declaration:
         self.switch_type: Any = namedtuple("Switches", switches)  # type: ignore[misc]
         known = {"when": switches, "initial": list(self.options)}
         for name, buffer in state.items():
-            for what, names in known.items():
-                if isinstance(given := getattr(buffer, what), str) and given not in names:
-                    raise TypeError(f"{self.name}: {what} of {name!r} must be one of {names}, got {given!r}")
+            for what, there in known.items():
+                if isinstance(given := getattr(buffer, what), str) and given not in there:
+                    raise TypeError(f"{self.name}: {what} of {name!r} must be one of {there}, got {given!r}")
         self._values = itemgetter(*self.options)
         names = [(n, field) for k, field in self.options.items() for n in self._rule_names(k)]
         self.hyper_type: Any = namedtuple("Hyper", [n for n, _ in names])  # type: ignore[misc]
