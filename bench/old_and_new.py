@@ -23,6 +23,10 @@ CONTESTANTS = [  # class, options, shapes, steps of a turn
     ("AdamW", {"compiled": True}, "SMALL", 200),
     ("SGD", {"compiled": True, "momentum": 0.9}, "SMALL", 200),
     ("AdamW", {"compiled": True}, "resnet50", 8),
+    ("AdamW", {"compiled": True}, "ONES", 200),
+    ("AdamW", {"compiled": True}, "MANY_ONES", 10),
+    ("AdamW", {"compiled": True}, "a compiled iteration", 40),
+    ("AdamW", {}, "a compiled iteration", 40),
     ("AdamW", {}, "SMALL", 20),
     ("AdamW", {"foreach": False}, "SMALL", 10),
     ("AdamW", {}, "resnet50", 4),
@@ -32,23 +36,39 @@ WORKER = """
 import gc, json, sys, time, torch
 sys.path.insert(0, sys.argv[1])
 import compiled_optim, shapes
-optimizers = {}
+steps_of = {}
 gc.disable()
+
+def prepared(name, options, which):
+    cls = getattr(compiled_optim, name)
+    if which == "a compiled iteration":
+        model = torch.nn.Sequential(*[m for _ in range(8) for m in (torch.nn.Linear(32, 32), torch.nn.Tanh())])
+        optimizer = cls(model.parameters(), lr=1e-3, **options)
+        @torch.compile
+        def iteration(x):
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        x = torch.randn(4, 32)
+        return [], lambda: iteration(x)
+    found = getattr(shapes, which)
+    params = [torch.nn.Parameter(torch.randn(s)) for s in (found() if callable(found) else found)]
+    optimizer = cls(params, lr=1e-3, **options)
+    for p in params: p.grad = torch.randn_like(p)
+    return params, optimizer.step
+
 for line in sys.stdin:
     name, options, which, fresh, steps = json.loads(line)
     key = line.rpartition(",")[0]
-    if key not in optimizers:
-        found = getattr(shapes, which)
-        params = [torch.nn.Parameter(torch.randn(s)) for s in (found() if callable(found) else found)]
-        optimizers[key] = params, getattr(compiled_optim, name)(params, lr=1e-3, **options)
-        for p in params: p.grad = torch.randn_like(p)
-    params, optimizer = optimizers[key]
+    if key not in steps_of:
+        steps_of[key] = prepared(name, options, which)
+    params, step = steps_of[key]
     times = []
     for _ in range(steps):
         if fresh:
             for p in params: p.grad = p.grad.clone()
         begun = time.perf_counter()
-        optimizer.step()
+        step()
         times.append(time.perf_counter() - begun)
     print(json.dumps(times), flush=True)
 """
@@ -92,7 +112,7 @@ def steps(checkouts: list[Path], rounds: int, directory: str) -> dict[str, list[
 
     found = {}
     for name, options, shape, count in CONTESTANTS:
-        for fresh in (False, True):
+        for fresh in (False,) if shape == "a compiled iteration" else (False, True):
             contestant = [name, options, shape, fresh, count]
             times: list[list[float]] = [[], []]
             for k in range(rounds + 1):

@@ -26,3 +26,8 @@ def gpt2_small() -> Shapes:
     d = 768
     layer: Shapes = [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
     return [(50257, d), (1024, d), *layer * 12, (d,), (d,)]
+
+
+# One element each: what is left is the cost of the host.
+ONES = [(1,)] * 161
+MANY_ONES = [(1,)] * 10_000
