@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import named
 
 from compiled_optim import Optimizer
 from compiled_optim.declare import buffer, carried, counter, flag, number
@@ -78,15 +79,15 @@ RULES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore::compiled_optim.CompileFallbackWarning")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("options", [{}, {"differentiable": True}, {"compiled": True}], ids=named)
 @pytest.mark.parametrize(("functions", "error", "message"), RULES.values(), ids=RULES)
 def test_a_mistake_is_named_and_nothing_is_written(
-    functions: dict[str, Any], error: type[Exception], message: str, compiled: bool, lenient: None
+    functions: dict[str, Any], error: type[Exception], message: str, options: dict[str, Any], lenient: None
 ) -> None:
     cls = type("Wrong", (Mine,), {name: staticmethod(function) for name, function in functions.items()})
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    optimizer = cls([p], compiled=compiled)
+    optimizer = cls([p], **options)
     with pytest.raises(error) as caught:
         optimizer.step()
     assert str(caught.value) == message

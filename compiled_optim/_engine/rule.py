@@ -95,7 +95,7 @@ def evaluate(rule: Rule, h: Any, counts: Sequence[Any]) -> tuple[dict[str, Any],
 def first_scalars(rule: Rule, h: Any) -> dict[str, Any]:
     """The scalars of a first step; raises TypeError if one of them is no number."""
     values, _ = evaluate(rule, h, (1.0, *(c.first(h._asdict()) for c in rule.declaration.carried.values())))
-    _check_numbers(rule, values)
+    check_numbers(rule, values)
     return values
 
 
@@ -137,7 +137,7 @@ _GIVEN = {"h": "hyperparameters", "s": "buffers", "k": "scalars", "on": "fields 
 def _explain(error: AttributeError | TypeError, rule: Rule, function: str, **given: Any) -> None:
     """Raises what is wrong with a rule if that is known: a name that does not exist, or a scalar that is no number."""
     if isinstance(error, TypeError):
-        _check_numbers(rule, vars(given["k"]))
+        check_numbers(rule, vars(given["k"]))
         return
     for letter, values in given.items():
         if values is not None and values is error.obj:
@@ -157,7 +157,7 @@ def _read_all(s: Any, names: Collection[str], rule: Rule, function: str) -> tupl
     return tuple([getattr(s, name) for name in names])
 
 
-def _check_numbers(rule: Rule, values: Mapping[str, Any]) -> None:
+def check_numbers(rule: Rule, values: Mapping[str, Any]) -> None:
     """Raises TypeError unless all are numbers."""
     for name, value in values.items():
         if not hasattr(value, "__float__") and not hasattr(value, "dtype"):

@@ -23,7 +23,7 @@ from compiled_optim._engine.executions.survey import (
     look,
 )
 from compiled_optim._engine.executions.work import Work
-from compiled_optim._engine.rule import Rule, apply, arithmetic_dtype, evaluate
+from compiled_optim._engine.rule import Rule, apply, arithmetic_dtype, check_numbers, evaluate
 from compiled_optim._engine.values import TensorList
 
 # Of the lists that are updated at once: it bounds the temporaries of a step on CPU, and keeps them in cache.
@@ -254,6 +254,7 @@ def _differentiated(rule: Rule, u: Member, switches: list[Any], scalars: Scalars
         return torch.view_as_real(t) if complex_valued else t
 
     width = arithmetic_dtype(u.param.dtype).to_real()
+    check_numbers(rule, values)
     values = {k: v if isinstance(v, Tensor) else torch.tensor(v, dtype=width, device="cpu") for k, v in values.items()}
     state = {name: view(u.state[name]) for name in u.buffers}
     # a copy, for what the graph saves must not be what is written later
