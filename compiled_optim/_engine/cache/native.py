@@ -71,7 +71,7 @@ class Loaded(Generic[T]):
 
 
 class Future(threading.Thread, Generic[T]):
-    """A library that a daemon thread loads from disk or, failing that, compiles, publishes and loads.
+    """A library loaded from disk or, failing that, compiled, published and loaded by a daemon thread.
 
     ``underway`` is set once the library is there, its compiler runs, or another process compiles it: from then on it
     takes time but no Python code.
@@ -89,8 +89,11 @@ class Future(threading.Thread, Generic[T]):
         self._store = open_store() if library.persistent else None  # in the thread of the caller, whom it may warn
         self._compiler = find_compiler()
         self._cancelled, self._done = threading.Event(), threading.Event()
-        self._outcome: Loaded[T] | BaseException | None = None
-        self.start()
+        self._outcome: Loaded[T] | BaseException | None = self._find("disk")  # here: a warm start needs no thread
+        if self._outcome is None:
+            self.start()
+        else:
+            self.underway.set()
 
     @property
     def failed(self) -> bool:
@@ -127,7 +130,7 @@ class Future(threading.Thread, Generic[T]):
 
     def run(self) -> None:
         try:
-            self._outcome = self._find("disk") or self._compile()
+            self._outcome = self._compile()
         except BaseException as error:
             self._outcome = error
         finally:
