@@ -1,4 +1,4 @@
-"""What a fork means for the child: its parent's other threads, OpenMP's among them, do not exist in it."""
+"""Forked children, in which the parent's other threads (OpenMP's among them) do not exist."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _forked = False
 def team_size() -> int:
     """How many threads a launch may use: as many as torch does, but one in a forked child.
 
-    A team of OpenMP's threads that the parent has made would be waited for in the child for ever.
+    There OpenMP would wait for ever for threads that it started in the parent.
     """
     return 1 if _forked else torch.get_num_threads()
 
 
 def new_lock() -> Any:
-    """A reentrant lock that is free in a forked child, where the thread that held it may not exist."""
+    """A reentrant lock that becomes free in a forked child, because the thread that held it may not exist there."""
     lock = threading.RLock()
     os.register_at_fork(after_in_child=lock._at_fork_reinit)  # type: ignore[attr-defined]  # as threading's own do
     return lock

@@ -1,4 +1,4 @@
-"""What the environment says. Everything is read when it is used, so a change counts from the next use on."""
+"""Environment variables, logging and warnings. A variable is read at each use, so a change takes effect at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger("compiled_optim")
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warns at the line of the user's code that led here, and tells the log, which prints nothing by itself."""
+    """Warns at the line of the user's code that led here, and logs the message, which prints nothing by default."""
     logger.info("%s", message)
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("compiled_optim", "torch"):

@@ -1,4 +1,4 @@
-"""Find the C++ compiler and run it, without ever hanging or leaving anything behind."""
+"""Finds the C++ compiler and runs it. It neither hangs nor outlives this process nor leaves files behind."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _PREFIX = "compiled_optim-build-"
 _SHOWN_BYTES = 4096
 _SHOWN_LINES = 12
 _POLL_SECONDS = 0.02
-# Runs a command in a process group in which all are killed when the standard input ends.
+# Runs a command and kills its process group when the standard input ends.
 _WATCHED = 'exec 3<&0; { read -r _ <&3; kill -KILL 0; } >/dev/null 2>&1 & exec "$@" </dev/null 3<&-'
 
 
 class BuildError(RuntimeError):
-    """The C++ compiler gave no library; the message has its command and the first lines it printed."""
+    """The C++ compiler made no library. The message has its command and the first lines that it printed."""
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: its path, arguments that always come first, and what tells it from another version of itself."""
+    """A C++ compiler: its path, the arguments that come first, and a fingerprint of its version."""
 
     path: str
     arguments: tuple[str, ...]
@@ -56,7 +56,7 @@ def find_compiler() -> Compiler | None:
 
 
 def _identity(word: str) -> str:
-    """`ccache g++` is two programs, and either may be upgraded; any other word stands for itself."""
+    """Identifies one word of the command: a program by its file, which an upgrade changes; any other word by itself."""
     program = shutil.which(word)
     if program is None:
         return word
@@ -67,10 +67,10 @@ def _identity(word: str) -> str:
 
 @contextmanager
 def private_directory() -> Iterator[Path]:
-    """A new directory that only this user can enter, removed at exit; those of killed processes are removed first.
+    """A new directory that only this user can enter, removed at exit. First removes those of killed processes.
 
     Raises:
-        BuildError: there is no place for temporary files, or others could exchange the directory.
+        BuildError: there is no place for temporary files, or another user could replace the directory.
     """
     try:
         temporary = Path(tempfile.gettempdir()).resolve()
@@ -91,10 +91,10 @@ def private_directory() -> Iterator[Path]:
 
 
 def _locked_directory(parent: Path) -> tuple[Path, int]:
-    """A new directory, and a descriptor that has it locked for as long as this process lives."""
+    """A new directory, and a descriptor that locks it for as long as this process lives."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        os.chmod(path, 0o700)  # an odd umask takes bits from the owner, too
+        os.chmod(path, 0o700)  # whatever the umask
         with suppress(FileNotFoundError):  # another process swept it before it was locked
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             with suppress(OSError):  # where locks do not work, nothing is swept either
@@ -105,7 +105,7 @@ def _locked_directory(parent: Path) -> tuple[Path, int]:
 
 
 def _sweep(parent: Path) -> None:
-    """Removes what `private_directory` made for processes that were killed."""
+    """Removes directories that killed processes left, whose locks are free."""
     for path in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

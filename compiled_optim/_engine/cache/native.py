@@ -9,12 +9,12 @@ import json
 import os
 import platform
 import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
 
@@ -207,7 +207,7 @@ def _machine() -> tuple[str, ...]:
         torch.__version__,
         str(torch.version.git_version),
         str(sys.implementation.cache_tag),
-        str(sysconfig.get_config_var("SOABI")),
+        EXTENSION_SUFFIXES[0],  # the ABI; `sysconfig` would take 1 ms to import
         sys.platform,
         platform.machine(),
         _processor(),

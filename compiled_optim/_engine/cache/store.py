@@ -1,8 +1,8 @@
-"""Native code on disk, in a form that can be trusted: nothing is loaded that is not mine, whole and in its place.
+"""Native code on disk. A library is loaded only if this user alone can write it and its hash is right.
 
-A flat directory holds, for each key, `<key>-<start of sha256>.so`, the library; `<key>.json`, its manifest, published
-last; and `<key>.lock`, while a writer holds it. Readers take no lock and write nothing, so read-only media serve their
-hits; where they may they set a library's time of access, by which the least recently used are known.
+For each key a flat directory holds `<key>-<start of sha256>.so`, the library; `<key>.json`, its manifest, published
+last; and `<key>.lock`, while a writer holds it. Readers take no lock and need no right to write, so a read-only
+directory works. Where they can they set a library's time of access, which tells the least recently used entries.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CacheWarning(UserWarning):
 
 @dataclass
 class Counters:
-    """What went wrong with the disk cache in this process."""
+    """The errors of the disk cache in this process."""
 
     bad: int = 0  # entries that failed a check and were set aside
     errors: int = 0  # reads and writes that failed for another reason
@@ -81,7 +81,7 @@ class _Manifest:
 
     @property
     def library(self) -> str:
-        return f"{self.key}-{self.sha256[:16]}.so"  # never read from the file: it could name anything
+        return f"{self.key}-{self.sha256[:16]}.so"  # not read from the file, where it could be any path
 
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
@@ -143,7 +143,7 @@ def _make_private(directory: Path) -> None:
     _make_private(directory.parent)
     with suppress(FileExistsError):  # another process was faster
         os.mkdir(directory, 0o700)
-        os.chmod(directory, 0o700)  # an odd umask takes bits from the owner, too
+        os.chmod(directory, 0o700)  # whatever the umask
 
 
 class Store:
@@ -244,7 +244,7 @@ class Store:
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             try:
-                os.fchmod(descriptor, 0o600)  # an odd umask takes bits from the owner, too
+                os.fchmod(descriptor, 0o600)  # whatever the umask
                 rest = memoryview(data)
                 while rest:
                     rest = rest[os.write(descriptor, rest) :]
@@ -268,7 +268,7 @@ class Store:
         Returns:
             Whether it is held. If not, after the time limit or where locks do not work, do not publish.
         """
-        owner, path = os.getpid(), self.root / f"{key}.lock"
+        path = self.root / f"{key}.lock"
         descriptor = _lock(path, seconds, cancelled or threading.Event())
         if descriptor is None:
             yield False
@@ -276,10 +276,9 @@ class Store:
         try:
             yield True
         finally:
-            if os.getpid() == owner:
-                with suppress(OSError):
-                    os.unlink(path)
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked meanwhile shares the lock, and may live long
+            with suppress(OSError):
+                os.unlink(path)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile shares the lock
             os.close(descriptor)
 
     def sweep(self, key: str) -> None:
@@ -298,11 +297,11 @@ class Store:
         """Remove an entry, unless it is being written."""
         with self.writer(key) as held:
             if held:
-                _delete(self.root / f"{key}.json")  # first: a library without one is a miss, the reverse is a bad entry
+                _delete(self.root / f"{key}.json")  # first: a library alone is a miss, a manifest alone a bad entry
                 self._remove(re.compile(re.escape(key) + ".*"), {f"{key}.lock"})
 
     def clear(self) -> None:
-        """Remove every file that has a name of ours and nothing else; others may use or clear the store meanwhile."""
+        """Remove every file with a name of ours and no other. Other processes may use the store meanwhile."""
         self._remove(OURS)
 
     def _remove(self, pattern: re.Pattern[str], kept: Container[str] = ()) -> None:
@@ -342,7 +341,7 @@ def _lock(path: Path, seconds: float, cancelled: threading.Event) -> int | None:
         except OSError:
             return None
         try:
-            os.fchmod(descriptor, 0o600)  # as in `_write`
+            os.fchmod(descriptor, 0o600)  # whatever the umask
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = os.fstat(descriptor).st_nlink > 0
             if held:

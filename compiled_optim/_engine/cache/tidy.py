@@ -1,4 +1,4 @@
-"""Keeps the cache within its limits: what a writer does once it has published."""
+"""Keeps the cache within its limits. A writer calls this after it has published."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from compiled_optim._engine import settings
 from compiled_optim._engine.cache.store import OURS, Store
 
-ENTRIES = 4096  # at most, for each costs every writer a look
+ENTRIES = 4096  # at most, because every writer looks at each of them
 
 
 @dataclass
 class _Files:
-    """All files of one key: their names without it, the bytes of an entry, and when one was last used."""
+    """All files of one key: their names without the key, the bytes of the entry, and when it was last used."""
 
     ends: list[str] = field(default_factory=list)
     size: int = 0
@@ -27,7 +27,7 @@ class _Files:
 
 
 def tidy(store: Store, own: str) -> None:
-    """Removes what killed writers left, bad entries, and the entries not used for longest that exceed the limits.
+    """Removes leftovers of killed writers and bad entries, then the least recently used entries above the limits.
 
     A directory that cannot be read is left as it is.
 

@@ -1,4 +1,4 @@
-"""Whose files these are: code may be loaded that no other user can change or exchange."""
+"""Checks that nobody but this user and root can change or replace a file of code."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class Distrust(Exception):
 
 
 def directory_problem(directory: Path) -> str | None:
-    """Why code in a directory cannot be trusted; None if it is a real one that this user alone can write.
+    """Why code in a directory cannot be trusted, or None.
 
-    Nor may anybody but this user and root be able to exchange it, by writing one of its parents.
+    It must be a real directory that only this user can write, and only this user and root may be able to replace it by
+    writing one of its parents.
 
     Raises:
         OSError: the directory cannot be examined.
@@ -44,10 +45,10 @@ def directory_problem(directory: Path) -> str | None:
 
 @contextmanager
 def open_mine(path: Path, limit: int) -> Iterator[int]:
-    """A descriptor of a file of mine that has no more than ``limit`` bytes. Follows no link and waits for no FIFO.
+    """A descriptor of a file that only this user can write. Follows no link and does not block on a FIFO.
 
     Raises:
-        Distrust: it is no such file.
+        Distrust: it is something else, or has more than ``limit`` bytes.
         OSError: it cannot be opened.
     """
     try:
@@ -78,13 +79,12 @@ def contents(descriptor: int, limit: int) -> bytes:
 
 
 def loadable(descriptor: int, path: Path) -> Path:
-    """Where the dynamic loader finds what ``descriptor`` has open, whatever lies at ``path`` by now.
+    """A path by which the dynamic loader opens the file of ``descriptor``, even if ``path`` was replaced meanwhile.
 
     Raises:
-        OSError: without /proc, if something else lies there.
+        OSError: there is no /proc, and ``path`` was replaced.
     """
-    # The loader takes a name that it has loaded before for the library it was then, and numbers of descriptors come
-    # again: so each name is another detour.
+    # The loader does not open a name twice, and descriptor numbers are reused: so each name takes another detour.
     detour = "".join(("../fd/", "../../self/fd/")[bit == "1"] for bit in f"{next(_serial):b}")
     by_descriptor = Path(f"/proc/self/fd/{detour}{descriptor}")
     found = by_descriptor if by_descriptor.exists() else path

@@ -190,9 +190,11 @@ def bytes_per_element(signature: Signature, lowered: inductor.Lowered) -> int:
 def _host_library() -> native.Library[ModuleType]:
     source = (_HOST / "host.cpp").read_text()
     headers = [file.read_text() for file in sorted(_HOST.glob("*.h"))]
-    # it is compiled beside the first kernel: at -O2 it would take longer than that, and is not faster
+    # -O2 would take longer to compile than the first kernel, beside which this is compiled, and run no faster
     flags = [*inductor.BASE_FLAGS, "-O1", "-finline-small-functions", "-fstrict-aliasing"]
-    flags += [f"-I{_HOST}", f"-I{sysconfig.get_path('include')}"]
+
+    def produce() -> native.Source:
+        return native.Source(source, [*flags, f"-I{_HOST}", f"-I{sysconfig.get_path('include')}"])
 
     def load(path: Path) -> ModuleType:
         loader = importlib.machinery.ExtensionFileLoader("compiled_optim._host", str(path))  # its name in sys.modules
@@ -206,17 +208,17 @@ def _host_library() -> native.Library[ModuleType]:
         return module
 
     key = native.machine_key("host", source, *headers, *flags)
-    return native.Library(key, lambda: native.Source(source, flags), load)
+    return native.Library(key, produce, load)
 
 
 def _identity(signature: Signature) -> tuple[list[str], bool]:
-    """What a kernel on disk is known by, and whether that is all it depends on."""
+    """What identifies a kernel on disk, and whether the kernel depends on nothing else."""
     cls = signature.rule.owner
     dtypes = ",".join(map(str, signature.dtypes))
     names = ",".join((*signature.buffers, "|", *signature.scalars))
     form: Any
     try:
-        # of the package's own its file says it all, and a warm start need not look at bytecode
+        # a rule of the package depends on its file alone, so a warm start need not look at bytecode
         form = _source_of(cls.update) if is_own(cls.update) else signature.references or references(cls.update)
         complete = _in_a_file(cls)
     except UnknownReferenceError:
@@ -225,7 +227,7 @@ def _identity(signature: Signature) -> tuple[list[str], bool]:
 
 
 def _in_a_file(cls: type) -> bool:
-    """Whether the class's source is in a file: what a notebook or a prompt defines is not kept on disk."""
+    """Whether the class is defined in a file: what a notebook or a prompt defines is not kept on disk."""
     try:
         return os.path.isfile(inspect.getfile(cls))
     except (OSError, TypeError):
