@@ -61,7 +61,7 @@ class _Average(_Rule):
 def _custom(avg_fn: Any) -> type[_Rule]:
     """The rule of a user's ``avg_fn``; its weight is the number of models that were averaged."""
     kind: Any = type(avg_fn)
-    function = avg_fn.__call__ if isinstance(kind.__call__, FunctionType) else avg_fn  # of an object, its method
+    function = avg_fn.__call__ if isinstance(kind.__call__, FunctionType) else avg_fn  # for an object, its method
 
     class Custom(_Rule):
         @staticmethod
@@ -153,7 +153,7 @@ class _Launcher:
         rows: list[Row] = [(0, (2.0,), (weight,))]
         outcome: Any = None
         for _ in range(3):
-            if self.plan is None or isinstance(outcome, str):  # or it no longer fits
+            if self.plan is None or isinstance(outcome, str):  # there is none, or it no longer fits
                 if any(p.shape != current.shape for p, current in model_of.items()):
                     raise inductor.LoweringError("a tensor of the model is of another shape than its average")
                 self.plan = self._make_plan()
@@ -179,7 +179,7 @@ class _Launcher:
             raise
 
     def _refused(self, elsewhere: list[tuple[Tensor, str]]) -> None:
-        # integers, such as BatchNorm's count, are no fallback
+        # Integers, such as the count of BatchNorm, are always averaged eagerly: that is no fallback.
         others = [(p, why) for p, why in elsewhere if p.is_floating_point() or p.is_complex()]
         self.fallback.tell_of(others, "tensor", "averaged eagerly")
 
@@ -247,7 +247,7 @@ class AveragedModel(swa_utils.AveragedModel):
             self._update(model)
 
     def _update(self, model: Module) -> None:
-        on_host = self.n_averaged.device.type == "cpu"  # or reading the count would wait for the device
+        on_host = self.n_averaged.device.type == "cpu"  # otherwise reading the count would wait for the device
         if not (self.compiled and on_host and int(self.n_averaged)):
             self._update_eagerly(model)
             return
@@ -261,9 +261,9 @@ class AveragedModel(swa_utils.AveragedModel):
         self._update_eagerly(model)
 
     def _update_eagerly(self, model: Module) -> None:
-        """As torch does; what it has written before it raises is taken back."""
+        """Updates as torch does. If it raises, what it has written is taken back."""
         mine, theirs = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
-        for t in (*mine, *theirs):  # torch would read and write where nothing is
+        for t in (*mine, *theirs):  # torch would read and write outside of the storage
             try:
                 check_storage(t)
             except ShortStorageError as error:
@@ -312,7 +312,7 @@ class AveragedModel(swa_utils.AveragedModel):
         self.n_averaged += 1
 
     def _other(self, average: Tensor, current: Tensor) -> Tensor:
-        """The new value of an average, by the function that torch would call."""
+        """The new value of an average, from the function that torch would call."""
         average, current, n = average.detach(), current.detach().to(average.device), self.n_averaged.to(average.device)
         if self.multi_avg_fn is None:
             return self._function(average, current, n)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint that torch.optim's ``load_state_dict`` could not take in."""
+"""Explains why torch.optim's ``load_state_dict`` could not load a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def problem(optimizer: str, state_names: Collection[str], state_dict: Any) -> Ex
         if not isinstance(values, Mapping):
             return TypeError(f"{optimizer}: 'state' of parameter {key!r} must be a dict, got {_shown(values)}")
         for name, value in values.items():
-            # torch.optim makes of a text another one
+            # torch.optim would load a string, and change it
             if (name in state_names and isinstance(value, str)) or _is_array(value):
                 what = f"{optimizer}: state {name!r} of parameter {key!r}"
                 return TypeError(f"{what} must be a tensor or a number, got {_shown(value)}")

@@ -1,4 +1,4 @@
-"""What a step refuses before it changes anything, with errors that name the parameter, the state and the value."""
+"""What a step checks before it changes anything. Errors name the parameter, the state and the value."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_count(value: Any) -> bool:
-    """Whether a step can count in this, as it is."""
+    """Whether this is a tensor that a step can count in."""
     exact = isinstance(value, Tensor) and value.dtype in COUNT_DTYPES and value.layout is torch.strided
     return exact and value.numel() == 1
 
 
 def number_of(work: Work, p: Tensor, name: str, value: Any) -> float:
-    """The number that a step count, or another 0-d state, stands for.
+    """A step count, or another 0-d state, as a number.
 
     Raises:
         TypeError: if it is none; the message names the state, its value and what was expected.
@@ -51,7 +51,11 @@ def refuse(work: Work, choices: list[Group]) -> None:
 
 
 def check_gradient(work: Work, choice: Group, grad: Tensor) -> Tensor:
-    """A gradient that is not dense, or of an algorithm that takes no other; in COO layout."""
+    """A sparse gradient in COO layout.
+
+    Raises:
+        RuntimeError: if the optimizer does not take dense gradients, or does not take sparse ones.
+    """
     name = work.rule.name
     if grad.layout is torch.strided:
         raise RuntimeError(f"{name} does not support dense gradients, please consider Adam instead")
@@ -65,7 +69,7 @@ def check_gradient(work: Work, choice: Group, grad: Tensor) -> Tensor:
 
 
 def check_whole(work: Work, p: Tensor, state: dict[str, Any]) -> None:
-    """State is made as a whole, but for what a switch that was turned on adds: a part that lacks was lost."""
+    """Raises KeyError if a part of the state is missing. All of it is made at once, except what a switch adds later."""
     declaration = work.rule.declaration
     needed = [*declaration.counts, *(name for name, b in declaration.buffers.items() if b.when is None)]
     missing = [name for name in needed if state.get(name) is None]
@@ -112,7 +116,7 @@ def check_buffer(work: Work, p: Tensor, name: str, value: Any, shape: torch.Size
 
 
 def check_kind(work: Work, owner: Tensor, p: Tensor, grad: Tensor, buffers: dict[str, Any]) -> None:
-    """What is the same for all updates of one kind: devices, and the dtypes of the state."""
+    """Checks what all parameters of one kind share: devices, and the dtypes of the state."""
     if grad.device != p.device:
         name, where = work.rule.name, place(work, owner)
         raise RuntimeError(f"{name}: the gradient of the parameter {where} must be on {p.device}, got {grad.device}")

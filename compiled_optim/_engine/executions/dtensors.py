@@ -15,7 +15,7 @@ from compiled_optim._engine.torch_private.tensor_parts import is_dtensor, local_
 
 
 def local(t: Any) -> Any:
-    """What this process holds of a DTensor; anything else as it is."""
+    """The shard of a DTensor that this process holds. Anything else is returned as it is."""
     return local_shard(t) if is_dtensor(t) else t
 
 
@@ -25,7 +25,7 @@ def local_gradient(p: Tensor, grad: Tensor) -> Tensor:
 
 
 def local_state(p: Any, state: dict[str, Any], buffers: Any) -> dict[str, Any]:
-    """The state of a parameter, if that is a DTensor with the shards instead.
+    """The state of a parameter. If that is a DTensor, its state as shards.
 
     Raises:
         RuntimeError: for one of ``buffers`` that is not sharded as the parameter is.
@@ -59,14 +59,14 @@ def placed(p: Any, grad: Any) -> Any:
 
 
 def redistributed(work: Work) -> dict[Tensor, Tensor]:
-    """The gradients that are not in their parameter's placements, in these."""
+    """The gradients that had to be redistributed to the placements of their parameters, by parameter."""
     params = [p for group in work.groups for p in group["params"]]
     pairs = [(p, grad) for p in params if is_dtensor(p) and (grad := work.gradient(p)) is not None]
     return {p: new for p, grad in pairs if (new := placed(p, grad)) is not grad}
 
 
 def refuse(work: Work, p: Any) -> None:
-    """Raises RuntimeError where the update of a DTensor cannot be that of its shards. Nothing is communicated."""
+    """Raises RuntimeError if updating each shard would not update the DTensor. Communicates nothing."""
     name = work.rule.name
     if not work.rule.elementwise:
         raise RuntimeError(

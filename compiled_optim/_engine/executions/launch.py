@@ -1,4 +1,4 @@
-"""A launch plan: which tensors of an optimizer which kernel updates. It is checked in every step."""
+"""A launch plan: which kernel updates which tensors of an optimizer. Every step checks it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from compiled_optim._engine.torch_private import inductor, tensor_parts
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
 _ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp
 
-# a param group and the counts of a step; with its scalars, and what is carried on
+# A param group and the counts of a step. A row adds the scalars, and the scalars that are carried to the next step.
 Counts = tuple[int, tuple[float, ...]]
 Row = tuple[int, tuple[float, ...], tuple[float, ...]]
 
@@ -66,22 +66,22 @@ class Plan:
     journal: Journal = field(default_factory=list)
 
     def is_current(self, work: Work) -> bool:
-        """Whether the rule is the one that was compiled, and refers to what it did then."""
+        """Whether the rule is still the one that was compiled, and still refers to the same values."""
         rule = work.rule.update
         return rule is self.rule and (self.references is None or refers_to(rule, self.references))
 
     def run(self, work: Work, rows: list[Row]) -> str | list[Counts] | None:
-        """One step in one call, given the scalars that are foreseen.
+        """One step in one call of the host module, with the scalars that it is expected to need.
 
         Returns:
             None; or, when nothing was written, what no longer holds, or the counts whose scalars are needed.
         """
         listed = [group["params"] for group in work.groups]
         lists = tuple([params if type(params) is list else list(params) for params in listed])
-        # one that changed its layout is not prepared: the host module then says that it no longer fits
+        # A gradient that became sparse is not converted: the host module then says that the plan no longer fits.
         copied = [(p, grad) for p in self.copied if (grad := work.gradient(p)) is not None and not grad.is_sparse]
         stand_ins: list[tuple[Tensor, ...]] = list((work.substitutes or {}).items())
-        if copied:  # what is not whole is named by the host module
+        if copied:  # the host module names a gradient whose storage is too short
             stand_ins += [(p, _like_parameter(p, grad)) for p, grad in copied if self.host.is_whole(grad)]
         for p in self.sparse:
             if p.grad is not None and p.grad.is_sparse:
@@ -97,7 +97,7 @@ class Plan:
             stand_ins += self._shards_of_gradients(work)
         outcome: Any
         outcome = self.host.run(self.native, lists, state, rows, stand_ins, process.team_size())
-        if outcome is False:  # to make floats of its scalars runs Python, which may take gradients away
+        if outcome is False:  # a scalar is no float: converting it runs Python, which may replace gradients
             given = {id(stand_in[0]) for stand_in in stand_ins}
             left = [p for params in lists for p in params if p.grad is not None and id(p) not in given]
             stand_ins += [(p, p.grad) for p in left]
@@ -172,7 +172,7 @@ def make_plan(
 
 
 def expected(work: Work, choices: list[Group], scalar_names: list[tuple[str, ...]]) -> list[Signature]:
-    """The kernels of a step in which these parameters have a gradient, or all that are trained if none has one yet."""
+    """The kernels that the next step needs: of the parameters that have a gradient, or if none has, of all trained."""
     members, _ = _sorted_by_kernel(work, choices, scalar_names)
     active = [m for m in members if m.grad is not None] or [m for m in members if m.param.requires_grad]
     return [m.signature for m in active if m.signature]
@@ -181,9 +181,9 @@ def expected(work: Work, choices: list[Group], scalar_names: list[tuple[str, ...
 def _sorted_by_kernel(
     work: Work, choices: list[Group], scalar_names: list[tuple[str, ...]]
 ) -> tuple[list[Member], Form | None]:
-    """All parameters with the signature of their kernel, or the reason why none takes them; what the rule refers to.
+    """All parameters with the signature of their kernel or the reason why they have none, and what the rule refers to.
 
-    That is what can be said before the host module is loaded: it and the kernels are compiled side by side.
+    This needs no host module, so that it and the kernels can be compiled side by side.
     """
     form = _references(work)
     members = look(work, choices, idle=True)
@@ -218,7 +218,7 @@ def _reason(work: Work, choice: Group, m: Member) -> str:
         return f"its type is {type(p).__name__}"
     if p.device.type != "cpu" or p.dtype not in DTYPES:
         return f"it is {p.dtype} on {p.device.type}"
-    grad = m.grad if m.param is not m.listed else work.gradient(p)  # before it was converted to COO
+    grad = m.grad if m.param is not m.listed else work.gradient(p)  # not the copy in COO layout
     if grad is None or (type(grad) in PLAIN and grad.layout is torch.strided):
         return ""
     if type(grad) not in PLAIN or grad.layout is not torch.sparse_coo:
@@ -247,7 +247,7 @@ def _host_reason(host: Any, m: Member) -> str:
 
 
 def _leave_shared_memory(work: Work, host: Any, active: list[Member]) -> None:
-    """Leaves to an eager step what shares memory so that a launch would do what no loop over parameters does."""
+    """Takes parameters out of the launch whose shared memory would make it differ from a loop over parameters."""
     slots, counts = work.rule.declaration.slots, work.rule.declaration.counts
     described = [(bool(m.reason), m.param, m.grad, tuple(m.state.get(name) for name in slots)) for m in active]
     for m, reason in zip(active, host.conflicts(described, len(counts)), strict=True):
@@ -278,5 +278,5 @@ def _same(host: Any, tensor: Tensor, like: Tensor) -> bool:
 
 
 def _like_parameter(p: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in the parameter's dtype and layout."""
+    """A copy of the gradient in the parameter's dtype and layout."""
     return torch.empty_like(p, requires_grad=False).copy_(grad.detach())

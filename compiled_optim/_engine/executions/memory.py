@@ -1,4 +1,4 @@
-"""Memory that two tensors share: what overlaps must be updated one after the other, as in a loop over parameters."""
+"""Memory that tensors share. Updates that overlap run one after the other, as in a loop over parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from operator import attrgetter
 from torch import Tensor
 
 _is_sparse = attrgetter("is_sparse")
-Span = tuple[int, int, int, bool]  # begin and end in bytes, whose it is, whether that writes it
+Span = tuple[int, int, int, bool]  # begin and end in bytes, the index of the update, whether the update writes it
 
 
 class ShortStorageError(RuntimeError):
@@ -22,18 +22,20 @@ class ShortStorageError(RuntimeError):
 
 
 class Memory:
-    """Which updates of a step must wait for others. Kept from step to step, so that addresses are sorted when they
-    change only."""
+    """Finds which updates of a step must wait for others.
+
+    It lives from step to step, so that addresses are sorted only when they change.
+    """
 
     def __init__(self) -> None:
         self._written: list[int] = []  # addresses and sizes
         self._read: list[int] = []
-        self._begins: list[int] = []  # of what is written, sorted
+        self._begins: list[int] = []  # of the written spans, sorted
         self._ends: list[int] = []
         self._clashes = False
 
     def turns(self, written: Sequence[Sequence[Tensor]], read: Sequence[Tensor]) -> list[int]:
-        """Of each update, in the order of a loop over them, the turn in which it may be done, from 0 on.
+        """The turn of each update, from 0 on. Updates of one turn can be done in any order.
 
         Args:
             written: the parameter of each update, and its state.
@@ -53,7 +55,7 @@ class Memory:
         self._read = read_at
         if not self._clashes:
             return [0] * len(written)
-        self._written = []  # looked at again in each step
+        self._written = []  # so the next step looks again
         return _in_order(written, read)
 
     def _sort(self, written: Sequence[Sequence[Tensor]]) -> None:
@@ -69,7 +71,7 @@ class Memory:
             spans = [(at, at + t.nbytes) for at, t in zip(addresses, read, strict=True)]
         else:
             spans = [span for t in read if (span := _span(t))]
-        # what is written does not overlap, so the last that begins before an end is the one that reaches furthest
+        # Written spans do not overlap here, so the last one that begins before an end also reaches furthest.
         before = [bisect_left(begins, end) for _, end in spans]
         return any(ends[i - 1] > begin for i, (begin, _) in zip(before, spans, strict=True) if i)
 
@@ -77,7 +79,7 @@ class Memory:
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     try:
         return [*map(Tensor.data_ptr, tensors)]
-    except RuntimeError:  # of a subclass without memory of its own
+    except RuntimeError:  # a subclass may have no memory of its own
         return [*map(_address, tensors)]
 
 
@@ -94,7 +96,7 @@ def _span(t: Tensor) -> tuple[int, int] | None:
         return None
     try:
         address, storage = t.data_ptr(), t.untyped_storage().nbytes()
-    except RuntimeError:  # of a subclass without memory of its own
+    except RuntimeError:  # a subclass may have no memory of its own
         return None
     elements = t.numel()
     if not t.is_contiguous():
@@ -123,7 +125,7 @@ def _in_order(written: Sequence[Sequence[Tensor]], read: Sequence[Tensor]) -> li
             if i != j and (writes or also_writes):
                 earlier[max(i, j)].add(min(i, j))
         open_spans.append((begin, end, i, writes))
-    last: dict[int, int] = {}  # where a parameter that is listed twice was listed before
+    last: dict[int, int] = {}  # the previous place of a parameter that is listed twice
     for i, row in enumerate(written):
         if id(row[0]) in last:
             earlier[i].add(last[id(row[0])])

@@ -82,8 +82,11 @@ class Member:
         return any(name in self.buffers for name in self.lacks)
 
     def next_counts(self, ahead: Mapping[int, float] = MappingProxyType({})) -> tuple[float, ...]:
-        """The step count after this step, and what `scalars` carried here; without a step count, 1 for new state and
-        2 after. ``ahead``: by address, what will be there then."""
+        """The step count after this step, and the scalars that were carried to it.
+
+        Without a step count it is 1 for new state and 2 afterwards. ``ahead``: values that earlier updates of this step
+        will have written, by address.
+        """
         if not self.counts:
             return (1.0,) if self.fresh else (2.0,)
         counts = [self.state[name] for name in self.counts]
@@ -240,13 +243,13 @@ def in_order(
 
 
 def _left(u: Member, values: Sequence[Any]) -> dict[int, float]:
-    """By address, what the 0-d state of an update will hold, rounded as its tensors round."""
+    """The values that the 0-d state of an update will hold, by address, rounded to the dtype of its tensors."""
     counts = [u.state[name] for name in u.counts]
     return {t.data_ptr(): t.new_tensor(value).item() for t, value in zip(counts, values, strict=True)}
 
 
 def advance(members: list[Member], carried: Sequence[Any]) -> None:
-    """Counts a step; ``carried``: what `scalars` carries on, each a number, or a tensor with one for each member."""
+    """Advances the counts. ``carried``: the carried scalars, each a number or a tensor with an element per member."""
     for name, value in zip(members[0].counts, (None, *carried), strict=False):
         counts = [u.state[name] for u in members]
         if value is None:

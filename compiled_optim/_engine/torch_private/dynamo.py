@@ -26,8 +26,7 @@ try:
     )
     from torch.utils._python_dispatch import _disable_current_modes
 
-    # An object of a class under this base can be an argument of an operator. torch 2.14 prints a warning of the old
-    # names when they are imported.
+    # Objects of a class under this base can be arguments of an operator. Importing the old names in torch 2.14 warns.
     if TYPE_CHECKING or version.torch_version() < (2, 14):
         from torch._library.opaque_object import register_opaque_type as _register_opaque
         from torch._opaque_base import OpaqueBase as OpaqueBase
@@ -56,7 +55,7 @@ def compiling_disabled() -> str | None:
 
 @contextmanager
 def outside_modes() -> Iterator[None]:
-    """What the caller has entered is left: inference mode, a default device, autocast, fake tensors, transforms."""
+    """Leaves all modes that the caller has entered: inference, default device, autocast, fake tensors, transforms."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     with ExitStack() as stack:
@@ -70,11 +69,11 @@ def outside_modes() -> Iterator[None]:
 
 
 def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
-    """``function`` kept out of a surrounding ``torch.compile``, but not its last argument, a function."""
+    """Keeps ``function`` out of a surrounding ``torch.compile``, but not the function that is its last argument."""
     if version.missing:
         return never_traced(function)
 
-    # `torch.compiler.disable` would silently run a closure and the model in it eagerly (#123479)
+    # `torch.compiler.disable` would silently run the closure, and the model in it, eagerly.
     @functools.wraps(function)
     def outside(*args: Any) -> Any:
         *others, closure = args
@@ -99,7 +98,7 @@ def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def never_traced(function: Callable[..., T]) -> Callable[..., T]:
-    """``function``, and all it calls, kept out of a surrounding ``torch.compile``."""
+    """Keeps ``function``, and all it calls, out of a surrounding ``torch.compile``."""
     decorate = getattr(torch, "_disable_dynamo", None)
     if decorate is not None:
         return decorate(function)  # type: ignore[no-any-return]
@@ -112,23 +111,26 @@ def never_traced(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def compiles_frames() -> bool:
-    """Whether the caller was called by a function under ``torch.compile``, of whose graphs it is no part."""
+    """Whether a compiled function called this one outside of its graphs."""
     return not version.missing and callable(get_eval_frame_callback())
 
 
 def constant_in_graphs(method: Callable[..., T]) -> Callable[..., T]:
-    """``method`` called on the real object while Dynamo traces; what it returns is a constant of the graph."""
+    """Lets Dynamo call ``method`` on the real object while it traces. The result is a constant of the graph."""
     method._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler's decorator imports Dynamo
     return method
 
 
 def register_opaque(cls: type[OpaqueBase], guard: Callable[[Any], list[Any]] | None = None) -> None:
-    """Lets graphs take objects of this class as inputs, by reference; one is right for what ``guard`` answers only."""
+    """Lets graphs take objects of this class as inputs, by reference.
+
+    A graph is reused only while ``guard`` returns what it returned when the graph was traced.
+    """
     _register_opaque(cls, typ=_BY_REFERENCE, guard_fn=guard)
 
 
 def join_trace(cls: type) -> str:
-    """While Dynamo traces: has it take objects of this class as any other, from now on and in this graph.
+    """While Dynamo traces: makes it treat objects of this class like any other, from now on and in this graph.
 
     Optimizers would be guarded by identity, so that each instance needs a graph, and a look at ``param_groups`` would
     make every number in them a constant.
@@ -147,8 +149,8 @@ def join_trace(cls: type) -> str:
         handlers, as_object = VariableBuilder._type_dispatch(), VariableBuilder.wrap_user_defined
     except (ImportError, AttributeError) as error:
         return version.lacks(error)
-    # One object stands for each of these, in all graphs; and torch 2.13 notes in it where one was read, such as in a
-    # missing gradient, to read it there again: `p.grad = None` in another graph then assigned that gradient.
+    # Dynamo has one object for each of these in all graphs. torch 2.13 notes in it where the constant was read, such as
+    # in a missing gradient, and reads it there again: `p.grad = None` in another graph then assigned that gradient.
     for constant in (None, True, False):
         ConstantVariable.create(constant).source = None
     if cls not in handlers and issubclass(cls, torch.optim.Optimizer):
@@ -165,7 +167,7 @@ def _tracing() -> Any:
 
 
 def gradients_are_traced(params: Sequence[torch.Tensor]) -> bool:
-    """While Dynamo traces: whether its graph sets ``.grad`` of a parameter, or takes in the memory of a gradient."""
+    """While Dynamo traces: whether its graph sets ``.grad`` of a parameter, or has a gradient among its inputs."""
     output = _tracing()
     known, attributes = output.side_effects.id_to_variable, output.side_effects.store_attr_mutations
     if any("grad" in attributes.get(known.get(id(p)), ()) for p in params):
@@ -180,24 +182,24 @@ def gradients_are_traced(params: Sequence[torch.Tensor]) -> bool:
 
 
 def change_is_pending(objects: Iterable[Any]) -> bool:
-    """While Dynamo traces: whether the code so far changes one of these objects, which happens after the graph only."""
+    """While Dynamo traces: whether the code so far changes one of these objects. That takes effect after the graph."""
     effects = _tracing().side_effects
     variables = (effects.id_to_variable.get(id(o)) for o in objects)
     return any(effects.is_modified(v) for v in variables if v is not None)
 
 
 def break_graph() -> None:
-    """Ends the graph that Dynamo is tracing; traced."""
+    """Ends the graph that Dynamo is tracing. Dynamo traces this function itself."""
     torch._dynamo.graph_break()
 
 
 def mark_static(tensors: Iterable[torch.Tensor]) -> None:
-    """Tells CUDA graphs that these stay where they are, or each replay would copy them."""
+    """Tells CUDA graphs that these tensors stay where they are. Otherwise each replay would copy them."""
     for tensor in tensors:
         tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]  # as mark_static_address(guard=False)
 
 
 def graphs_compiled() -> int:
-    """How many graphs Dynamo has compiled in this process; ``torch.compiler.reset`` does not set it back."""
+    """How many graphs Dynamo has compiled in this process. ``torch.compiler.reset`` does not reset it."""
     utils = sys.modules.get("torch._dynamo.utils")
     return int(utils.counters["stats"]["unique_graphs"]) if utils else 0

@@ -21,12 +21,12 @@ import torch
 from compiled_optim._engine.cache.compiler import BuildError, find_compiler
 from compiled_optim._engine.torch_private import dynamo
 
-# The length that lowering sees as a hint; no power of two and no small number, which would be specialised on.
+# The hint for the symbolic length. Inductor would specialise on a power of two or a small number.
 _HINT = 1_000_003
 # Inductor's state is process-wide. See `_alone`.
 _lock = threading.RLock()
-_FORK_SECONDS = 60.0  # several times what a lowering takes
-_torn = False  # whether this process was forked amid a lowering nevertheless
+_FORK_SECONDS = 60.0  # a lowering takes a few
+_torn = False  # whether this process was forked during a lowering all the same
 
 
 class LoweringError(RuntimeError):
@@ -34,7 +34,7 @@ class LoweringError(RuntimeError):
 
 
 class UntraceableError(RuntimeError):
-    """A user's rule raised while it was traced, or its trace does something else."""
+    """A user's rule raised while it was traced, or its trace does something other than the rule."""
 
 
 @dataclass(frozen=True)
@@ -70,36 +70,36 @@ def holds_dynamo() -> bool:
 
 
 def excuse_from_dynamo(excused: bool) -> None:
-    """Whether this thread lowers without Dynamo's lock, because another thread holds that and waits for this one."""
+    """Sets whether this thread lowers without Dynamo's lock, because its holder waits for this thread."""
     _thread.excused = excused
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """One thread at a time in here and in Dynamo, and no mode of the user's.
+    """One thread at a time, here and in Dynamo, outside all modes of the user.
 
     A fork waits for the end of it, for the child could not go on: neither with an import that is half done, nor with
     what lowering changes while it lasts.
     """
     try:
         convert_frame = _convert_frame()
-        # Dynamo's first: who compiles a graph holds it and may come here
+        # Dynamo's lock first, because a thread that compiles a graph holds it when it comes here.
         with nullcontext() if _thread.excused else convert_frame.compile_lock, _lock, dynamo.outside_modes():
             if _torn:
                 raise RuntimeError("this process was forked while another thread lowered a kernel")
             yield
-    except Exception as error:  # of a rule, of parts that are private, of a compiler that does not tell its version
+    except Exception as error:  # from a rule, a private part of torch, or a compiler that does not tell its version
         raise BuildError(f"Inductor raised {type(error).__name__}: {error}") from error
 
 
 def _convert_frame() -> Any:
-    """The part of Dynamo that has its lock."""
+    """The module of Dynamo that holds its lock."""
     named, first = "TORCHINDUCTOR_CACHE_DIR" in os.environ, "torch._inductor.compiler_bisector" not in sys.modules
     with _lock:
         from torch._dynamo import convert_frame
         from torch._inductor import compiler_bisector as compiler_bisector
     if first and not named:
-        # imported, both make a directory in $TMPDIR, as does whoever uses that; here no file is written
+        # Importing them makes a directory in $TMPDIR. Lowering writes no file, and a compile would make it again.
         with suppress(KeyError, OSError):
             os.rmdir(os.environ.pop("TORCHINDUCTOR_CACHE_DIR"))
     return convert_frame
@@ -145,7 +145,7 @@ def trace_flat(
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         shapes = ShapeEnv()
-        # not by make_fx: while it traces, modules and compiled functions are others in every thread
+        # Not by make_fx, which changes modules and compiled functions in every thread while it traces.
         tracer = PythonKeyTracer()
         tracer.root, tracer.graph, tracer.tensor_attrs = torch.nn.Module(), torch.fx.Graph(), {}
         with FakeTensorMode(shape_env=shapes) as mode, torch.no_grad():
@@ -175,7 +175,7 @@ class _Recorder:
 
 
 def _recording(recorders: list[_Recorder]) -> Callable[..., Any]:
-    """An ``__import__`` for Inductor's wrapper, in which a `_Recorder` is made of each kernel: none is compiled."""
+    """An ``__import__`` for Inductor's wrapper that makes a `_Recorder` of each kernel, so that none is compiled."""
 
     class AsyncCompile:
         def cpp_pybinding(self, argtypes: Any, source: str) -> _Recorder:
@@ -198,7 +198,7 @@ def _inductor(settings: dict[str, Any]) -> Iterator[None]:
     import torch._inductor.config as config
     from torch._inductor import cpu_vec_isa
 
-    compiler = find_compiler()  # Inductor's is from CXX when it was imported, and must be one word
+    compiler = find_compiler()  # Inductor read CXX when it was imported, and takes one word only
     # torch knows its instruction set; Inductor compiles and loads a probe for each, in a directory that is not ours
     widest_first = [
         type("Known", (stock_isa,), {"__bool__": lambda self: True, "__hash__": stock_isa.__hash__})()
@@ -251,7 +251,7 @@ def lower_cpp(traced: FlatGraph, vector_bits: int | None = None) -> Lowered:
                 wrapper = lowering.codegen()[0].value
         namespace: dict[str, Any] = {"__builtins__": {**vars(builtins), "__import__": _recording(recorders)}}
         exec(compile(wrapper, "<compiled_optim wrapper>", "exec"), namespace)
-        # One call on small tensors shows which input is which argument: no generated text is parsed.
+        # One call on small tensors shows which input is which argument. No generated text is parsed.
         probes = [torch.zeros(64 if t.dim() else (), dtype=t.dtype, device="cpu") for t in traced.inputs]
         if len(recorders) == 1:
             namespace["call"](list(probes))
@@ -262,7 +262,7 @@ def lower_cpp(traced: FlatGraph, vector_bits: int | None = None) -> Lowered:
     for value in recorders[0].call:
         if isinstance(value, torch.Tensor) and value.data_ptr() not in place:
             raise LoweringError(f"{traced.name} is not one fusible loop: Inductor allocates a buffer")
-        if not isinstance(value, torch.Tensor) and value != len(probes[0]):  # of `item()`, say
+        if not isinstance(value, torch.Tensor) and value != len(probes[0]):  # a number that the rule computed
             raise LoweringError(f"{traced.name} is not one fusible loop: it takes the number {value}")
         arguments.append(place[value.data_ptr()] if isinstance(value, torch.Tensor) else None)
     return Lowered(recorders[0].source, tuple(arguments))
@@ -280,8 +280,8 @@ def cpp_flags() -> list[str]:
         "-O3",
         "-march=native",
         "-fopenmp",
-        "-fno-semantic-interposition",  # or the kernel is not inlined in its driver, and reads its scalars per vector
-        # as Inductor compiles it: no trapping, no errno, the sign of zero is not kept, and no fused multiply-add
+        "-fno-semantic-interposition",  # otherwise the kernel is not inlined and reads its scalars for each vector
+        # As Inductor compiles it: no traps, no errno, no signed zeros, no fused multiply-add.
         *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=off"),
         *(f"-D{m}" for m in (*macros, *isa.build_macro())),
         *isa.build_arch_flags().split(),
@@ -292,7 +292,7 @@ def _torch_directory(name: str) -> str:
     return str(Path(torch.__file__).parent / name)
 
 
-# Linked by name: the loader then finds the copies that torch has loaded, libgomp among them (one pool of threads).
+# Linked by name, so that the loader finds the copies that torch has loaded: with one libgomp there is one thread pool.
 BASE_FLAGS = [
     *("-std=c++20", "-DNDEBUG", "-w"),
     f"-I{_torch_directory('include')}",

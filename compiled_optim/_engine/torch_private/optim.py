@@ -37,7 +37,7 @@ def undecorated(name: str) -> Callable[..., Any]:
 def step_has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a hook is to run before or after a step."""
     return bool(
-        version.missing  # then torch looks for itself
+        version.missing  # then torch has to look
         or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or _global_optimizer_pre_hooks
@@ -46,5 +46,5 @@ def step_has_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a hook or a profiler wants to know of a step."""
+    """Whether a hook or a profiler has to be told of a step."""
     return step_has_hooks(optimizer) or _profiler_enabled()

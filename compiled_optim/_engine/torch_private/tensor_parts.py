@@ -36,12 +36,12 @@ def unflatten(flat: torch.Tensor, like: list[torch.Tensor]) -> tuple[torch.Tenso
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether it is a DTensor, whose module takes 1 s to import: where nobody has, there is none."""
+    """Whether it is a DTensor. Their module takes a second to import; if nobody has imported it, there is none."""
     return isinstance(value, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def local_shard(tensor: Any) -> torch.Tensor:
-    """What this process holds of a DTensor, the tensor itself: of a parameter, ``to_local`` is a new view each time."""
+    """The shard of a DTensor that this process holds: the tensor itself, where ``to_local`` makes a new view."""
     shard: Any = tensor._local_tensor
-    # what a collective returned that may be under way
+    # The result of a collective may still be under way.
     return shard.trigger_wait() if type(shard).__name__ == "AsyncCollectiveTensor" else shard  # type: ignore[no-any-return]
