@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,6 +47,7 @@ from fault_tools import (
 
 from compiled_optim._engine import settings
 from compiled_optim._engine.cache import compiler, native, store
+from compiled_optim._engine.kernels import registry
 
 
 def test_processes_on_one_cold_key_build_once(here: Here, gate: Gate) -> None:
@@ -313,6 +315,29 @@ def test_interrupt_while_compiling(here: Here, monkeypatch: Patch, moment: str) 
         hanging.wait()
         os.kill(child, signal.SIGINT)
     assert status_of(child) == 0
+    hanging.wait_for_death()
+    assert list(here.cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", [registry.get, registry.prefetch])
+def test_kernel_that_is_not_lowered_stops_the_compilers_of_others(
+    here: Here, monkeypatch: Patch, call: Callable[[Any], object]
+) -> None:
+    hanging = fault_tools.Hanging(here)
+
+    def produce() -> NoReturn:
+        hanging.wait()
+        raise ValueError("not lowered")
+
+    class Wanted:
+        name = "wanted"
+
+    host = native.Library(KEY, lambda: native.Source(SOURCE, FLAGS), load)
+    monkeypatch.setattr(registry, "_host", None)
+    monkeypatch.setattr(registry, "_host_library", lambda: host)
+    monkeypatch.setattr(registry, "_library", lambda *_: native.Library(OTHER_KEY, produce, load))
+    with pytest.raises(ValueError, match="not lowered") if call is registry.get else nullcontext():
+        call([Wanted()])
     hanging.wait_for_death()
     assert list(here.cache.iterdir()) == []
 
