@@ -58,7 +58,7 @@ _MODULES = ("declare", "lr_scheduler", "swa_utils", "testing")
 
 
 def __getattr__(name: str) -> Any:
-    """Modules, `LBFGS` and `plot_schedule` when they are asked for: `lr_scheduler` imports sympy, which takes 0.4 s."""
+    """Modules, `LBFGS` and `plot_schedule` are imported when they are asked for."""
     if name in _MODULES:
         return importlib.import_module(f"compiled_optim.{name}")
     if name == "LBFGS":  # with its kernels, which few need

@@ -24,8 +24,6 @@ from compiled_optim.declare import Compiled, Flag, Hyper, Number, Switches, Valu
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
-    from compiled_optim.attached import Attached
-
 T = TypeVar("T")
 
 # What a subclass that overrides one of these has a rule of its own for.
@@ -41,7 +39,7 @@ class _Attributes:
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
-    _attached: Attached | None = None
+    _attached: Any = None  # what moves an attached schedule
     _compiled: bool | str = False
     _execution: Execution | None = None  # made by the first step, and again after a copy
     _inputs: Any = None  # of the user's graphs
@@ -237,9 +235,12 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                 f"schedule must be the only one attached, got a {name} beside a {type(present).__name__}: attach a "
                 "ChainedScheduler or a SequentialLR of both, or detach() the first"
             )
-        from compiled_optim.attached import Attached
-
-        self._attached = Attached(schedule, self)
+        if getattr(schedule, "optimizer", None) is not self:
+            raise ValueError(f"schedule must be one of this optimizer, got a {type(schedule).__name__} of another")
+        if not hasattr(schedule, "_attachment"):
+            kind = f"{type(schedule).__module__}.{type(schedule).__name__}"
+            raise TypeError(f"schedule must be of compiled_optim.lr_scheduler, got a {kind}")
+        self._attached = schedule._attachment()
 
     def detach(self, schedule: LRScheduler) -> None:
         """Undoes `attach`. The schedule keeps its place; step it by hand from there.

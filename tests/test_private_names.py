@@ -13,7 +13,6 @@ from test_floors import MODULES
 ALLOWED = {
     "_engine.executions.state": {"._version"},  # whether a tensor was written
     "_engine.in_graph.counts": {"._version"},
-    "attached": {"._apply", "._last_lr"},
     # what torch's LBFGS is made of, which ours overrides or calls
     "lbfgs": {
         *("._add_grad", "._clone_param", "._directional_evaluate", "._gather_flat_grad"),
@@ -21,7 +20,8 @@ ALLOWED = {
     },
     # what torch's schedulers keep and step by
     "lr_scheduler": {
-        *("._get_lr_called_within_step", "._initial_step", "._is_initial", "._last_lr", "._step_count"),
+        *("._apply", "._get_closed_form_lr", "._get_lr_called_within_step", "._initial_step", "._is_initial"),
+        *("._last_lr", "._step_count"),
     },
     "swa_utils": {"._buffers", "._parameters"},  # of a module, in one walk
 }

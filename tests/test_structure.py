@@ -25,7 +25,7 @@ def test_no_file_over_400_lines(file: Path) -> None:
 
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
-    "compiled_optim": 1080,
+    "compiled_optim": 940,
     "compiled_optim/_engine": 690,
     "compiled_optim/_engine/cache": 680,
     "compiled_optim/_engine/executions": 1800,
@@ -36,7 +36,7 @@ BUDGETS = {
     "compiled_optim/_engine/torch_private": 480,
     "compiled_optim/algorithms": 460,
     "compiled_optim/lbfgs": 615,
-    "compiled_optim/lr_scheduler": 920,
+    "compiled_optim/lr_scheduler": 1025,
 }
 
 

@@ -1,4 +1,4 @@
-"""The learning rate schedulers of torch, each defined once, by its closed form in sympy.
+"""The learning rate schedulers of torch, each with its closed form as one Python function.
 
 They are drop-in replacements for those of ``torch.optim.lr_scheduler`` and ``torch.optim.swa_utils``, subclasses of
 them, and drive any torch.optim optimizer. In addition they know their formula: ``expression()``, ``latex()``, and

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import bisect
-import functools
+import math
 from typing import Any
 
-import sympy as sp  # type: ignore[import-untyped]
 from torch.optim import lr_scheduler
 
-from compiled_optim.lr_scheduler.code import Form, base_lr, parameters, t
+from compiled_optim.lr_scheduler.formulas import Form, piecewise
+from compiled_optim.lr_scheduler.scheduler import Relative, Scheduler
 from compiled_optim.lr_scheduler.schedules import SWALR, MultiplicativeLR
-from compiled_optim.lr_scheduler.symbolic import Relative, Scheduler
 
 
-@functools.lru_cache(maxsize=256)
-def _apart(expression: sp.Expr, index: int) -> sp.Expr:
-    """The same with symbols of its own: two schedulers have a ``gamma`` each."""
-    return expression.xreplace({s: parameters(f"{s.name}_{index}") for s in expression.free_symbols - {t}})
-
-
-@functools.lru_cache(maxsize=256)
-def _sequence(expressions: tuple[sp.Expr, ...], milestones: tuple[int, ...]) -> sp.Expr:
-    spans = zip(expressions, (0, *milestones), (*milestones, sp.oo), strict=True)
-    return sp.Piecewise(*((_apart(e, i).xreplace({t: t - start}), t < end) for i, (e, start, end) in enumerate(spans)))
-
-
-@functools.lru_cache(maxsize=256)
-def _product(expressions: tuple[sp.Expr, ...]) -> sp.Expr:
-    return base_lr * sp.prod(_apart(e.xreplace({base_lr: sp.S.One}), i) for i, e in enumerate(expressions))
+def _values(forms: list[Form]) -> dict[str, Any]:
+    """Those of all: two schedulers have a ``gamma`` each."""
+    return {f"{name}_{i}": value for i, form in enumerate(forms) for name, value in form.values.items()}
 
 
 class _Composed(Scheduler):
@@ -46,24 +33,22 @@ class SequentialLR(_Composed, lr_scheduler.SequentialLR):
     `SWALR` do in the first place only.
     """
 
-    def _closed_form(self, group: int, of: str) -> Form:
-        expressions: list[sp.Expr] = []
-        values: dict[str, Any] = {}
+    def _closed_form(self, group: int, of: str, **given: Any) -> Form:
+        forms = []
         for i, scheduler in enumerate(self._schedulers):
             if i > 0 and isinstance(scheduler, MultiplicativeLR | SWALR):
                 name = type(scheduler).__name__
                 raise TypeError(f"SequentialLR is not symbolic: {name} at index {i} goes on from the lr it finds")
-            expression, found = _member(scheduler)._checked(group, of)
-            if i == 0 and isinstance(scheduler, Relative | MultiplicativeLR):  # others may have changed it since
-                found["base_lr"] = self.optimizer.param_groups[group]["initial_lr"]
-            expressions.append(expression)
-            values |= {f"{name}_{i}": value for name, value in found.items()}
-        return _sequence(tuple(expressions), tuple(self._milestones)), values
+            begins = i == 0 and isinstance(scheduler, Relative | MultiplicativeLR)  # others may have changed it since
+            given = {"base_lr": self.optimizer.param_groups[group]["initial_lr"]} if begins else {}
+            forms.append(_member(scheduler)._closed_form(group, of, **given))
+        starts, ends = [0, *self._milestones], list(self._milestones)
+        return Form(lambda t, **_: piecewise(t, ends, lambda i: forms[i](t - starts[i])), _values(forms))
 
     def step(self) -> None:  # type: ignore[override]  # as torch's
         """Steps the one whose turn it is."""
         self._check_by_hand()
-        super().step()
+        lr_scheduler.SequentialLR.step(self)
 
     def _check_next(self) -> None:
         step = self.last_epoch + 1
@@ -110,20 +95,19 @@ class ChainedScheduler(_Composed, lr_scheduler.ChainedScheduler):
         for scheduler in self._schedulers:
             _member(scheduler)._move_to(step)
 
-    def _closed_form(self, group: int, of: str) -> Form:
-        expressions: list[sp.Expr] = []
-        values: dict[str, Any] = {}
+    def _closed_form(self, group: int, of: str, **given: Any) -> Form:
+        if len(self._schedulers) == 1:
+            return _member(self._schedulers[0])._closed_form(group, of, **given)
+        forms = []
         for i, scheduler in enumerate(self._schedulers):
-            expression, found = _member(scheduler)._checked(group, of)
-            if len(self._schedulers) == 1:
-                return expression, found
+            form = _member(scheduler)._closed_form(group, of, base_lr=1)
             floor = isinstance(scheduler, Relative) and scheduler.floor
-            if not isinstance(scheduler, Relative | MultiplicativeLR) or (floor and found[floor.name] != 0):
+            if not isinstance(scheduler, Relative | MultiplicativeLR) or (floor and form.values[floor] != 0):
                 name = type(scheduler).__name__
                 raise TypeError(f"ChainedScheduler is not symbolic: {name} at index {i} does not scale the lr it finds")
-            expressions.append(expression)
-            values |= {f"{name}_{i}": value for name, value in found.items()} | {"base_lr": scheduler.base_lrs[group]}
-        return _product(tuple(expressions)), values
+            forms.append(form)
+        values = _values(forms) | {"base_lr": self._schedulers[0].base_lrs[group]}
+        return Form(lambda t, base_lr, **_: base_lr * math.prod(form(t) for form in forms), values)
 
 
 def _member(scheduler: lr_scheduler.LRScheduler) -> Scheduler:

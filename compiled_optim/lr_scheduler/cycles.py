@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Callable
 from typing import Any
 
-import sympy as sp  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from compiled_optim.lr_scheduler.code import Form, base_lr, compiled, parameters, t, traced
-from compiled_optim.lr_scheduler.symbolic import Absolute, assigned, number
+from compiled_optim.lr_scheduler.formulas import Form, annealed, library, minimum, piecewise
+from compiled_optim.lr_scheduler.scheduler import Scheduler, assigned
 
 
-class _Cycle(Absolute):
+class _Cycle(Scheduler):
     cycle_momentum: bool
     use_beta1: bool
 
@@ -27,7 +26,9 @@ class _Cycle(Absolute):
         """The values of the step, for each group, of what is scheduled."""
         raise NotImplementedError
 
-    def _new_lrs(self) -> list[Any]:
+    def get_lr(self) -> list[Any]:
+        """The learning rates of the step that is being taken; momenta are set, as in torch."""
+        self._warn_of_get_lr()
         new = self._new()
         for group, momentum in zip(self.optimizer.param_groups, new.get("momentum", ()), strict=False):
             if self.use_beta1:
@@ -66,24 +67,33 @@ class OneCycleLR(_Cycle, lr_scheduler.OneCycleLR):
 
     __init__ = _keeping_kinds(lr_scheduler.OneCycleLR.__init__)
 
-    def _closed_form(self, group: int, of: str) -> Form:
-        options = self.optimizer.param_groups[group]
-        return self._formula(), {f"v{i}": options[name] for i, name in enumerate(self._names(of))}
+    @staticmethod
+    def _formula(t: Any, ends: Any, values: Any, _anneal_func_type: str) -> Any:
+        def phase(i: int) -> Any:
+            share = _left(t, ends[i], ends[i + 1], _anneal_func_type)
+            return values[i + 1] + (values[i] - values[i + 1]) * share
 
-    def _formula(self) -> sp.Expr:
-        return _phases(tuple([phase["end_step"] for phase in self._schedule_phases]), self._anneal_func_type)
+        return piecewise(t, ends[1:-1], phase)
 
-    def _names(self, of: str) -> list[str]:
+    def _closed_form(self, group: int, of: str, **given: Any) -> Form:
+        options: dict[str, Any] = self.optimizer.param_groups[group]
         phases: list[Any] = self._schedule_phases
-        return [*[phase[f"start_{of}"] for phase in phases], phases[-1][f"end_{of}"]]
+        values = [options[phase[f"start_{of}"]] for phase in phases] + [options[phases[-1][f"end_{of}"]]]
+        ends = [0, *[phase["end_step"] for phase in phases]]
+        return self._form(self._formula, group, {"ends": ends, "values": values})
 
     def _new(self) -> dict[str, list[Any]]:
-        symbols, function = compiled(self._formula())
-        indices, new = [int(symbol[1:]) for symbol in symbols], {}
+        self._check_end(self.last_epoch)
+        begin, phases = 0.0, self._schedule_phases
+        for phase in phases:
+            if self.last_epoch < phase["end_step"] or phase is phases[-1]:
+                break
+            begin = phase["end_step"]
+        share = _left(self.last_epoch, begin, phase["end_step"], self._anneal_func_type)
+        new = {}
         for of in self.schedules:
-            names = self._names(of)
-            used = [names[i] for i in indices]
-            new[of] = [function(self.last_epoch, *[g[name] for name in used]) for g in self.optimizer.param_groups]
+            start, end = phase[f"start_{of}"], phase[f"end_{of}"]  # type: ignore[literal-required]
+            new[of] = [g[end] + (g[start] - g[end]) * share for g in self.optimizer.param_groups]
         return new
 
     def _check_next(self) -> None:
@@ -93,20 +103,11 @@ class OneCycleLR(_Cycle, lr_scheduler.OneCycleLR):
         if step > self.total_steps:
             raise ValueError(f"Tried to step {step} times. The specified number of total steps is {self.total_steps}")
 
-    def _new_lrs(self) -> list[Any]:
-        self._check_end(self.last_epoch)
-        return super()._new_lrs()
 
-
-@functools.lru_cache(maxsize=256)
-def _phases(ends: tuple[float, ...], strategy: str) -> sp.Expr:
-    values = parameters(f"v:{len(ends) + 1}")
-    pieces = []
-    for begin, end, u, v in zip((0, *ends), ends, values, values[1:], strict=False):
-        x = (t - number(begin)) / number(end - begin) if end != begin else 1
-        value = v + (u - v) * (1 + sp.cos(sp.pi * x)) / 2 if strategy == "cos" else u + (v - u) * x
-        pieces.append((value, t <= number(end)))
-    return sp.Piecewise(*pieces[:-1], (pieces[-1][0], True))
+def _left(t: Any, begin: Any, end: Any, strategy: str) -> Any:
+    """The share of a phase's first value at ``t``, from 1 to 0."""
+    x = (t - begin) / (end - begin) if end != begin else 1
+    return annealed(x) if strategy == "cos" else 1 - x
 
 
 class CyclicLR(_Cycle, lr_scheduler.CyclicLR):
@@ -121,49 +122,50 @@ class CyclicLR(_Cycle, lr_scheduler.CyclicLR):
 
     __init__ = _keeping_kinds(lr_scheduler.CyclicLR.__init__)
 
-    def _closed_form(self, group: int, of: str) -> Form:
+    @staticmethod
+    def _formula(
+        t: Any, low: Any, high: Any, total_size: Any, step_ratio: Any, gamma: Any, mode: str, scale: Any
+    ) -> Any:
+        cycles = library(t).floor(t // total_size)
+        x = t / total_size - cycles
+        height = x if step_ratio == 1 else minimum(x / step_ratio, (1 - x) / (1 - step_ratio))
+        if scale is not None:
+            height = height * scale(cycles + 1 if mode == "cycle" else t)
+        elif mode == "triangular2":
+            height = height * 2**-cycles
+        elif mode == "exp_range":
+            height = height * gamma**t
+        return low + (high - low) * height
+
+    def _closed_form(self, group: int, of: str, **given: Any) -> Form:
         if self._scale_fn_custom is None:
-            scale = _SCALES[self.mode]
-        else:
-            scale = traced(self._scale_fn_custom, "scale_fn", first=1)
-            scale = scale.subs(t, _CYCLES + 1) if self.scale_mode == "cycle" else scale
-        return self._form(_CYCLE[of].xreplace({_height: _heights(self.step_ratio == 1, scale)}), group)
+            return self._scaled(None, group, of)
+        from compiled_optim.lr_scheduler.symbolic import applied, traced
+
+        return self._scaled(applied(traced(self._scale_fn_custom, "scale_fn", first=1)), group, of)
+
+    def _scaled(self, scale: Callable[[Any], Any] | None, group: int, of: str) -> Form:
+        names = ("base_lr", "max_lr") if of == "lr" else ("max_momentum", "base_momentum")
+        low, high = (self._parameter(name, group) for name in names)
+        return self._form(self._formula, group, {"low": low, "high": high, "mode": self._mode, "scale": scale})
+
+    @property
+    def _mode(self) -> str:
+        return self.mode if self._scale_fn_custom is None else self.scale_mode
 
     def value(self, t: Any, group: int = 0, of: str = "lr") -> Any:
         """As for all schedulers; numbers go to ``scale_fn`` itself, symbolic or not."""
         if isinstance(t, Tensor) or self._scale_fn_custom is None:
             return super().value(t, group, of)
         self._check(group, of)
-        return float(self._at(0, self._form(_CYCLE[of], group, height=self._height(t))))
-
-    def _height(self, step: Any) -> Any:
-        custom = self._scale_fn_custom
-        names, function = compiled(_heights(self.step_ratio == 1, sp.S.One if custom else _SCALES[self.mode]))
-        height = function(step, *[getattr(self, name) for name in names])
-        if custom is None:
-            return height
-        return height * custom(math.floor(1 + step / self.total_size) if self.scale_mode == "cycle" else step)
+        return float(self._scaled(self._scale_fn_custom, group, of)(t))
 
     def _new(self) -> dict[str, list[Any]]:
-        height, new = self._height(self.last_epoch), {}
-        for of in self.schedules:
-            function = compiled(_CYCLE[of])[1]
-            limits = (self.base_lrs, self.max_lrs) if of == "lr" else (self.base_momentums, self.max_momentums)
-            new[of] = [function(0, low, height, high) for low, high in zip(*limits, strict=True)]
-        return new
-
-
-base_momentum, max_momentum, max_lr = parameters("base_momentum max_momentum max_lr")
-gamma, total_size, step_ratio, _height = parameters("gamma total_size step_ratio height")
-_CYCLES = sp.floor(t / total_size)
-_SCALES = {"triangular": sp.S.One, "triangular2": sp.S(2) ** -_CYCLES, "exp_range": gamma**t}
-_CYCLE = {
-    "lr": base_lr + (max_lr - base_lr) * _height,
-    "momentum": max_momentum - (max_momentum - base_momentum) * _height,
-}
-
-
-@functools.lru_cache(maxsize=256)
-def _heights(up_only: bool, scale: sp.Expr) -> sp.Expr:
-    x = t / total_size - _CYCLES
-    return scale * (x if up_only else sp.Min(x / step_ratio, (1 - x) / (1 - step_ratio)))
+        limits = {"lr": (self.base_lrs, self.max_lrs)}
+        if self.cycle_momentum:
+            limits["momentum"] = (self.max_momentums, self.base_momentums)
+        options = self.total_size, self.step_ratio, self.gamma, self._mode, self._scale_fn_custom
+        height = self._formula(self.last_epoch, 0, 1, *options)
+        return {
+            of: [low + (high - low) * height for low, high in zip(*both, strict=True)] for of, both in limits.items()
+        }

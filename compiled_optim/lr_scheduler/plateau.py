@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler
 
-from compiled_optim.lr_scheduler.code import Form
-from compiled_optim.lr_scheduler.symbolic import Scheduler
+from compiled_optim.lr_scheduler.formulas import Form
+from compiled_optim.lr_scheduler.scheduler import Scheduler
 
 
 class ReduceLROnPlateau(Scheduler, lr_scheduler.ReduceLROnPlateau):
@@ -17,7 +17,7 @@ class ReduceLROnPlateau(Scheduler, lr_scheduler.ReduceLROnPlateau):
     A state machine and no function of the step: `expression` and `value` raise TypeError.
     """
 
-    def _closed_form(self, group: int, of: str) -> Form:
+    def _closed_form(self, group: int, of: str, **given: Any) -> Form:
         raise TypeError("ReduceLROnPlateau is not symbolic: the learning rate depends on the metric, not on the step")
 
     def _reduce_lr(self, epoch: Any) -> None:

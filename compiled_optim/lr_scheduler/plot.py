@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compiled_optim.lr_scheduler.symbolic import Scheduler
+from compiled_optim.lr_scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,29 +1,26 @@
 """Every schedule of torch, once, as its closed form in the step ``t``.
 
-Each class is a subclass of torch's of the same name, with its arguments, attributes, checks and ``state_dict``. In the
-formulas, :math:`\\eta_0` is the learning rate the scheduler found in the param group.
+Each class is a subclass of torch's of the same name, with its arguments, attributes, checks and ``state_dict``; its
+steps are torch's where those are right. A ``_formula`` is a function of a number, of a tensor of steps, and of a sympy
+symbol alike; its other arguments are attributes of the scheduler, or of the param group. In the formulas,
+:math:`\\eta_0` is the learning rate the scheduler found in the param group.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy as sp  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.optim import lr_scheduler, swa_utils
 
-from compiled_optim.lr_scheduler.code import Form, base_lr, compiled, parameters, t, traced
-from compiled_optim.lr_scheduler.symbolic import Absolute, Relative, Scheduler, scaled
+from compiled_optim.lr_scheduler.formulas import Form, annealed, library, minimum, piecewise
+from compiled_optim.lr_scheduler.scheduler import Relative, Scheduler
 
-gamma, step_size, factor, start_factor, end_factor = parameters("gamma step_size factor start_factor end_factor")
-iterations, power, T_max, T_0, T_i, T_mult = parameters("iterations power T_max T_0 T_i T_mult")
-eta_min, swa_lr, anneal_epochs = parameters("eta_min swa_lr anneal_epochs")
+if TYPE_CHECKING:
+    import sympy as sp  # type: ignore[import-untyped]
 
 
 # ---- relative: they move the learning rate on
@@ -32,22 +29,20 @@ eta_min, swa_lr, anneal_epochs = parameters("eta_min swa_lr anneal_epochs")
 class StepLR(Relative, lr_scheduler.StepLR):
     r""":math:`\eta_t = \eta_0 \gamma^{\lfloor t / S \rfloor}` with ``step_size`` S."""
 
-    formula = gamma ** sp.floor(t / step_size)
+    @staticmethod
+    def _formula(t: Any, base_lr: Any, gamma: Any, step_size: Any) -> Any:
+        return base_lr * gamma ** (t // step_size)
 
 
 class MultiStepLR(Relative, lr_scheduler.MultiStepLR):
     r""":math:`\eta_t = \eta_0 \gamma^k`, k being the number of milestones up to t."""
 
-    @property
-    def formula(self) -> sp.Expr:
-        return _steps(tuple(self.milestones.items()))
+    @staticmethod
+    def _formula(t: Any, base_lr: Any, gamma: Any, milestones: Any) -> Any:
+        return base_lr * piecewise(t, milestones, lambda k: gamma**k)
 
-
-@functools.lru_cache(maxsize=256)
-def _steps(counts: tuple[tuple[int, int], ...]) -> sp.Expr:
-    milestones = sorted(Counter(dict(counts)).elements())
-    pieces = [(gamma**k, t < milestone) for k, milestone in enumerate(milestones)]
-    return sp.Piecewise(*pieces, (gamma ** len(milestones), True))
+    def _closed_form(self, group: int, of: str, **given: Any) -> Form:
+        return super()._closed_form(group, of, milestones=sorted(self.milestones.elements()), **given)
 
 
 class _Finite(Relative):
@@ -61,7 +56,14 @@ class _Finite(Relative):
 class ConstantLR(_Finite, lr_scheduler.ConstantLR):
     r""":math:`\eta_t = c \eta_0` while :math:`t < T`, then :math:`\eta_0`, with ``factor`` c, ``total_iters`` T."""
 
-    formula = sp.Piecewise((factor, t < iterations), (1, True))
+    @staticmethod
+    def _formula(t: Any, base_lr: Any, factor: Any, iterations: Any) -> Any:
+        return base_lr * piecewise(t, [iterations], [factor, 1].__getitem__)
+
+    def get_lr(self) -> list[Any]:
+        if self.factor or self.last_epoch != self.total_iters:
+            return lr_scheduler.ConstantLR.get_lr(self)
+        return self._get_closed_form_lr()  # torch divides by the factor
 
 
 class LinearLR(_Finite, lr_scheduler.LinearLR):
@@ -70,19 +72,25 @@ class LinearLR(_Finite, lr_scheduler.LinearLR):
     T is ``total_iters``.
     """
 
-    formula = start_factor + (end_factor - start_factor) * sp.Min(t, iterations) / iterations
+    @staticmethod
+    def _formula(t: Any, base_lr: Any, start_factor: Any, end_factor: Any, iterations: Any) -> Any:
+        return base_lr * (start_factor + (end_factor - start_factor) * minimum(t, iterations) / iterations)
 
 
 class ExponentialLR(Relative, lr_scheduler.ExponentialLR):
     r""":math:`\eta_t = \eta_0 \gamma^t`."""
 
-    formula = gamma**t
+    @staticmethod
+    def _formula(t: Any, base_lr: Any, gamma: Any) -> Any:
+        return base_lr * gamma**t
 
 
 class PolynomialLR(_Finite, lr_scheduler.PolynomialLR):
     r""":math:`\eta_t = \eta_0 (1 - \min(t, T) / T)^p` with ``total_iters`` T and ``power`` p."""
 
-    formula = (1 - sp.Min(t, iterations) / iterations) ** power
+    @staticmethod
+    def _formula(t: Any, base_lr: Any, iterations: Any, power: Any) -> Any:
+        return base_lr * (1 - minimum(t, iterations) / iterations) ** power
 
 
 class CosineAnnealingLR(Relative, lr_scheduler.CosineAnnealingLR):
@@ -91,8 +99,11 @@ class CosineAnnealingLR(Relative, lr_scheduler.CosineAnnealingLR):
     Loshchilov & Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017.
     """
 
-    floor = eta_min
-    formula = (1 + sp.cos(sp.pi * t / T_max)) / 2
+    floor = "eta_min"
+
+    @staticmethod
+    def _formula(t: Any, base_lr: Any, T_max: Any, eta_min: Any) -> Any:
+        return eta_min + (base_lr - eta_min) * annealed(t / T_max)
 
 
 class SWALR(Relative, swa_utils.SWALR):
@@ -104,55 +115,39 @@ class SWALR(Relative, swa_utils.SWALR):
     Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization, UAI 2018.
     """
 
-    floor = swa_lr
+    floor = "swa_lr"
 
-    @property
-    def formula(self) -> sp.Expr:
-        return _ANNEALING[self._anneal_strategy] if self.anneal_epochs else sp.S.Zero
-
-    def _position(self) -> int:
-        return self._step_count - 1
-
-    def _from_zero(self, closed: list[Any]) -> list[Any]:
-        return closed  # annealed: a learning rate changed by hand is set again
+    @staticmethod
+    def _formula(t: Any, base_lr: Any, swa_lr: Any, anneal_epochs: Any, _anneal_strategy: str) -> Any:
+        x = minimum(t, anneal_epochs) / anneal_epochs if anneal_epochs else 1
+        return swa_lr + (base_lr - swa_lr) * (annealed(x) if _anneal_strategy == "cos" else 1 - x)
 
     def _get_closed_form_lr(self) -> list[Any]:
-        return self.get_lr()  # torch has no other here
-
-
-_ANNEALED = sp.Min(t, anneal_epochs) / anneal_epochs
-_ANNEALING = {"cos": (1 + sp.cos(sp.pi * _ANNEALED)) / 2, "linear": 1 - _ANNEALED}
+        return list(self.get_lr())  # type: ignore[no-untyped-call]  # torch has no other here
 
 
 class MultiplicativeLR(Scheduler, lr_scheduler.MultiplicativeLR):
     r""":math:`\eta_t = \eta_0 \prod_{i=1}^{t} \lambda(i)`; symbolic if ``lr_lambda`` is and the product is."""
 
-    def _closed_form(self, group: int, of: str) -> Form:
-        name = f"lr_lambda of param group {group}"
-        factor, i = traced(self.lr_lambdas[group], name), sp.Symbol("i", integer=True, positive=True)
-        product = sp.gammasimp(sp.product(factor.xreplace({t: i}), (i, 1, t)))
-        if product.has(sp.Product):
-            raise TypeError(f"{name} is not symbolic: the product of {factor} over t has no closed form")
-        return self._form(base_lr * product, group)
+    def _closed_form(self, group: int, of: str, **given: Any) -> Form:
+        from compiled_optim.lr_scheduler import symbolic
 
-    def _new_lrs(self) -> list[Any]:
-        if self._is_initial:
-            return super(Scheduler, self).get_lr()
-        pairs = zip(self.optimizer.param_groups, self.lr_lambdas, strict=True)
-        return [group["lr"] * function(self.last_epoch) for group, function in pairs]
+        name = f"lr_lambda of param group {group}"
+        product = symbolic.product(symbolic.traced(self.lr_lambdas[group], name), name)
+        return self._form(symbolic.applied(symbolic.base_lr * product), group, given)
 
 
 # ---- absolute: they set it
 
 
-class LambdaLR(Absolute, lr_scheduler.LambdaLR):
+class LambdaLR(Scheduler, lr_scheduler.LambdaLR):
     r""":math:`\eta_t = \eta_0 \lambda(t)`; symbolic if ``lr_lambda`` takes a symbol."""
 
-    def _closed_form(self, group: int, of: str) -> Form:
-        return self._form(base_lr * traced(self.lr_lambdas[group], f"lr_lambda of param group {group}"), group)
+    def _closed_form(self, group: int, of: str, **given: Any) -> Form:
+        from compiled_optim.lr_scheduler import symbolic
 
-    def _new_lrs(self) -> list[Any]:
-        return [lr * f(self.last_epoch) for lr, f in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        factor = symbolic.traced(self.lr_lambdas[group], f"lr_lambda of param group {group}")
+        return self._form(symbolic.applied(symbolic.base_lr * factor), group, given)
 
     def value(self, t: Any, group: int = 0, of: str = "lr") -> Any:
         """As for all schedulers; numbers go to ``lr_lambda`` itself, symbolic or not."""
@@ -162,7 +157,7 @@ class LambdaLR(Absolute, lr_scheduler.LambdaLR):
         return float(self.base_lrs[group]) * float(self.lr_lambdas[group](t))
 
 
-class SymbolicLR(Absolute):
+class SymbolicLR(Scheduler):
     r""":math:`\eta_t` as any expression says.
 
     Args:
@@ -180,6 +175,8 @@ class SymbolicLR(Absolute):
     def __init__(
         self, optimizer: torch.optim.Optimizer, expression: sp.Expr | Sequence[sp.Expr], last_epoch: int = -1
     ) -> None:
+        from compiled_optim.lr_scheduler.symbolic import in_our_symbols
+
         several = isinstance(expression, list | tuple)
         expressions = list(expression) if several else [expression] * len(optimizer.param_groups)
         if len(expressions) != len(optimizer.param_groups):
@@ -187,28 +184,27 @@ class SymbolicLR(Absolute):
                 f"expression must have one entry for each of {len(optimizer.param_groups)} param groups, "
                 f"got {len(expressions)}"
             )
-        self.expressions = [_in_ourparameters(e) for e in expressions]
+        self.expressions = [in_our_symbols(e) for e in expressions]
         super().__init__(optimizer, last_epoch)
 
-    def _closed_form(self, group: int, of: str) -> Form:
-        return self._form(self.expressions[group], group)
+    def _closed_form(self, group: int, of: str, **given: Any) -> Form:
+        from compiled_optim.lr_scheduler.symbolic import applied
+
+        return self._form(applied(self.expressions[group]), group, given)
+
+    def get_lr(self) -> list[Any]:
+        """The learning rates of the step that is being taken, as in torch."""
+        from compiled_optim.lr_scheduler.symbolic import lambdified
+
+        self._warn_of_get_lr()
+        step = float(self.last_epoch)
+        return [lambdified(e)(step, lr) for e, lr in zip(self.expressions, self.base_lrs, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().state_dict().items() if k != "expressions"}
 
 
-def _in_ourparameters(expression: Any) -> sp.Expr:
-    if not isinstance(expression, sp.Expr | int | float):
-        raise TypeError(f"expression must be a sympy expression, got {expression!r}")
-    expression = sp.sympify(expression)
-    known = {s.name: s for s in (t, base_lr)}
-    others = sorted(s.name for s in expression.free_symbols if s.name not in known)
-    if others:
-        raise ValueError(f"expression may have the symbols t and base_lr, got {others[0]!r} in {expression}")
-    return expression.xreplace({s: known[s.name] for s in expression.free_symbols})
-
-
-class CosineAnnealingWarmRestarts(Absolute, lr_scheduler.CosineAnnealingWarmRestarts):
+class CosineAnnealingWarmRestarts(Scheduler, lr_scheduler.CosineAnnealingWarmRestarts):
     r""":math:`\eta_t = m + (\eta_0 - m) (1 + \cos(\pi t' / T')) / 2`, t' steps into a period of :math:`T' = T_0 k^n`.
 
     :math:`n = \lfloor \log_k(1 + (k - 1) t / T_0) \rfloor` restarts came before, with ``T_mult`` k and ``eta_min`` m.
@@ -217,13 +213,31 @@ class CosineAnnealingWarmRestarts(Absolute, lr_scheduler.CosineAnnealingWarmRest
     Loshchilov & Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017.
     """
 
+    @staticmethod
+    def _formula(t: Any, base_lr: Any, eta_min: Any, T_0: Any, T_mult: Any) -> Any:
+        begin, period = t // T_0 * T_0, T_0
+        if T_mult != 1:
+            known, rounding = library(t), 2.0**-40  # or the floor is one less at some restarts
+            logarithm = known.log(1 + (T_mult - 1) * t / T_0) / library(T_mult).log(T_mult)
+            period = T_0 * T_mult ** known.floor(logarithm + rounding)
+            begin = (period - T_0) / (T_mult - 1)
+        return eta_min + (base_lr - eta_min) * annealed((t - begin) / period)
+
     def step(self, epoch: float | None = None) -> None:
+        """Moves on by one step, or to an epoch, whole or not."""
         self._check_by_hand()
-        if epoch is None and self.T_cur >= self.T_i:  # as after ``last_epoch=99``, of which torch takes one period off
-            self._begin_at(self.T_cur)
-        differentiable = any(isinstance(g["lr"], Tensor) and g["lr"].requires_grad for g in self.optimizer.param_groups)
-        with torch.no_grad() if differentiable else contextlib.nullcontext():
-            super().step(epoch)  # which sets the learning rates by itself
+        if epoch is None and self.last_epoch >= 0:
+            if self.T_cur >= self.T_i:  # as after ``last_epoch=99``, of which torch takes one period off
+                self._begin_at(self.T_cur)
+            self.last_epoch, self.T_cur = math.floor(self.last_epoch + 1), self.T_cur + 1
+            if self.T_cur >= self.T_i:
+                self.T_cur, self.T_i = self.T_cur - self.T_i, self.T_i * self.T_mult
+        elif epoch is not None and epoch < 0:
+            raise ValueError(f"Expected non-negative epoch, but got {epoch}")
+        else:
+            self._begin_at(epoch or 0)  # torch's logarithm falls short of some whole numbers
+            self.last_epoch = math.floor(epoch or 0)
+        self._set(self.get_lr)
 
     @property
     def _steps_taken(self) -> Any:
@@ -238,24 +252,5 @@ class CosineAnnealingWarmRestarts(Absolute, lr_scheduler.CosineAnnealingWarmRest
         while self.T_cur >= self.T_i:
             self.T_cur, self.T_i = self.T_cur - self.T_i, self.T_i * self.T_mult
 
-    def _closed_form(self, group: int, of: str) -> Form:
-        return self._form(_warm_restarts(self.T_mult), group)
-
-    def _new_lrs(self) -> list[Any]:
-        if self.T_cur >= self.T_i:  # where torch's logarithm fell short of a whole number
-            self.T_cur, self.T_i = self.T_cur - self.T_i, self.T_i * self.T_mult
-        factor = compiled(CosineAnnealingLR.formula)[1](self.T_cur, self.T_i)
-        return [scaled(self.eta_min, lr, factor) for lr in self.base_lrs]
-
-
-_PERIOD = scaled(eta_min, base_lr, CosineAnnealingLR.formula.subs(T_max, T_i))
-
-
-@functools.lru_cache(maxsize=256)
-def _warm_restarts(multiple: int) -> sp.Expr:
-    if multiple == 1:
-        return _PERIOD.subs({t: sp.Mod(t, T_0), T_i: T_0}, simultaneous=True)
-    rounding = sp.Float(2.0**-40)  # or the floor is one less at some restarts
-    count = sp.floor(sp.log(1 + (T_mult - 1) * t / T_0) / sp.log(T_mult) + rounding)
-    begin = T_0 * (T_mult**count - 1) / (T_mult - 1)
-    return _PERIOD.subs({t: t - begin, T_i: T_0 * T_mult**count}, simultaneous=True)
+    def _closed_form(self, group: int, of: str, **given: Any) -> Form:
+        return self._form(self._formula, group, given)

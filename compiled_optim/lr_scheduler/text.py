@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy as sp  # type: ignore[import-untyped]
 
-from compiled_optim.lr_scheduler.code import compiled, t
+from compiled_optim.lr_scheduler.symbolic import lambdified, t
 
 _LONGEST, _DEEPEST = 1000, 30  # characters, and parts in parts
 _LARGEST = 1000  # number as an exponent
@@ -105,7 +105,7 @@ def _power(base: Any, exponent: Any) -> Any:
 
 
 def _computed(expression: sp.Expr) -> sp.Expr:
-    value = float(compiled(expression)[1](0))
+    value = float(lambdified(expression)(0.0, 1.0))
     if not math.isfinite(value):
         raise ValueError(f"a number must be finite, got {value}")
     return sp.Float(value)

@@ -14,7 +14,7 @@ import torch
 from schedule_cases import ARGUMENTS, CASES, STATEFUL, make_optimizer, near, scheduled, step, theirs
 
 from compiled_optim import lr_scheduler as ours
-from compiled_optim.lr_scheduler.code import t
+from compiled_optim.lr_scheduler.symbolic import t
 
 EVERY = CASES | STATEFUL
 NAMES = [name for name in ours.__all__ if hasattr(theirs, name)]

@@ -22,7 +22,7 @@ from schedule_cases import (
 )
 
 from compiled_optim import lr_scheduler as ours
-from compiled_optim.lr_scheduler.code import t
+from compiled_optim.lr_scheduler.symbolic import t
 
 EVERY = CASES | STATEFUL
 every = pytest.mark.parametrize("case", EVERY)

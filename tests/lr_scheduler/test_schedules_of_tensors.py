@@ -11,7 +11,7 @@ from schedule_cases import CASES, OPTIMIZERS, STATEFUL, Build, make_optimizer, n
 
 from compiled_optim import cache_info, explain
 from compiled_optim import lr_scheduler as ours
-from compiled_optim.lr_scheduler.symbolic import Scheduler
+from compiled_optim.lr_scheduler.scheduler import Scheduler
 
 EVERY = CASES | STATEFUL
 every = pytest.mark.parametrize("case", EVERY)

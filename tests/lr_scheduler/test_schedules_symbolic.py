@@ -13,7 +13,8 @@ import torch
 from schedule_cases import CASES, make_optimizer, near, scheduled, step, theirs
 
 from compiled_optim import lr_scheduler as ours
-from compiled_optim.lr_scheduler.code import evaluate, t
+from compiled_optim.lr_scheduler.formulas import Form, evaluate
+from compiled_optim.lr_scheduler.symbolic import applied, t
 
 
 @pytest.mark.parametrize(
@@ -220,9 +221,9 @@ def test_a_sequence_that_begins_with_a_chain() -> None:
 def test_host_and_tensor_code_agree_with_sympy(expression: sp.Expr) -> None:
     steps = list(range(150))
     expected = [float(expression.subs(t, i)) for i in steps]
-    assert [evaluate((expression, {}), i) for i in steps] == near(expected)
+    assert [evaluate(Form(applied(expression), {}), i) for i in steps] == near(expected)
     for dtype, rel in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
-        result = evaluate((expression, {}), torch.tensor(steps, dtype=dtype))
+        result = evaluate(Form(applied(expression), {}), torch.tensor(steps, dtype=dtype))
         assert result.dtype == dtype
         assert result.tolist() == near(expected, rel)
 
@@ -239,8 +240,8 @@ def test_tensor_code_is_torch_operations_only() -> None:
 
 
 def test_numbers_keep_their_digits() -> None:
-    assert evaluate((sp.Float(1 / 3), {}), 0) == 1 / 3
-    assert evaluate((sp.Float(1 / 3), {}), torch.tensor(0.0, dtype=torch.float64)).item() == 1 / 3
+    assert evaluate(Form(applied(sp.Float(1 / 3)), {}), 0) == 1 / 3
+    assert evaluate(Form(applied(sp.Float(1 / 3)), {}), torch.tensor(0.0, dtype=torch.float64)).item() == 1 / 3
 
 
 def test_large_steps_in_float32() -> None:
@@ -254,11 +255,14 @@ def test_the_value_has_memory_of_its_own() -> None:
     assert scheduler.value(0) == near(0.1)
 
 
-def test_importing_the_package_does_not_import_sympy() -> None:
+def test_schedules_do_without_sympy_until_an_expression_is_asked_for() -> None:
     script = (
-        "import sys, compiled_optim; assert 'sympy' not in sys.modules\n"
+        "import sys, torch, compiled_optim; assert 'sympy' not in sys.modules\n"
         "compiled_optim.lr_scheduler.StepLR, compiled_optim.plot_schedule\n"
-        "assert 'sympy' in sys.modules and 'matplotlib' not in sys.modules\n"
+        "optimizer = compiled_optim.SGD([torch.ones(1)], momentum=0.9)\n"
+        "schedule = compiled_optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 9)\n"
+        "optimizer.attach(schedule), schedule.value(3), schedule.value(torch.arange(9.0))\n"
+        "assert not {'sympy', 'matplotlib'} & set(sys.modules)\n"
         "assert not hasattr(compiled_optim, 'nothing')\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=1200)

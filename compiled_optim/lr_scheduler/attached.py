@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compiled_optim._engine import settings
-
-if TYPE_CHECKING:
-    from compiled_optim.optimizer import Optimizer
 
 _SEARCHED = 100_000  # steps among which a lost place is looked for
 
@@ -23,12 +20,7 @@ class Attached:
     then, at a count that is kept there: nothing is read back, and a replay counts.
     """
 
-    def __init__(self, schedule: Any, optimizer: Optimizer) -> None:
-        if getattr(schedule, "optimizer", None) is not optimizer:
-            raise ValueError(f"schedule must be one of this optimizer, got a {type(schedule).__name__} of another")
-        if not hasattr(schedule, "function"):
-            kind = f"{type(schedule).__module__}.{type(schedule).__name__}"
-            raise TypeError(f"schedule must be of compiled_optim.lr_scheduler, got a {kind}")
+    def __init__(self, schedule: Any) -> None:
         self.schedule = schedule
         self.is_moving = False  # while the optimizer steps the schedule
         self._look_up()  # or there is no closed form
@@ -58,12 +50,14 @@ class Attached:
         """
         if self._is_lost:
             self._find()
-        groups = self.schedule.optimizer.param_groups
-        pairs = zip(groups, self.schedule._last_lr, strict=False)
-        self._is_changed = any(_number(g["lr"]) != _number(lr) for g, lr in pairs if not _is_on_device(g))
+        schedule = self.schedule
+        self._is_changed = False
+        for group, last in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=False):
+            if group["lr"] is not last and not _is_on_device(group) and _number(group["lr"]) != _number(last):
+                self._is_changed = True
         if self._is_changed and self._was_changed:  # not only once, by hand
             self.warn_of_another("Something else")
-        self.schedule._check_next()
+        schedule._check_next()
 
     def advance(self) -> None:
         """After a step of the optimizer."""
@@ -82,7 +76,7 @@ class Attached:
             return
         self.is_moving = True
         try:
-            schedule.step()
+            schedule._take_step()
         finally:
             self.is_moving = False
         self._count(devices)
