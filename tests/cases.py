@@ -43,6 +43,22 @@ def tolerance(cls: type[compiled_optim.Optimizer]) -> float:
     return 1e-6 if cls.declaration.carried and torch.get_default_dtype() == torch.float32 else 1e-12
 
 
+def _kind_of_state(cls: type[compiled_optim.Optimizer]) -> tuple[bool, ...]:
+    """What decides how the state of a class is made, checked and loaded, whatever its formula is."""
+    counts, carried = (bool(names) for names in (cls.declaration.counts, cls.declaration.carried))
+    return counts, carried, cls.accepts_dense, cls.accepts_sparse, cls.state_at_construction
+
+
+def _one_of_each_kind() -> list[type[compiled_optim.Optimizer]]:
+    kinds: dict[tuple[bool, ...], type[compiled_optim.Optimizer]] = {}
+    for cls in sorted(CLASSES, key=lambda cls: -len(cls.declaration.slots)):  # those with most state come first
+        kinds.setdefault(_kind_of_state(cls), cls)
+    return list(kinds.values())
+
+
+KINDS = _one_of_each_kind()  # for what depends on the kind of state and not on the formula
+
+
 # ---- gradients
 
 

@@ -1,4 +1,4 @@
-"""Each change that a user can make between two steps, to every optimizer and to a reference."""
+"""Each change that a user can make between two steps, to an optimizer with each kind of state and to a reference."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CLASSES, oracle, rich_options, taken, tolerance
+from cases import CLASSES, KINDS, oracle, rich_options, taken, tolerance
 from lockstep import Lockstep, parameter, tensors
 from torch import Tensor
 
 SHAPES: list[tuple[int, ...]] = [(5, 7), (3, 4, 2, 2), (), (131,)]
 Change = Callable[[Any, list[Any]], None]
-each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
 def rich(cls: Any, initial: list[Tensor]) -> Lockstep:
@@ -168,7 +167,7 @@ CHANGES = [
 ]
 
 
-@each_class
+@pytest.mark.parametrize("cls", KINDS, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("shapes", [SHAPES, [(5, 7)] * 4], ids=["shapes", "one shape"])  # equal ones hide a mix-up
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_change_between_steps(change: Change, shapes: list[tuple[int, ...]], cls: Any) -> None:
@@ -179,11 +178,12 @@ def test_change_between_steps(change: Change, shapes: list[tuple[int, ...]], cls
     run.compare(tolerance(cls))
 
 
-@each_class
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_several_changes_at_once(cls: Any) -> None:
     run = rich(cls, tensors(SHAPES))
     run.step()
-    for change in (load_own_state, replace_parameter, swap_data, add_group, clear_one_state, add_keys):
+    changes = [load_other_state, load_own_state, replace_parameter, swap_data, add_group, clear_one_state, add_keys]
+    for change in (*changes, remove_one_state, exchange_parameters, reorder_state, clear_state):
         run.both(seeded(change))
         run.step()
         run.compare(tolerance(cls))
