@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from compiled_optim.lr_scheduler.formulas import Form, annealed, library, minimum, piecewise
-from compiled_optim.lr_scheduler.scheduler import Scheduler, assigned
+from compiled_optim.lr_scheduler.scheduler import Scheduler, T, assigned
 
 
 class _Cycle(Scheduler):
@@ -153,7 +153,7 @@ class CyclicLR(_Cycle, lr_scheduler.CyclicLR):
     def _mode(self) -> str:
         return self.mode if self._scale_fn_custom is None else self.scale_mode
 
-    def value(self, t: Any, group: int = 0, of: str = "lr") -> Any:
+    def value(self, t: T, group: int = 0, of: str = "lr") -> T:
         """As for all schedulers; numbers go to ``scale_fn`` itself, symbolic or not."""
         if isinstance(t, Tensor) or self._scale_fn_custom is None:
             return super().value(t, group, of)

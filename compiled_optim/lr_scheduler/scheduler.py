@@ -7,7 +7,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, compiler, no_grad
 from torch.optim import lr_scheduler
@@ -19,6 +19,8 @@ from compiled_optim.lr_scheduler.formulas import Form, evaluate
 
 if TYPE_CHECKING:
     import sympy as sp  # type: ignore[import-untyped]
+
+T = TypeVar("T", float, Tensor)  # a step, and a value at it
 
 
 def copied(value: Any) -> Any:
@@ -137,14 +139,17 @@ class Scheduler(lr_scheduler.LRScheduler):
             raise ZeroDivisionError(f"{type(self).__name__} divides by zero with {form.values}")
         return expression
 
-    def value(self, t: Any, group: int = 0, of: str = "lr") -> Any:
-        """The value at step ``t`` by the closed form; arguments and errors as for `expression`.
+    def value(self, t: T, group: int = 0, of: str = "lr") -> T:
+        """The value at step ``t`` by the closed form.
 
         Args:
-            t: a number, for a float; or a tensor of steps, for a tensor like it, computed on its device by torch
-                operations only, without waiting for it.
+            t: a number, or a tensor of steps.
+            group, of: as for `expression`, and so are the errors.
+
+        Returns:
+            A float for a number. For a tensor, a tensor like it, computed on its device without waiting for that.
         """
-        return evaluate(self._checked(group, of), t)
+        return evaluate(self._checked(group, of), t)  # type: ignore[no-any-return]
 
     def function(self, group: int = 0, of: str = "lr") -> Callable[[Any], Any]:
         """The closed form with all but the step looked up, which is a number or a tensor of steps, as for `value`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler, swa_utils
 
 from compiled_optim.lr_scheduler.formulas import Form, annealed, library, minimum, piecewise
-from compiled_optim.lr_scheduler.scheduler import Relative, Scheduler
+from compiled_optim.lr_scheduler.scheduler import Relative, Scheduler, T
 
 if TYPE_CHECKING:
     import sympy as sp  # type: ignore[import-untyped]
@@ -149,12 +149,12 @@ class LambdaLR(Scheduler, lr_scheduler.LambdaLR):
         factor = symbolic.traced(self.lr_lambdas[group], f"lr_lambda of param group {group}")
         return self._form(symbolic.applied(symbolic.base_lr * factor), group, given)
 
-    def value(self, t: Any, group: int = 0, of: str = "lr") -> Any:
+    def value(self, t: T, group: int = 0, of: str = "lr") -> T:
         """As for all schedulers; numbers go to ``lr_lambda`` itself, symbolic or not."""
         if isinstance(t, Tensor):
             return super().value(t, group, of)
         self._check(group, of)
-        return float(self.base_lrs[group]) * float(self.lr_lambdas[group](t))
+        return float(self.base_lrs[group]) * float(self.lr_lambdas[group](t))  # type: ignore[arg-type]
 
 
 class SymbolicLR(Scheduler):

@@ -63,6 +63,8 @@ def main(compiled: bool = False) -> None:
     groups: list[dict[str, Any]] = [{"params": [model.weight], "lr": 1e-2}, {"params": [model.bias]}]
     adamw = AdamW(groups, lr=torch.tensor(1e-3), weight_decay=0.1, compiled="multi_tensor" if compiled else False)
     schedule = CosineAnnealingLR(adamw, T_max=3)
+    assert_type(schedule.value(2), float)
+    assert_type(schedule.value(torch.arange(3.0)), Tensor)
     adamw.attach(schedule)
     average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.9), compiled=compiled)
 
