@@ -1,14 +1,14 @@
-// The host side of a CPU step: walks parameters, gradients and state where they are kept now, checks every tensor before
-// any is dereferenced, and makes one call per kernel. 100 tensors cost about 4 us here; reading the same addresses from
-// Python costs 50 (issue 2). Nothing is remembered that could dangle: a plan holds names, shapes of dictionaries and
-// dtypes, and takes each address from the live object in the step that uses it.
+// The host side of a step, the same for every device. It takes parameters, gradients and state from where Python keeps
+// them now, checks every tensor before any is dereferenced, and calls each kernel once. 100 tensors cost about 4 us here;
+// reading their addresses from Python costs 50. Nothing is remembered that could dangle: a plan holds names, keys of
+// dictionaries and dtypes, and takes each address from the live object in the step that uses it.
 #include <memory>
 
 #include "step.h"
 
 namespace {
 
-// nullptr with a Python error for anything but a plan.
+// Sets a Python error and returns nullptr for anything but a plan.
 Plan* plan_of(PyObject* capsule) { return static_cast<Plan*>(PyCapsule_GetPointer(capsule, "compiled_optim.plan")); }
 
 void drop_plan(PyObject* capsule) { delete plan_of(capsule); }
@@ -23,7 +23,7 @@ PyObject* guarded(Body body) {
   }
 }
 
-// make(slot_names, how many of the first are counts): an empty plan.
+// make(names of the slots, how many of the first are counts): an empty plan.
 PyObject* make(PyObject*, PyObject* args) {
   PyObject* names;
   Py_ssize_t counts;
@@ -44,17 +44,22 @@ PyObject* make(PyObject*, PyObject* args) {
   });
 }
 
-// add_launch(plan, kernel address, parameter, buffers by slot): dtypes are taken from the samples.
+// add_launch(plan, kernel, parameter, buffers by slot, elements of a long launch): the device and the dtypes are those of
+// the given tensors.
 PyObject* add_launch(PyObject*, PyObject* args) {
   PyObject *capsule, *param, *buffers;
   unsigned long long kernel;
-  if (!PyArg_ParseTuple(args, "OKOO!", &capsule, &kernel, &param, &PyDict_Type, &buffers)) return nullptr;
+  long long long_elements;
+  if (!PyArg_ParseTuple(args, "OKOO!L", &capsule, &kernel, &param, &PyDict_Type, &buffers, &long_elements))
+    return nullptr;
   return guarded([&]() -> PyObject* {
     auto* plan = plan_of(capsule);
     if (!plan) return nullptr;
     const auto* tensor = unpack(param);
-    if (!tensor || !kernel) throw std::invalid_argument("a launch needs a kernel and a plain tensor");
-    Launch launch{reinterpret_cast<Kernel>(kernel), tensor->scalar_type()};
+    if (!tensor || !kernel || long_elements < 1)
+      throw std::invalid_argument("a launch needs a kernel, a plain tensor and a number of elements");
+    Launch launch{reinterpret_cast<Kernel>(kernel), Plain(tensor->unsafeGetTensorImpl()), long_elements};
+    launch.param_type = tensor->scalar_type();
     launch.itemsize = static_cast<int64_t>(tensor->itemsize());
     launch.width = c10::isComplexType(launch.param_type) ? 2 : 1;
     PyObject *slot, *sample;
@@ -88,7 +93,7 @@ PyObject* add_group(PyObject*, PyObject* args) {
       int fresh;
       if (!PyTuple_Check(item)) throw std::invalid_argument("an entry must be a tuple");
       if (!PyArg_ParseTuple(item, "Oip", &entry.param, &entry.launch, &fresh)) return nullptr;
-      if (entry.launch < kStateless || entry.launch >= static_cast<int>(plan->launches.size()))
+      if (entry.launch < kNoState || entry.launch >= static_cast<int>(plan->launches.size()))
         throw std::invalid_argument("an entry names a launch that there is not");
       entry.fresh = fresh;
       entries.push_back(entry);
@@ -99,7 +104,7 @@ PyObject* add_group(PyObject*, PyObject* args) {
   });
 }
 
-// seal(plan, state): notes the order and the keys of the optimizer's state. Nothing can be added after.
+// seal(plan, state): notes the order and the keys of the optimizer's state. Nothing can be added to the plan afterwards.
 PyObject* seal(PyObject*, PyObject* args) {
   PyObject *capsule, *state, *key, *value;
   if (!PyArg_ParseTuple(args, "OO!", &capsule, &PyDict_Type, &state)) return nullptr;
@@ -109,34 +114,34 @@ PyObject* seal(PyObject*, PyObject* args) {
     std::unordered_map<PyObject*, int64_t> entry_of;
     std::vector<bool> eager;
     for (size_t i = 0; i < plan->entries.size(); i++) {
-      eager.push_back(plan->entries[i].launch == kElsewhere);
-      if (plan->entries[i].launch != kStateless) entry_of[plan->entries[i].param] = static_cast<int64_t>(i);
+      eager.push_back(plan->entries[i].launch == kNoLaunch);
+      if (plan->entries[i].launch != kNoState) entry_of[plan->entries[i].param] = static_cast<int64_t>(i);
     }
     Py_ssize_t at = 0;
     while (PyDict_Next(state, &at, &key, &value)) {
       auto found = entry_of.find(key);
       if (found == entry_of.end() || !PyDict_Check(value)) {
-        plan->tracked.push_back({key, kElsewhere, 0});
+        plan->tracked.push_back({key, kNoLaunch, 0});
         continue;
       }
-      Layout layout;
+      StateKeys known;
       PyObject *name, *tensor;
       Py_ssize_t inner = 0;
       while (PyDict_Next(value, &inner, &name, &tensor)) {
         const char* text = PyUnicode_Check(name) ? PyUnicode_AsUTF8(name) : nullptr;
-        if (!text) PyErr_Clear();  // a lone surrogate, say: not ours
+        if (!text) PyErr_Clear();  // not one of our slots, such as a lone surrogate
         int slot = -1;
         for (size_t s = 0; text && s < plan->slot_names.size(); s++)
           if (plan->slot_names[s] == text) slot = static_cast<int>(s);
-        layout.keys.push_back(name);
-        layout.slots.push_back(slot);
+        known.keys.push_back(name);
+        known.slots.push_back(slot);
       }
       int index = 0;
-      for (; index < static_cast<int>(plan->layouts.size()); index++)
-        if (plan->layouts[index].keys == layout.keys) break;
-      if (index == static_cast<int>(plan->layouts.size())) {
-        plan->layouts.push_back(std::move(layout));
-        for (auto* k : plan->layouts.back().keys) Py_INCREF(k);
+      for (; index < static_cast<int>(plan->state_keys.size()); index++)
+        if (plan->state_keys[index].keys == known.keys) break;
+      if (index == static_cast<int>(plan->state_keys.size())) {
+        plan->state_keys.push_back(std::move(known));
+        for (auto* k : plan->state_keys.back().keys) Py_INCREF(k);
       }
       plan->tracked.push_back({key, found->second, index});
     }
@@ -148,7 +153,8 @@ PyObject* seal(PyObject*, PyObject* args) {
   });
 }
 
-// conflicts(members, how many counts): why no kernel takes each (updated eagerly, parameter, gradient, slots), or None.
+// conflicts(members, how many counts): for each (whether it is updated eagerly, parameter, gradient, slots), why no
+// kernel can update it because of memory that it shares, or None.
 PyObject* conflicts(PyObject*, PyObject* args) {
   PyObject* members;
   Py_ssize_t counts;
@@ -171,9 +177,10 @@ PyObject* conflicts(PyObject*, PyObject* args) {
     Memory memory(std::move(eager), slots_at_most, static_cast<size_t>(counts));
     for (size_t e = 0; e < tensors.size(); e++)
       for (size_t c = 0; c < tensors[e].size(); c++)
-        if (const auto* t = tensors[e][c]) memory.note(e, c, range(t, reach(t), static_cast<int64_t>(t->itemsize()), c == Memory::kGradient));
+        if (const auto* t = tensors[e][c])
+          memory.note(e, c, range(t, reach(t), static_cast<int64_t>(t->itemsize()), c == Memory::kGradient));
     std::vector<const char*> reasons(tensors.size(), nullptr);
-    for (bool found = true; found;) {  // what is refused is updated eagerly, and so is what overlaps that
+    for (bool found = true; found;) {  // a refused parameter is updated eagerly, and so is what overlaps it
       found = false;
       const auto sharing = memory.sharing();
       for (size_t e = 0; e < tensors.size(); e++) {
@@ -193,18 +200,22 @@ PyObject* conflicts(PyObject*, PyObject* args) {
   });
 }
 
-// Below this many elements a step is shorter than handing over the interpreter lock and holding memory is worth.
-constexpr int64_t kReleaseLock = 1 << 19;
-// Below this, starting a team of threads costs more than it saves.
-constexpr int64_t kOneThread = 1 << 13;
+// Whether the launches of a step take so long that it is worth to hold memory and let other threads run Python.
+bool is_long(const Plan* plan) {
+  double share = 0;  // of a long launch
+  auto add = [&](const Launch& launch, const Table& table) {
+    share += static_cast<double>(table.begins.back()) / static_cast<double>(launch.long_elements);
+  };
+  for (const auto& launch : plan->launches) add(launch, launch.table);
+  for (const auto& turn : plan->turns) add(plan->launches[turn.launch], turn.table);
+  return share >= 1;
+}
 
-void launch_all(Plan* plan, const Foreseen& scalars, int threads) {
+void launch_all(Plan* plan, const PredictedScalars& scalars) {
   auto call = [&](const Launch& launch, const Table& table) {
-    const auto tensors = static_cast<int64_t>(table.rows.size());
-    if (!tensors) return;
-    const int team = table.begins.back() < kOneThread ? 1 : threads;
-    launch.kernel(tensors, table.cells.data(), table.begins.data(), table.rows.data(), scalars.table.data(),
-                  scalars.columns, team);
+    if (table.rows.empty()) return;
+    launch.kernel(static_cast<int64_t>(table.rows.size()), table.cells.data(), table.begins.data(), table.rows.data(),
+                  scalars.table.data(), scalars.columns, launch.context);
   };
   for (const auto& launch : plan->launches) call(launch, launch.table);
   for (auto& turn : plan->turns) {
@@ -213,8 +224,8 @@ void launch_all(Plan* plan, const Foreseen& scalars, int threads) {
   }
 }
 
-// Keeps the memory of tensors while other threads run Python: they may give a tensor other data, so it is the storage
-// that is held; and to resize one frees its memory nevertheless, so that raises until the launch is over.
+// Keeps the memory of tensors while other threads run Python. They may give a tensor another storage, so the storage is
+// held. Resizing a storage would free its memory nevertheless, so it raises until the launch is over.
 class Held {
  public:
   void hold(const c10::TensorImpl* t) {
@@ -231,43 +242,46 @@ class Held {
   std::vector<std::pair<c10::Storage, bool>> held_;
 };
 
-// run(plan, lists of parameters, state, rows, stand-ins, threads): None after a step. Otherwise nothing was written: a
-// string says why the plan no longer fits, a list names the (group, counts) whose scalars are needed, and False says
-// that a row holds other objects than numbers, of which to make some would run Python.
-// `rows` lists (group, counts, scalars and what is carried on) as foreseen; `stand-ins` lists (parameter, copy of its
-// gradient), or (parameter, values, indices) of a sparse one.
-// No Python runs between the first look at a tensor and the last write but in the launch without the interpreter lock,
-// where memory is held; holding it in every step would cost 15 us of 100 tensors (issue 2).
+// run(plan, lists of parameters, state, rows, substitutes, contexts): one step. It returns None if it was done. Otherwise
+// nothing was written: a string says why the plan no longer fits; a list names the (group, counts) whose scalars are
+// needed; False says that a row holds objects that are no numbers, because converting them would run Python.
+// `rows` lists (group, counts, scalars followed by the new recurrent scalars) as predicted. `substitutes` lists
+// (parameter, gradient) for gradients that are not taken from the parameter, and (parameter, values, indices) for sparse
+// ones. `contexts` has the last argument of the kernel of each launch, as a number.
+// No Python runs from the first look at a tensor to the last write, except in a long launch, for which memory is held.
+// Holding it in every step would cost 15 us for 100 tensors.
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 6) return PyErr_Format(PyExc_TypeError, "run takes 6 arguments, got %zd", count);
   auto* plan = plan_of(args[0]);
   if (!plan) return nullptr;
   if (!plan->sealed || !PyTuple_Check(args[1]) || !PyDict_Check(args[2]) || !PyList_Check(args[3]) ||
-      !PyList_Check(args[4]))
-    return PyErr_Format(PyExc_TypeError, "run takes a sealed plan, a tuple, a dict and two lists");
+      !PyList_Check(args[4]) || !PyTuple_Check(args[5]))
+    return PyErr_Format(PyExc_TypeError, "run takes a sealed plan, a tuple, a dict, two lists and a tuple");
   return guarded([&]() -> PyObject* {
-    Steps steps{std::max<size_t>(1, plan->counts)};
-    Foreseen scalars;
-    if (!scalars.read(args[3], steps.width)) return nullptr;
+    FoundCounts found{std::max<size_t>(1, plan->counts)};
+    PredictedScalars scalars;
+    if (!scalars.read(args[3], found.width)) return nullptr;
     if (!scalars.are_numbers) Py_RETURN_FALSE;
-    const int64_t carried = plan->counts ? static_cast<int64_t>(plan->counts) - 1 : 0;
-    const long threads = std::max(1L, PyLong_AsLong(args[5]));
-    if (PyErr_Occurred()) return nullptr;
-    StandIns stand_ins;
-    if (!read_stand_ins(args[4], stand_ins)) throw std::invalid_argument("a stand-in must be a tuple of 2 or 3");
+    const int64_t recurrent = plan->counts ? static_cast<int64_t>(plan->counts) - 1 : 0;
+    if (PyTuple_GET_SIZE(args[5]) != static_cast<Py_ssize_t>(plan->launches.size()))
+      throw std::invalid_argument("each launch needs a context");
+    SubstituteGrads substitutes;
+    if (!read_substitutes(args[4], substitutes)) throw std::invalid_argument("a substitute must be a tuple of 2 or 3");
     // from here on no Python runs
     if (plan->busy) throw std::runtime_error("step() of this optimizer is already running in another thread");
+    for (size_t l = 0; l < plan->launches.size(); l++) {
+      plan->launches[l].context = PyLong_AsVoidPtr(PyTuple_GET_ITEM(args[5], static_cast<Py_ssize_t>(l)));
+      if (PyErr_Occurred()) return nullptr;
+    }
     if (!same_params(plan, args[1])) return PyUnicode_FromString("the param groups changed");
-    std::vector<Count> counters;
-    const char* why = collect(plan, args[2], stand_ins);
-    if (!why) why = tabulate(plan, steps, counters);
+    std::vector<HostCount> counters;
+    const char* why = collect(plan, args[2], substitutes);
+    if (!why) why = tabulate(plan, found, counters);
     if (why) return PyUnicode_FromString(why);
-    if (!scalars.fits(steps)) return needed(steps);
-    if (!counters.empty() && scalars.columns < carried) throw std::invalid_argument("a row lacks what is carried on");
-    int64_t elements = 0;
-    for (const auto& launch : plan->launches) elements += launch.table.begins.back();
-    for (const auto& turn : plan->turns) elements += turn.table.begins.back();
-    Held held;  // and let go after `busy` is reset: what frees memory may run Python
+    if (!scalars.fits(found)) return needed(found);
+    if (!counters.empty() && scalars.columns < recurrent) throw std::invalid_argument("a row lacks recurrent scalars");
+    const bool release_lock = is_long(plan);
+    Held held;  // destroyed after `busy` is reset, because freeing memory may run Python
     struct Busy {
       bool& flag;
       ~Busy() { flag = false; }
@@ -277,53 +291,55 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
         for (size_t c = 0; c < plan->cells(); c++)
           if (const auto* t = plan->tensors[e * plan->cells() + c]) action(const_cast<c10::TensorImpl*>(t), c);
     };
-    if (elements >= kReleaseLock) each_tensor([&](auto* t, size_t) { held.hold(t); });
+    if (release_lock) each_tensor([&](auto* t, size_t) { held.hold(t); });
     plan->busy = true;
     for (const auto& c : counters) {
-      const double* last = scalars.table.data() + (c.row + 1) * scalars.columns - carried;
-      c.write(c.slot ? last[c.slot - 1] : steps.of(c.row)[0]);
+      const double* last = scalars.table.data() + (c.row + 1) * scalars.columns - recurrent;
+      c.write(c.slot ? last[c.slot - 1] : found.of(c.row)[0]);
     }
     each_tensor([](auto* t, size_t cell) {
       if (cell != Memory::kGradient) t->bump_version();  // gradients are only read
     });
-    if (elements < kReleaseLock) {
-      launch_all(plan, scalars, static_cast<int>(threads));
-    } else {
+    if (release_lock) {
       Py_BEGIN_ALLOW_THREADS;
-      launch_all(plan, scalars, static_cast<int>(threads));
+      launch_all(plan, scalars);
       Py_END_ALLOW_THREADS;
+    } else {
+      launch_all(plan, scalars);
     }
     for (const size_t e : plan->updated) plan->entries[e].fresh = false;
     Py_RETURN_NONE;
   });
 }
 
-// refusal(tensor): None for a tensor the kernels can walk, else the reason.
+// refusal(tensor): why no kernel can walk a tensor, or None.
 PyObject* refusal(PyObject*, PyObject* object) {
   const auto* tensor = unpack(object);
   if (!tensor) return PyUnicode_FromFormat("its type is %s", Py_TYPE(object)->tp_name);
-  if (!plain(tensor->unsafeGetTensorImpl())) return PyUnicode_FromString("it is not a plain strided CPU tensor");
-  if (!tensor->unsafeGetTensorImpl()->is_non_overlapping_and_dense())
+  const auto* t = tensor->unsafeGetTensorImpl();
+  if (!Plain(t)(t))
+    return PyUnicode_FromFormat("it is not a plain strided %s tensor", c10::DeviceTypeName(t->device().type()).c_str());
+  if (!t->is_non_overlapping_and_dense())
     return PyUnicode_FromString("its elements overlap or leave gaps");
   Py_RETURN_NONE;
 }
 
-// is_whole(tensor): whether it can be read; a storage that was resized may end before its tensor.
+// is_whole(tensor): whether it can be read. A storage that was resized may end before its tensor.
 PyObject* is_whole(PyObject*, PyObject* object) {
   const auto* t = in_memory(object);
   return PyBool_FromLong(!t || is_whole(t));
 }
 
-// matches(tensor, like): whether both have one dtype and one layout in memory.
+// matches(tensor, like): whether both are plain tensors of one device and one layout in memory.
 PyObject* matches(PyObject*, PyObject* args) {
   PyObject *tensor, *like;
   if (!PyArg_ParseTuple(args, "OO", &tensor, &like)) return nullptr;
   const auto *a = unpack(tensor), *b = unpack(like);
-  return PyBool_FromLong(a && b && plain(a->unsafeGetTensorImpl()) &&
+  return PyBool_FromLong(a && b && Plain(b->unsafeGetTensorImpl())(a->unsafeGetTensorImpl()) &&
                          same_layout(a->unsafeGetTensorImpl(), b->unsafeGetTensorImpl()));
 }
 
-// start(Tensor, Parameter, sample tensor, its data_ptr): the types, and the check of PyTensor.
+// start(Tensor, Parameter, tensor of shape (5, 7), its data_ptr): keeps the types and checks PyTensor.
 PyObject* start(PyObject*, PyObject* args) {
   PyObject *tensor, *parameter, *sample;
   unsigned long long pointer;

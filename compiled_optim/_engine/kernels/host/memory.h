@@ -1,7 +1,7 @@
-// Which tensors of a step share memory. In a launch many parameters are updated at once, by several threads; what
-// overlaps must be updated one after the other.
+// Which tensors of a step share memory. A launch updates many parameters at once, in no order; parameters that overlap
+// must be updated one after the other.
 #pragma once
-#include <c10/core/CPUAllocator.h>
+#include <c10/core/Allocator.h>
 
 #include <algorithm>
 #include <vector>
@@ -16,14 +16,14 @@ struct Range {
   bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
 };
 
-// Whether a tensor has its memory alone: torch allocated it, and nothing else holds the storage, or the tensor.
+// Whether nothing else can lie in the memory of a tensor: torch allocated it, and only the caller holds the tensor.
 bool is_sole_owner(c10::TensorImpl* t) {
   const auto& storage = t->storage();
   return c10::raw::intrusive_ptr::use_count(t) == 1 && storage.use_count() == 1 &&
-         storage.allocator() == c10::GetCPUAllocator();
+         storage.allocator() == c10::GetAllocator(t->device().type());
 }
 
-// The first `elements` of a tensor in memory. What is only read stays shared with its lazy clones.
+// The memory of the first `elements` of a tensor. Memory that is only read stays shared with lazy clones.
 [[gnu::always_inline]] inline Range range(const c10::TensorImpl* t, int64_t elements, int64_t itemsize,
                                           bool only_read) {
   if (!elements) return {};
@@ -35,17 +35,17 @@ bool is_sole_owner(c10::TensorImpl* t) {
 
 enum Sharing : uint8_t {
   kInTurn = 1,    // with another parameter, its state or its gradient
-  kCounted = 2,   // its step count is another's too
-  kCopied = 4,    // its gradient lies in what its own update writes
-  // where a kernel would do another thing than torch's loop over parameters
+  kCounted = 2,   // two parameters have one step count
+  kCopied = 4,    // its own update writes to its gradient
+  // A launch would do something else than torch's loop over parameters.
   kOwnState = 8,
   kCounts = 16,
   kEager = 32,
 };
 constexpr uint8_t kRefused = kOwnState | kCounts | kEager;
 
-// The ranges of all parameters as they were last seen, found to overlap or not when one is written that was elsewhere
-// before. A new gradient that others may share memory with is looked up among what is written: 100 of them cost 3 us.
+// Where the tensors of all parameters were last seen. They are compared again only after one that is written has moved.
+// A gradient that has moved, and may share its memory, is looked up among the ranges that are written: 3 us for 100.
 class Memory {
  public:
   enum Cell : size_t { kGradient, kParam, kCounts0 };  // then the other counts, and the buffers
@@ -57,7 +57,7 @@ class Memory {
     sharing_.resize(eager_.size());
   }
 
-  // ``owned``: whether no other tensor can lie there.
+  // `owned`: whether no other tensor can lie there.
   void note(size_t entry, size_t cell, Range now, bool owned = false) {
     Range& last = ranges_[entry * cells_ + cell];
     if (now == last) return;
@@ -66,7 +66,7 @@ class Memory {
   }
   Range at(size_t entry, size_t cell) const { return ranges_[entry * cells_ + cell]; }
   char* address(size_t entry, size_t cell) const { return const_cast<char*>(at(entry, cell).begin); }
-  // One that has no gradient now: the next tensor in the memory of its last one is no concern of its.
+  // Forgets the gradient of a parameter that has none now: another tensor may lie there next.
   void skip(size_t entry) { ranges_[entry * cells_] = {}; }
 
   void make_eager(size_t entry) {
@@ -75,7 +75,7 @@ class Memory {
   }
   bool is_eager(size_t entry) const { return eager_[entry]; }
 
-  // After all ranges of a step were noted: what each parameter shares, as bits of `Sharing`.
+  // What each parameter shares, as bits of `Sharing`. Call it after all ranges of a step were noted.
   const std::vector<uint8_t>& sharing() {
     if (stale_) compare();
     stale_ = false;
@@ -83,7 +83,7 @@ class Memory {
   }
 
  private:
-  struct Place {
+  struct Located {
     Range range;
     size_t entry, cell;
   };
@@ -95,24 +95,24 @@ class Memory {
   }
 
   void compare() {
-    std::vector<Place> places;
+    std::vector<Located> located;
     for (size_t i = 0; i < ranges_.size(); i++)
-      if (ranges_[i].begin != ranges_[i].end) places.push_back({ranges_[i], i / cells_, i % cells_});
-    std::sort(places.begin(), places.end(),
-              [](const Place& a, const Place& b) { return a.range.begin < b.range.begin; });
+      if (ranges_[i].begin != ranges_[i].end) located.push_back({ranges_[i], i / cells_, i % cells_});
+    std::sort(located.begin(), located.end(),
+              [](const Located& a, const Located& b) { return a.range.begin < b.range.begin; });
     std::fill(sharing_.begin(), sharing_.end(), 0);
     written_.clear();
     shared_ = false;
-    for (size_t i = 0; i < places.size(); i++) {
-      if (places[i].cell != kGradient) written_.push_back(places[i].range);
-      for (size_t j = i + 1; j < places.size() && places[j].range.begin < places[i].range.end; j++)
-        if (places[i].cell != kGradient || places[j].cell != kGradient) share(places[i], places[j]);
+    for (size_t i = 0; i < located.size(); i++) {
+      if (located[i].cell != kGradient) written_.push_back(located[i].range);
+      for (size_t j = i + 1; j < located.size() && located[j].range.begin < located[i].range.end; j++)
+        if (located[i].cell != kGradient || located[j].cell != kGradient) share(located[i], located[j]);
     }
   }
 
-  bool is_count(const Place& p) const { return p.cell >= kCounts0 && p.cell < kCounts0 + counts_; }
+  bool is_count(const Located& p) const { return p.cell >= kCounts0 && p.cell < kCounts0 + counts_; }
 
-  void share(const Place& a, const Place& b) {
+  void share(const Located& a, const Located& b) {
     shared_ = true;
     uint8_t both = kInTurn;
     if (a.entry == b.entry)
@@ -127,7 +127,7 @@ class Memory {
     sharing_[b.entry] |= both;
   }
 
-  std::vector<bool> eager_;       // [entry]: updated by another execution, after the launch
+  std::vector<bool> eager_;       // [entry]: updated without a kernel, after the launch
   size_t cells_ = 0, counts_ = 0;
   std::vector<Range> ranges_;     // [entry][cell]
   std::vector<Range> written_;    // by address

@@ -1,4 +1,5 @@
-// The rows that a sparse COO gradient touches, each as one span of elements, repeated ones added up.
+// The rows of a parameter that a sparse COO gradient in host memory touches. Each becomes one span of elements; the
+// values of an index that occurs several times are added up first.
 #pragma once
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -11,8 +12,9 @@
 
 namespace {
 
-// values [nnz, ...] contiguous, indices [sparse dimensions, nnz] of a contiguous parameter.
-bool rows_fit(const c10::TensorImpl* indices, const c10::TensorImpl* values, at::ScalarType type,
+// Whether these are the indices [sparse dimensions, nnz] and the contiguous values [nnz, ...] of a gradient of a
+// contiguous parameter.
+bool rows_fit(const Plain& plain, const c10::TensorImpl* indices, const c10::TensorImpl* values, at::ScalarType type,
               const c10::TensorImpl* param) {
   return plain(indices) && plain(values) && indices->dim() == 2 && values->dim() >= 1 &&
          c10::typeMetaToScalarType(indices->dtype()) == at::kLong &&
@@ -21,7 +23,7 @@ bool rows_fit(const c10::TensorImpl* indices, const c10::TensorImpl* values, at:
          std::equal(values->sizes().begin() + 1, values->sizes().end(), param->sizes().begin() + indices->size(0));
 }
 
-class Rows {
+class TouchedRows {
  public:
   struct Span {
     int64_t first, elements;  // in the parameter
@@ -30,8 +32,8 @@ class Rows {
 
   void begin() { sums_.clear(); }
 
-  // Sorted, without overlap; `data`: where the values are. Valid until the next call of `begin`, or of `gather` but for
-  // `values`.
+  // The spans in order, none overlapping. `data` is the address of the values. The spans are valid until the next call,
+  // what their `values` point to until the next `begin`.
   const std::vector<Span>& gather(const c10::TensorImpl* indices, const c10::TensorImpl* values, char* data,
                                   const c10::TensorImpl* param) {
     const int64_t touched = indices->size(1), dims = indices->size(0);
@@ -50,7 +52,7 @@ class Rows {
       }
       order_.push_back({row, data + i * bytes});
     }
-    auto before = [](const Row& a, const Row& b) { return a.row < b.row; };
+    auto before = [](const TouchedRow& a, const TouchedRow& b) { return a.row < b.row; };
     if (!std::is_sorted(order_.begin(), order_.end(), before)) std::stable_sort(order_.begin(), order_.end(), before);
     spans_.clear();
     for (size_t i = 0; i < order_.size();) {
@@ -69,7 +71,7 @@ class Rows {
   }
 
  private:
-  struct Row {
+  struct TouchedRow {
     int64_t row;
     char* values;
   };
@@ -96,9 +98,9 @@ class Rows {
     return sum;
   }
 
-  std::vector<Row> order_;
+  std::vector<TouchedRow> order_;
   std::vector<Span> spans_;
-  std::vector<std::vector<char>> sums_;  // one for each repeated row, where they were added up
+  std::vector<std::vector<char>> sums_;  // of the indices that occur several times
 };
 
 }  // namespace

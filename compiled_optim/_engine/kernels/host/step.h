@@ -1,10 +1,11 @@
-// What a step does before it writes: every tensor is checked where it is kept now, and the tables are filled.
+// What a step does before it writes: it takes every tensor from where Python keeps it now, checks it, and fills the
+// tables.
 #pragma once
 #include "plan.h"
 
 namespace {
 
-// Fills `slots` from the live state; false where the state is no longer laid out as it was.
+// Fills `slots` from the live state. Returns false if the keys of the state are no longer the same.
 bool collect_state(Plan* plan, PyObject* state) {
   PyObject *key, *value, *name, *tensor;
   Py_ssize_t at = 0;
@@ -13,12 +14,12 @@ bool collect_state(Plan* plan, PyObject* state) {
     if (i == plan->tracked.size() || plan->tracked[i].key != key) return false;
     const auto& tracked = plan->tracked[i++];
     if (tracked.entry < 0) continue;
-    const auto& layout = plan->layouts[tracked.layout];
-    if (!PyDict_Check(value) || PyDict_GET_SIZE(value) != static_cast<Py_ssize_t>(layout.keys.size())) return false;
+    const auto& known = plan->state_keys[tracked.keys];
+    if (!PyDict_Check(value) || PyDict_GET_SIZE(value) != static_cast<Py_ssize_t>(known.keys.size())) return false;
     Py_ssize_t inner = 0;
     for (size_t k = 0; PyDict_Next(value, &inner, &name, &tensor); k++) {
-      if (layout.keys[k] != name) return false;
-      if (layout.slots[k] >= 0) plan->slots[tracked.entry * width + layout.slots[k]] = tensor;
+      if (known.keys[k] != name) return false;
+      if (known.slots[k] >= 0) plan->slots[tracked.entry * width + known.slots[k]] = tensor;
     }
   }
   return i == plan->tracked.size();
@@ -36,9 +37,9 @@ bool same_params(const Plan* plan, PyObject* groups) {
   return true;
 }
 
-using StandIns = std::unordered_map<PyObject*, PyObject*>;  // of parameters: (parameter, gradient[, indices])
+using SubstituteGrads = std::unordered_map<PyObject*, PyObject*>;  // by parameter: (parameter, gradient[, indices])
 
-bool read_stand_ins(PyObject* list, StandIns& found) {
+bool read_substitutes(PyObject* list, SubstituteGrads& found) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
     PyObject* tuple = PyList_GET_ITEM(list, i);
     if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) < 2 || PyTuple_GET_SIZE(tuple) > 3) return false;
@@ -47,7 +48,7 @@ bool read_stand_ins(PyObject* list, StandIns& found) {
   return true;
 }
 
-// Out of the way of what runs in each step.
+// Not inlined, so that it takes no room in what runs in each step.
 [[noreturn, gnu::cold, gnu::noinline]] void throw_short(const Plan* plan, size_t entry, const c10::TensorImpl* t,
                                                         size_t cell, const char* what = "gradient") {
   const int64_t needed = bytes_needed(t, reach(t), static_cast<int64_t>(t->itemsize()));
@@ -59,8 +60,8 @@ bool read_stand_ins(PyObject* list, StandIns& found) {
                            std::to_string(t->storage().nbytes()));
 }
 
-// Notes where a tensor lies. Throws where its storage does not hold it: what was resized lies elsewhere, so only a
-// gradient, whose memory may be another's in each step, is asked for its storage again.
+// Notes where a tensor lies, and throws if its storage does not hold it. Resizing a storage moves it, so a tensor that
+// has not moved is not asked again; only a gradient is, because it may be another tensor in each step.
 [[gnu::always_inline]] inline void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t,
                                         int64_t elements, int64_t itemsize) {
   const Range now = range(t, elements, itemsize, cell == Memory::kGradient);
@@ -73,7 +74,7 @@ void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t) {
   note(plan, entry, cell, t, reach(t), static_cast<int64_t>(t->itemsize()));
 }
 
-// Notes where the tensors of a parameter lie that is updated after the launch.
+// Notes where the tensors lie of a parameter that is updated after the launch.
 void note_eager(Plan* plan, size_t e, PyObject* given) {
   const auto* param = in_memory(plan->entries[e].param);
   const auto* grad = given ? in_memory(given) : param ? gradient(param) : nullptr;
@@ -85,24 +86,24 @@ void note_eager(Plan* plan, size_t e, PyObject* given) {
     if (const auto* t = in_memory(slots[s])) note(plan, e, Memory::kCounts0 + s, t);
 }
 
-// What no longer holds of a gradient; throws if it was not copied because its storage does not hold it.
+// Why a gradient no longer fits; throws if its storage does not hold it, because Python then does not copy it.
 const char* odd_gradient(const Plan* plan, size_t entry, const c10::TensorImpl* grad) {
   if (in_memory(grad) && !is_whole(grad)) throw_short(plan, entry, grad, Memory::kGradient);
   return "a gradient changed its layout or dtype";
 }
 
-// Checks all that this step updates, and notes where it lies. Returns nullptr, or what no longer holds.
-const char* collect(Plan* plan, PyObject* state, const StandIns& stand_ins) {
+// Checks all that this step updates and notes where it lies. Returns nullptr, or why the plan no longer fits.
+const char* collect(Plan* plan, PyObject* state, const SubstituteGrads& substitutes) {
   if (!collect_state(plan, state)) return "the optimizer's state changed";
   const size_t slot_count = plan->slot_names.size(), cells = plan->cells();
   plan->updated.clear();
   for (size_t e = 0; e < plan->entries.size(); e++) {
     auto& entry = plan->entries[e];
-    PyObject* stand_in = nullptr;
-    if (!stand_ins.empty())
-      if (auto found = stand_ins.find(entry.param); found != stand_ins.end()) stand_in = found->second;
-    if (entry.launch == kElsewhere) {
-      note_eager(plan, e, stand_in ? PyTuple_GET_ITEM(stand_in, 1) : nullptr);
+    PyObject* substitute = nullptr;
+    if (!substitutes.empty())
+      if (auto found = substitutes.find(entry.param); found != substitutes.end()) substitute = found->second;
+    if (entry.launch == kNoLaunch) {
+      note_eager(plan, e, substitute ? PyTuple_GET_ITEM(substitute, 1) : nullptr);
       continue;
     }
     const auto* object = unpack(entry.param);
@@ -110,10 +111,10 @@ const char* collect(Plan* plan, PyObject* state, const StandIns& stand_ins) {
     const auto* param = object->unsafeGetTensorImpl();
     const auto* grad = gradient(param);
     entry.indices = nullptr;
-    if (stand_in) {
-      const bool sparse = PyTuple_GET_SIZE(stand_in) == 3;
-      const auto* values = unpack(PyTuple_GET_ITEM(stand_in, 1));
-      const auto* indices = sparse ? unpack(PyTuple_GET_ITEM(stand_in, 2)) : nullptr;
+    if (substitute) {
+      const bool sparse = PyTuple_GET_SIZE(substitute) == 3;
+      const auto* values = unpack(PyTuple_GET_ITEM(substitute, 1));
+      const auto* indices = sparse ? unpack(PyTuple_GET_ITEM(substitute, 2)) : nullptr;
       if (!values || (sparse && !indices)) return "a gradient changed its type";
       grad = values->unsafeGetTensorImpl();
       if (sparse) entry.indices = indices->unsafeGetTensorImpl();
@@ -122,15 +123,15 @@ const char* collect(Plan* plan, PyObject* state, const StandIns& stand_ins) {
       plan->memory.skip(e);
       continue;
     }
-    if (entry.launch == kStateless) return "a parameter received its first gradient";
+    if (entry.launch == kNoState) return "a parameter received its first gradient";
     const auto& launch = plan->launches[entry.launch];
-    if (!plain(param) || !param->is_non_overlapping_and_dense() ||
+    if (!launch.plain(param) || !param->is_non_overlapping_and_dense() ||
         c10::typeMetaToScalarType(param->dtype()) != launch.param_type)
       return "a parameter changed";
-    if (!(entry.indices ? rows_fit(entry.indices, grad, launch.param_type, param)
-                        : fits(grad, launch.param_type, param)))
+    if (!(entry.indices ? rows_fit(launch.plain, entry.indices, grad, launch.param_type, param)
+                        : fits(launch.plain, grad, launch.param_type, param)))
       return odd_gradient(plan, e, grad);
-    // a kernel's cells are the same in each step, and their tensors have no gaps
+    // An entry fills the same cells in each step. Its tensors have no gaps, so their reach is their number of elements.
     const auto** tensors = plan->tensors.data() + e * cells;
     auto take = [&](size_t cell, const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
       tensors[cell] = t;
@@ -149,7 +150,7 @@ const char* collect(Plan* plan, PyObject* state, const StandIns& stand_ins) {
     for (size_t b = 0; b < launch.roles.size(); b++) {
       PyObject* slot = slots[launch.roles[b]];
       const auto* buffer = slot ? unpack(slot) : nullptr;
-      if (!buffer || !fits(buffer->unsafeGetTensorImpl(), launch.types[b], param)) return "a state tensor changed";
+      if (!buffer || !fits(launch.plain, buffer->unsafeGetTensorImpl(), launch.types[b], param)) return "a state tensor changed";
       take(Memory::kCounts0 + launch.roles[b], buffer->unsafeGetTensorImpl(), elements, launch.itemsizes[b]);
     }
     plan->updated.push_back(e);
@@ -157,8 +158,8 @@ const char* collect(Plan* plan, PyObject* state, const StandIns& stand_ins) {
   return nullptr;
 }
 
-// A 0-d state tensor, float or double, and the row that has its new value.
-struct Count {
+// A step count or recurrent scalar in host memory, float or double, and the row that has its new value.
+struct HostCount {
   Range at;
   int32_t row;
   size_t slot;
@@ -174,17 +175,17 @@ struct Count {
   const double* as_double() const { return reinterpret_cast<const double*>(at.begin); }
 };
 
-// The step count after the steps of this launch that come before: two parameters may share one.
-double counted(const std::vector<Count>& counters, const Steps& steps, const Count& count) {
+// The step count as the parameters before leave it: two parameters may share one.
+double counted(const std::vector<HostCount>& counters, const FoundCounts& found, const HostCount& count) {
   for (auto c = counters.rbegin(); c != counters.rend(); c++)
-    if (c->slot == 0 && c->at == count.at) return count.rounded(steps.of(c->row)[0]);
+    if (c->slot == 0 && c->at == count.at) return count.rounded(found.of(c->row)[0]);
   return count.read();
 }
 
-// Fills the tables of all launches. Returns nullptr, or what no longer holds.
-const char* tabulate(Plan* plan, Steps& steps, std::vector<Count>& counters) {
-  std::vector<double> counts(steps.width);
-  plan->rows.begin();
+// Fills the tables of all launches. Returns nullptr, or why the plan no longer fits.
+const char* tabulate(Plan* plan, FoundCounts& found, std::vector<HostCount>& counters) {
+  std::vector<double> counts(found.width);
+  plan->touched.begin();
   plan->turns.clear();
   for (auto& launch : plan->launches) launch.table.clear();
   const auto& sharing = plan->memory.sharing();
@@ -194,11 +195,11 @@ const char* tabulate(Plan* plan, Steps& steps, std::vector<Count>& counters) {
     if (sharing[e] & kRefused) return "tensors came to share memory";
     counts[0] = entry.fresh ? 1 : 2;
     for (size_t c = 0; c < plan->counts; c++) {
-      const Count count{plan->memory.at(e, Memory::kCounts0 + c), 0, c};
-      counts[c] = sharing[e] & kCounted && c == 0 ? counted(counters, steps, count) : count.read();
+      const HostCount count{plan->memory.at(e, Memory::kCounts0 + c), 0, c};
+      counts[c] = sharing[e] & kCounted && c == 0 ? counted(counters, found, count) : count.read();
       counts[c] += c == 0;
     }
-    const int32_t row = steps.row(entry.group, counts.data());
+    const int32_t row = found.row(entry.group, counts.data());
     for (size_t c = 0; c < plan->counts; c++) counters.push_back({plan->memory.at(e, Memory::kCounts0 + c), row, c});
     Range gradient = plan->memory.at(e, Memory::kGradient);
     const bool in_turn = sharing[e] & (kInTurn | kCopied);
@@ -224,8 +225,8 @@ const char* tabulate(Plan* plan, Steps& steps, std::vector<Count>& counters) {
     table.cells.resize(first);
     const auto** tensors = plan->tensors.data() + e * plan->cells();
     const auto *values = tensors[Memory::kGradient], *param = tensors[Memory::kParam];
-    for (const auto& span : plan->rows.gather(entry.indices, values, static_cast<char*>(whole[1]), param)) {
-      for (size_t c = 0; c < whole.size(); c++) {  // one tensor of the table for each span of rows
+    for (const auto& span : plan->touched.gather(entry.indices, values, static_cast<char*>(whole[1]), param)) {
+      for (size_t c = 0; c < whole.size(); c++) {  // each span is a tensor of the table
         const int64_t itemsize = c < 2 ? launch.itemsize : launch.itemsizes[c - 2];
         char* at = static_cast<char*>(whole[c]) + span.first * itemsize;
         table.cells.push_back(c == 1 ? span.values : at);

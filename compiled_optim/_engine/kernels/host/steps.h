@@ -1,5 +1,5 @@
-// Step counts and what is carried beside them, and the scalars that belong to each: one row for each distinct (param
-// group, counts).
+// The scalars of a step: one row for each distinct (param group, counts). The counts of a parameter are its step count
+// and its recurrent scalars.
 #pragma once
 #include <Python.h>
 
@@ -11,11 +11,12 @@
 
 namespace {
 
-struct Steps {
-  size_t width;                 // counts of one row: the step count after this step, then the carried values before it
+// The distinct (param group, counts) that are found in a step.
+struct FoundCounts {
+  size_t width;                 // of one row: the step count after this step, then the recurrent scalars before it
   std::vector<int> groups;      // [row]
   std::vector<double> counts;   // [row][width]
-  std::unordered_map<std::string, int32_t> seen;  // by bytes, for which NaN is equal to itself
+  std::unordered_map<std::string, int32_t> seen;  // by bytes, because NaN does not equal itself
 
   const double* of(size_t row) const { return counts.data() + row * width; }
   bool is(size_t row, int group, const double* values) const {
@@ -35,13 +36,13 @@ struct Steps {
   }
 };
 
-// The scalars that are foreseen, one row for each (param group, counts), with what is carried on at its end.
-struct Foreseen {
+// The scalars that Python evaluated for the counts it expects. The new recurrent scalars are at the end of each row.
+struct PredictedScalars {
   std::vector<int> groups;
   std::vector<double> counts, table;
   int64_t columns = 0;
 
-  bool are_numbers = true;  // or not all was read
+  bool are_numbers = true;  // if not, reading stopped there
 
   // False on a Python error. Runs no Python.
   bool read(PyObject* rows, size_t width) {
@@ -51,9 +52,9 @@ struct Foreseen {
     return true;
   }
 
-  bool fits(const Steps& steps) const {
-    return groups == steps.groups &&
-           (counts.empty() || !std::memcmp(counts.data(), steps.counts.data(), counts.size() * sizeof(double)));
+  bool fits(const FoundCounts& found) const {
+    return groups == found.groups &&
+           (counts.empty() || !std::memcmp(counts.data(), found.counts.data(), counts.size() * sizeof(double)));
   }
 
  private:
@@ -96,17 +97,17 @@ struct Foreseen {
   }
 };
 
-// [(group, counts), ...]; nullptr on a Python error.
-PyObject* needed(const Steps& steps) {
+// [(group, counts), ...], whose scalars are needed; nullptr on a Python error.
+PyObject* needed(const FoundCounts& found) {
   PyObject* list = PyList_New(0);
-  for (size_t r = 0; list && r < steps.groups.size(); r++) {
-    PyObject* counts = PyTuple_New(static_cast<Py_ssize_t>(steps.width));
-    for (size_t i = 0; counts && i < steps.width; i++) {
-      PyObject* number = PyFloat_FromDouble(steps.of(r)[i]);
+  for (size_t r = 0; list && r < found.groups.size(); r++) {
+    PyObject* counts = PyTuple_New(static_cast<Py_ssize_t>(found.width));
+    for (size_t i = 0; counts && i < found.width; i++) {
+      PyObject* number = PyFloat_FromDouble(found.of(r)[i]);
       if (!number) Py_CLEAR(counts);
       else PyTuple_SET_ITEM(counts, static_cast<Py_ssize_t>(i), number);
     }
-    PyObject* pair = counts ? Py_BuildValue("iN", steps.groups[r], counts) : nullptr;  // which takes `counts`
+    PyObject* pair = counts ? Py_BuildValue("iN", found.groups[r], counts) : nullptr;  // which takes `counts`
     if (!pair || PyList_Append(list, pair) < 0) Py_CLEAR(list);
     Py_XDECREF(pair);
   }

@@ -6,8 +6,8 @@
 
 namespace {
 
-// torch/csrc/autograd/python_variable.h states this layout, and takes 17 s to compile against 2 (issue 2).
-// `self_check` compares it with what Python says, once per process.
+// The layout that torch/csrc/autograd/python_variable.h declares: to include it would take 17 s instead of 2. `start`
+// compares it with a tensor whose shape and address Python knows.
 struct PyTensor {
   PyObject_HEAD
   at::TensorBase tensor;
@@ -16,10 +16,14 @@ struct PyTensor {
 PyTypeObject* tensor_type = nullptr;
 PyTypeObject* parameter_type = nullptr;
 
-// As torch gives them to every tensor on the CPU, whatever mode is on while one is looked at here.
-const c10::DispatchKeySet plain_keys = c10::DispatchKeySet(c10::DispatchKey::CPU) |
-                                       c10::getAutocastRelatedKeySetFromBackend(c10::BackendComponent::CPUBit) |
-                                       c10::getAutogradRelatedKeySetFromBackend(c10::BackendComponent::CPUBit);
+// The dispatch keys that torch gives to every strided tensor of a device, whatever mode is on while one is looked at
+// here. A lazy conjugate or negation, a subclass, a level of functorch and inference mode each add or remove one.
+c10::DispatchKeySet plain_keys(c10::BackendComponent device) {
+  return c10::DispatchKeySet(c10::DispatchKey::Dense) | c10::DispatchKeySet(device) |
+         c10::getAutocastRelatedKeySetFromBackend(device) | c10::getAutogradRelatedKeySetFromBackend(device);
+}
+
+const c10::DispatchKeySet host_keys = plain_keys(c10::BackendComponent::CPUBit);
 
 // nullptr for anything but a Tensor or Parameter: a subclass may mean something else by its elements.
 const at::TensorBase* unpack(PyObject* object) {
@@ -27,18 +31,25 @@ const at::TensorBase* unpack(PyObject* object) {
   return type == tensor_type || type == parameter_type ? &reinterpret_cast<PyTensor*>(object)->tensor : nullptr;
 }
 
-// A strided CPU tensor with no lazy conjugate, negation, subclass, functorch level or inference mode.
-bool plain(const c10::TensorImpl* t) {
-  return t->key_set() == plain_keys && t->layout() == c10::kStrided;
-}
+// The tensors that one kernel can walk: plain ones of one device.
+struct Plain {
+  c10::DispatchKeySet keys = host_keys;
+  c10::Device device = c10::kCPU;
 
-// Whether a tensor, which may have a lazy conjugate or be an inference tensor, has memory of its own on the CPU.
+  Plain() = default;
+  explicit Plain(const c10::TensorImpl* like)
+      : keys(plain_keys(like->key_set().highestBackendKey())), device(like->device()) {}
+  bool operator()(const c10::TensorImpl* t) const { return t->key_set() == keys && t->device() == device; }
+};
+
+// Whether a tensor, which may have a lazy conjugate or be an inference tensor, has memory of its own.
 bool in_memory(const c10::TensorImpl* t) {
+  const auto plain = plain_keys(t->key_set().highestBackendKey());
   const auto keys = t->key_set().remove(c10::DispatchKey::Conjugate).remove(c10::DispatchKey::Negative);
-  return (keys | plain_keys) == plain_keys && t->has_storage();
+  return (keys | plain) == plain && t->has_storage() && t->device().type() != c10::kMeta;
 }
 
-// Also of a subclass; nullptr for what has no memory of its own on the CPU.
+// Also of a subclass; nullptr for what has no memory of its own.
 const c10::TensorImpl* in_memory(PyObject* object) {
   if (!object || !PyObject_TypeCheck(object, tensor_type)) return nullptr;
   const auto& tensor = reinterpret_cast<PyTensor*>(object)->tensor;
@@ -55,7 +66,7 @@ bool same_layout(const c10::TensorImpl* a, const c10::TensorImpl* b) {
   return true;
 }
 
-bool fits(const c10::TensorImpl* t, at::ScalarType type, const c10::TensorImpl* like) {
+bool fits(const Plain& plain, const c10::TensorImpl* t, at::ScalarType type, const c10::TensorImpl* like) {
   return plain(t) && c10::typeMetaToScalarType(t->dtype()) == type && same_layout(like, t);
 }
 
@@ -68,7 +79,7 @@ char* address(const c10::TensorImpl* t) {
   return static_cast<char*>(const_cast<c10::TensorImpl*>(t)->mutable_data());
 }
 
-// How many elements lie from its first to its last, of any strides.
+// The number of elements from the first in memory to the last, gaps included.
 int64_t reach(const c10::TensorImpl* t) {
   if (!t->numel()) return 0;
   int64_t elements = 1;
@@ -76,20 +87,21 @@ int64_t reach(const c10::TensorImpl* t) {
   return elements;
 }
 
-// The bytes of storage that a tensor of this reach needs. Its `itemsize()` costs a call into torch.
+// The bytes of storage that a tensor of this reach needs. The caller passes `itemsize`, which costs a call into torch.
 int64_t bytes_needed(const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
   return elements ? (t->storage_offset() + elements) * itemsize : 0;
 }
 
-// Whether its storage holds it, which can be resized under its tensors.
+// Whether the storage still holds the tensor: a storage can be resized while tensors use it.
 bool is_whole(const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
   return bytes_needed(t, elements, itemsize) <= static_cast<int64_t>(t->storage().unsafeGetStorageImpl()->nbytes());
 }
 
 bool is_whole(const c10::TensorImpl* t) { return is_whole(t, reach(t), static_cast<int64_t>(t->itemsize())); }
 
+// Whether this is a step count, which a launch reads and writes on the host, whatever the device of its parameter.
 bool is_count(const at::TensorBase* t) {
-  return t && plain(t->unsafeGetTensorImpl()) && t->numel() == 1 &&
+  return t && Plain()(t->unsafeGetTensorImpl()) && t->numel() == 1 &&
          (t->scalar_type() == at::kFloat || t->scalar_type() == at::kDouble);
 }
 
