@@ -1,4 +1,4 @@
-"""Records of what each rule becomes: its FX graph and its CPU kernel, as text to read and to compare.
+"""Records of what each rule becomes: its FX graph and its kernel of each backend, as text to read and to compare.
 
     python -m compiled_optim.graphs graphs
 
@@ -15,16 +15,12 @@ from typing import Any
 import torch
 
 from compiled_optim import algorithms
-from compiled_optim._engine.kernels.backends.cpu import translation_unit
+from compiled_optim._engine.kernels import backends
 from compiled_optim._engine.kernels.registry import bytes_per_element
 from compiled_optim._engine.kernels.trace import Signature, Traced, trace
 from compiled_optim._engine.rule import first_scalars
-from compiled_optim._engine.torch_private import inductor
 from compiled_optim.declare import Flag
 from compiled_optim.optimizer import Optimizer
-
-# AVX2 is what every x86-64 machine that runs the tests has; the kernel in use is as wide as its machine allows.
-VECTOR_BITS = 256
 
 
 def signatures() -> Iterator[tuple[str, Signature]]:
@@ -47,12 +43,13 @@ def records() -> dict[str, str]:
     """The text of each record by file name."""
     texts: dict[str, str] = {}
     for name, signature in signatures():
-        traced = trace(signature)
-        lowered = inductor.lower_cpp(traced, vector_bits=VECTOR_BITS)
-        traffic = f"launches per step: 1, bytes per element: {bytes_per_element(signature, lowered)}"
-        lines = [f"# {signature.name}", f"# {traffic}", "", *_graph_lines(traced), ""]
-        texts[f"{name}.fx.txt"] = "\n".join(lines)
-        texts[f"{name}.cpp"] = f"// {traffic}\n{translation_unit(signature, lowered)}"
+        for backend in backends.BACKENDS:
+            traced = trace(signature, backend.device_type)
+            lowered = backend.lower(traced, portable=True)
+            traffic = f"launches per step: 1, bytes per element: {bytes_per_element(signature, lowered)}"
+            texts[f"{name}{backend.record_suffix}"] = f"// {traffic}\n{backend.driver(signature, lowered)}"
+            lines = [f"# {signature.name}", f"# {traffic}", "", *_graph_lines(traced), ""]
+            texts.setdefault(f"{name}.fx.txt", "\n".join(lines))
     return texts
 
 

@@ -114,7 +114,9 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
         for launch in execution.plan.launches:
             k = launch.kernel
             size = (k.bytes_per_element, k.signature.name, k.origin, k.seconds, "")
-            rows.append(Row("multi_tensor", "cpu", _dtype(launch.dtype), launch.tensors, launch.elements, 1, *size))
+            rows.append(
+                Row("multi_tensor", str(launch.device), _dtype(launch.dtype), launch.tensors, launch.elements, 1, *size)
+            )
         for reason in dict.fromkeys(why for _, _, why in execution.plan.elsewhere):
             rows += _eager_rows([p for _, p, why in execution.plan.elsewhere if why == reason], reason)
     return Explanation(rows, execution.rebuilt)

@@ -331,14 +331,15 @@ def test_the_host_module_raises() -> None:
         (host.make, ((1,), 0)),
         (host.make, (("a",), 2)),
         (host.make, (("a",), -1)),
-        (host.add_launch, (object(), 1, t, {})),
-        (host.add_launch, (plan, 0, t, {})),
-        (host.add_launch, (plan, 1, 3, {})),
-        (host.add_launch, (plan, 1, t, {1: None})),
-        (host.add_launch, (plan, 1, t, {"x": t})),
-        (host.add_launch, (plan, 1, t, {0: t})),
-        (host.add_launch, (plan, 1, t, {2: t})),
-        (host.add_launch, (plan, 1, t, {-1: t})),
+        (host.add_launch, (object(), 1, t, {}, 1)),
+        (host.add_launch, (plan, 0, t, {}, 1)),
+        (host.add_launch, (plan, 1, 3, {}, 1)),
+        (host.add_launch, (plan, 1, t, {}, 0)),
+        (host.add_launch, (plan, 1, t, {1: None}, 1)),
+        (host.add_launch, (plan, 1, t, {"x": t}, 1)),
+        (host.add_launch, (plan, 1, t, {0: t}, 1)),
+        (host.add_launch, (plan, 1, t, {2: t}, 1)),
+        (host.add_launch, (plan, 1, t, {-1: t}, 1)),
         (host.add_group, (plan, [3])),
         (host.add_group, (plan, [(t, 0, False)])),
         (host.add_group, (plan, [(t, -3, False)])),
@@ -346,7 +347,7 @@ def test_the_host_module_raises() -> None:
         (host.seal, (None, {})),
         (host.seal, (plan, [])),
         (host.conflicts, ([3], 0)),
-        (host.run, (plan, (), {}, [], [], 1)),
+        (host.run, (plan, (), {}, [], [], ())),
     ]
     for function, args in bad:
         with pytest.raises((TypeError, ValueError, RuntimeError, UnicodeError, OverflowError)):
@@ -354,19 +355,20 @@ def test_the_host_module_raises() -> None:
     host.add_group(plan, [(t, -1, False)])
     host.seal(plan, {})
     for args in [
-        (plan, [], {}, [], [], 1),
-        (plan, (), [], [], [], 1),
-        (plan, ([t],), {}, (), [], 1),
-        (plan, ([t],), {}, [3], [], 1),
-        (plan, ([t],), {}, [(0, (1.0, 2.0), ())], [], 1),
-        (plan, ([t],), {}, [(0, ("x",), (1.0,))], [], 1),
-        (plan, ([t],), {}, [(0, (1.0,), (1.0,)), (0, (2.0,), ())], [], 1),
-        (plan, ([t],), {}, [], [3], 1),
-        (plan, ([t],), {}, [], [(t,)], 1),
-        (plan, ([t],), {}, [], [], "x"),
+        (plan, [], {}, [], [], ()),
+        (plan, (), [], [], [], ()),
+        (plan, ([t],), {}, (), [], ()),
+        (plan, ([t],), {}, [3], [], ()),
+        (plan, ([t],), {}, [(0, (1.0, 2.0), ())], [], ()),
+        (plan, ([t],), {}, [(0, ("x",), (1.0,))], [], ()),
+        (plan, ([t],), {}, [(0, (1.0,), (1.0,)), (0, (2.0,), ())], [], ()),
+        (plan, ([t],), {}, [], [3], ()),
+        (plan, ([t],), {}, [], [(t,)], ()),
+        (plan, ([t],), {}, [], [], 1),
+        (plan, ([t],), {}, [], [], (1,)),
         (plan,),
     ]:
         with pytest.raises((TypeError, ValueError, RuntimeError)):
             host.run(*args)
-    assert host.run(plan, ([t],), {}, [(0, (1.0,), ("x",))], [], 1) is False  # no number
-    assert host.run(plan, ([t],), {}, [], [], 1) is None
+    assert host.run(plan, ([t],), {}, [(0, (1.0,), ("x",))], [], ()) is False  # no number
+    assert host.run(plan, ([t],), {}, [], [], ()) is None

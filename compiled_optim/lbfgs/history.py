@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compiled_optim._engine import process, settings
 from compiled_optim._engine.cache import native
+from compiled_optim._engine.kernels.backends import cpu
 from compiled_optim._engine.torch_private import inductor
 
 _FIRST_SLOTS = 4  # of a ring
@@ -223,9 +224,9 @@ def _compiled() -> native.Loaded[ctypes.CDLL]:
     with _lock:
         if _library is not None:
             return replace(_library, origin="memory", seconds=0.0)
-        source = native.Source(_SOURCE.read_text(), [*inductor.BASE_FLAGS, *_FLAGS])
-        key = native.machine_key("lbfgs", source.text, *source.flags)
-        _library = native.get(native.Library(key, lambda: source, _load))
+        text, flags = _SOURCE.read_text(), [*inductor.BASE_FLAGS, *_FLAGS]
+        key = native.machine_key("lbfgs", *cpu.identity(), text, *flags)
+        _library = native.get(native.Library(key, lambda: native.Source(text, flags), _load))
         settings.logger.info("lbfgs: %s in %.1f s", _library.origin, _library.seconds)
         return _library
 

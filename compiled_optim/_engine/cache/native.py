@@ -35,9 +35,9 @@ class NoCompilerError(RuntimeError):
 
 
 class Source(NamedTuple):
-    """What a library is compiled from. ``facts`` are recorded with it, for whoever finds it on disk."""
+    """What a library is compiled from; bytes are the library itself. ``facts`` are recorded with it on disk."""
 
-    text: str
+    text: str | bytes
     flags: Sequence[str]
     facts: Mapping[str, Fact] = {}
 
@@ -52,12 +52,16 @@ class Library(Generic[T]):
         load: opens a library and checks that it fits; raises OSError, ImportError or RuntimeError if it does not. A
             library from disk that does not load is compiled again, once.
         persistent: whether the library is looked for and kept on disk.
+        suffix: how the name of its file ends.
+        compiled: whether a C++ compiler makes it, and makes it anew when the compiler has changed.
     """
 
     key: str
     produce: Callable[[], Source]
     load: Callable[[Path], T]
     persistent: bool = True
+    suffix: str = ".so"
+    compiled: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Future(threading.Thread, Generic[T]):
         self._begun = time.perf_counter()
         self._library, self._wait = library, wait
         self._store = open_store() if library.persistent else None  # in the thread of the caller, whom it may warn
-        self._compiler = find_compiler()
+        self._compiler = find_compiler() if library.compiled else None
         self._cancelled, self._done = threading.Event(), threading.Event()
         self._outcome: Loaded[T] | BaseException | None = self._find("disk")  # here: a warm start needs no thread
         if self._outcome is None:
@@ -145,7 +149,7 @@ class Future(threading.Thread, Generic[T]):
         return None if found is None else Loaded(*found, origin, time.perf_counter() - self._begun)
 
     def _compile(self) -> Loaded[T]:
-        if self._compiler is None:
+        if self._library.compiled and self._compiler is None:
             raise NoCompilerError(
                 f"no C++ compiler to compile a kernel with (CXX is {os.environ.get('CXX', '')!r}): install g++ or "
                 "clang++, or set CXX to a compiler"
@@ -156,11 +160,17 @@ class Future(threading.Thread, Generic[T]):
                 return found
             source = self._library.produce()
             self.underway.set()
-            output = stack.enter_context(private_directory()) / "library.so"
+            output = stack.enter_context(private_directory()) / f"library{self._library.suffix}"
             atexit.register(self.cancel)  # or the directory would stay behind
             stack.callback(atexit.unregister, self.cancel)
-            compile_library(self._compiler, source.text, source.flags, output, self._cancelled)
-            published = (self._library.key, output, source.facts, self._compiler.fingerprint)
+            fingerprint = ""
+            if isinstance(source.text, bytes):
+                output.write_bytes(source.text)
+            else:
+                assert self._compiler is not None
+                compile_library(self._compiler, source.text, source.flags, output, self._cancelled)
+                fingerprint = self._compiler.fingerprint
+            published = (self._library.key, output, source.facts, fingerprint)
             if held and self._store is not None and self._store.publish(*published):
                 tidy(self._store, self._library.key)
                 if (found := self._find("compiled")) is not None:
@@ -190,11 +200,11 @@ def get(library: Library[T]) -> Loaded[T]:
 
 
 def machine_key(*parts: str) -> str:
-    """A key for code that is made from `parts` and runs on this machine, with this Python and this torch only.
+    """A key for code that is made from `parts` and runs with this Python and this torch only.
 
     Args:
-        parts: whatever else the code depends on: its rule, switches, dtypes, the compiler's flags. They are told
-            apart, so ("a", "bc") and ("ab", "c") have different keys.
+        parts: whatever else the code depends on: its rule, switches, dtypes, the compiler's flags, the device. They are
+            told apart, so ("a", "bc") and ("ab", "c") have different keys.
     """
     return hashlib.sha256(json.dumps([*_machine(), *parts]).encode()).hexdigest()[:32]
 
@@ -210,17 +220,4 @@ def _machine() -> tuple[str, ...]:
         EXTENSION_SUFFIXES[0],  # the ABI; `sysconfig` would take 1 ms to import
         sys.platform,
         platform.machine(),
-        _processor(),
     )
-
-
-def _processor() -> str:
-    """What decides which instructions the processor has; /proc/cpuinfo names these differently on x86 and Arm."""
-    names = {"vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU architecture", "CPU part", "Features"}
-    try:
-        first = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n", 1)[0]
-    except OSError:
-        first = ""
-    lines = [line.split(":", 1) for line in first.splitlines() if ":" in line]
-    chosen = [f"{name.strip()}:{value.strip()}" for name, value in lines if name.strip() in names]
-    return "\n".join(chosen) or platform.processor()

@@ -1,8 +1,9 @@
 """Native code on disk. A library is loaded only if this user alone can write it and its hash is right.
 
-For each key a flat directory holds `<key>-<start of sha256>.so`, the library; `<key>.json`, its manifest, published
-last; and `<key>.lock`, while a writer holds it. Readers take no lock and need no right to write, so a read-only
-directory works. Where they can they set a library's time of access, which tells the least recently used entries.
+For each key a flat directory holds the library, `<key>-<start of sha256>` and a suffix; `<key>.json`, its manifest,
+published last; and `<key>.lock`, while a writer holds it. Readers take no lock and need no right to write, so a
+read-only directory works. Where they can they set a library's time of access, which tells the least recently used
+entries.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from compiled_optim._engine.cache.trust import Distrust, contents, directory_pro
 
 T = TypeVar("T")
 
-SCHEMA = 1
+SCHEMA = 2
 Fact: TypeAlias = Union[str, int, float, "list[Fact]"]
 
 _MANIFEST_LIMIT = 2**20
@@ -36,8 +37,9 @@ _POLL_SECONDS = 0.02
 _KEPT_REASONS = 20
 
 _KEY = r"[0-9a-f]{32}"
+_SUFFIX = r"\.[a-z]+"
 _TEMPORARY = r"\.[0-9a-f]{16}\.tmp"
-OURS = re.compile(rf"({_KEY})(-[0-9a-f]{{16}}\.so|\.json|\.lock)(\.bad|{_TEMPORARY})?")  # the names of our files
+OURS = re.compile(rf"({_KEY})(-[0-9a-f]{{16}}{_SUFFIX}|\.json|\.lock)(\.bad|{_TEMPORARY})?")  # the names of our files
 
 
 class CacheWarning(UserWarning):
@@ -77,11 +79,12 @@ class _Manifest:
     compiler: str
     sha256: str
     size: int
+    suffix: str
     facts: dict[str, Fact]
 
     @property
     def library(self) -> str:
-        return f"{self.key}-{self.sha256[:16]}.so"  # not read from the file, where it could be any path
+        return f"{self.key}-{self.sha256[:16]}{self.suffix}"  # its parts are checked, or it could be any path
 
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
@@ -95,7 +98,8 @@ class _Manifest:
             fields = json.loads(data)
         except (ValueError, RecursionError):
             raise Distrust("manifest is not JSON") from None
-        types = {"schema": int, "key": str, "compiler": str, "sha256": str, "size": int, "facts": dict, "digest": str}
+        types = {"schema": int, "key": str, "compiler": str, "sha256": str, "size": int, "suffix": str}
+        types |= {"facts": dict, "digest": str}
         if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != types:
             raise Distrust("manifest has other fields than expected")
         digest = fields.pop("digest")
@@ -104,6 +108,8 @@ class _Manifest:
             raise Distrust("manifest is damaged")
         if manifest.schema != SCHEMA or manifest.key != key or not re.fullmatch("[0-9a-f]{64}", manifest.sha256):
             raise Distrust("manifest describes something else")
+        if not re.fullmatch(_SUFFIX, manifest.suffix):
+            raise Distrust(f"manifest gives an impossible suffix {manifest.suffix!r}")
         if not 0 < manifest.size <= _LIBRARY_LIMIT:
             raise Distrust(f"manifest gives an impossible size of {manifest.size} bytes")
         return manifest
@@ -228,7 +234,8 @@ class Store:
         """
         try:
             code = library.read_bytes()
-            manifest = _Manifest(SCHEMA, key, fingerprint, hashlib.sha256(code).hexdigest(), len(code), dict(facts))
+            digest = hashlib.sha256(code).hexdigest()
+            manifest = _Manifest(SCHEMA, key, fingerprint, digest, len(code), library.suffix, dict(facts))
             self._write(manifest.library, code, min(_LIBRARY_LIMIT, self.limit))
             self._write(f"{key}.json", manifest.encode(), _MANIFEST_LIMIT)
             self._sweep(key)

@@ -23,7 +23,8 @@ class _Files:
     @property
     def in_order(self) -> bool:
         """Whether they are a manifest and its library."""
-        return len(self.ends) == 2 and ".json" in self.ends and any(end.endswith(".so") for end in self.ends)
+        others = [end for end in self.ends if end != ".json"]
+        return len(self.ends) == 2 and len(others) == 1 and others[0].startswith("-") and others[0].count(".") == 1
 
 
 def tidy(store: Store, own: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from compiled_optim._engine import process
 from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.checks import PLAIN, is_count
@@ -19,12 +19,12 @@ from compiled_optim._engine.executions.state import Journal, withdraw
 from compiled_optim._engine.executions.survey import Member, commit, look
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.kernels import registry
+from compiled_optim._engine.kernels.backends import backend_named, backend_of
 from compiled_optim._engine.kernels.references import Form, UnknownReferenceError, is_own, references, refers_to
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.torch_private import inductor, tensor_parts
 
-DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
-_ELSEWHERE, _STATELESS = -1, -2  # as in host.cpp
+_NO_LAUNCH, _NO_STATE = -1, -2  # as in host/plan.h
 
 # A param group and the counts of a step. A row adds the scalars, and the scalars that are carried to the next step.
 Counts = tuple[int, tuple[float, ...]]
@@ -33,10 +33,15 @@ Row = tuple[int, tuple[float, ...], tuple[float, ...]]
 
 @dataclass
 class Launch:
-    """What one kernel does in a step; complex elements count as two."""
+    """What one kernel does in a step on one device; complex elements count as two.
+
+    ``context`` returns the last argument of the kernel's entry in the next step.
+    """
 
     kernel: registry.Kernel
     dtype: torch.dtype
+    device: torch.device
+    context: Callable[[], int]
     tensors: int = 0
     elements: int = 0
 
@@ -62,7 +67,7 @@ class Plan:
     copied: list[Tensor] = field(default_factory=list)
     sparse: list[Tensor] = field(default_factory=list)
     sharded: list[Tensor] = field(default_factory=list)
-    places: dict[Any, int] = field(default_factory=dict)
+    launch_of: dict[Any, int] = field(default_factory=dict)
     journal: Journal = field(default_factory=list)
 
     def is_current(self, work: Work) -> bool:
@@ -95,14 +100,15 @@ class Plan:
             state = _local_states(work)
             stand_ins = [stand_in for stand_in in stand_ins if not tensor_parts.is_dtensor(stand_in[0])]
             stand_ins += self._shards_of_gradients(work)
+        contexts = tuple([launch.context() for launch in self.launches])
         outcome: Any
-        outcome = self.host.run(self.native, lists, state, rows, stand_ins, process.team_size())
+        outcome = self.host.run(self.native, lists, state, rows, stand_ins, contexts)
         if outcome is False:  # a scalar is no float: converting it runs Python, which may replace gradients
             given = {id(stand_in[0]) for stand_in in stand_ins}
             left = [p for params in lists for p in params if p.grad is not None and id(p) not in given]
             stand_ins += [(p, p.grad) for p in left]
             rows = [(group, counts, tuple(map(float, values))) for group, counts, values in rows]
-            outcome = self.host.run(self.native, lists, state, rows, stand_ins, process.team_size())
+            outcome = self.host.run(self.native, lists, state, rows, stand_ins, contexts)
         if outcome is None and self.journal:
             self.journal.clear()
         if self.sharded and outcome is None:
@@ -154,14 +160,14 @@ def make_plan(
     try:
         commit(work, choices, [m for m in members if id(m) in taken], plan.journal)
         for m in members:
-            place = _ELSEWHERE if m.reason else _STATELESS
+            launch = _NO_LAUNCH if m.reason else _NO_STATE
             if id(m) in taken:
-                place = _place(plan, declaration.slots, m, taken[id(m)])
+                launch = _launch_of(plan, declaration.slots, m, taken[id(m)])
                 if m.grad is not None and m.grad.is_sparse:
                     plan.sparse.append(m.param)
                 elif m.grad is not None and m.param is m.listed and not _same(host, m.grad, m.param):
                     plan.copied.append(m.param)
-            entries[m.group].append((m.param, place, place >= 0 and m.fresh))
+            entries[m.group].append((m.param, launch, launch >= 0 and m.fresh))
         for group in entries:
             host.add_group(native, group)
         host.seal(native, _local_states(work) if plan.sharded else work.state)
@@ -194,7 +200,10 @@ def _sorted_by_kernel(
         if not m.reason:
             tensors = [p, *(p if m.state[name] is None else m.state[name] for name in m.buffers)]
             dtypes = tuple(t.dtype.to_real() for t in tensors)
-            m.signature = Signature(work.rule, choice.switches, dtypes, m.buffers, scalar_names[m.group], form)
+            backend = backend_of(p)
+            assert backend is not None
+            names = (m.buffers, scalar_names[m.group])
+            m.signature = Signature(work.rule, choice.switches, dtypes, *names, form, backend.name)
     return members, form
 
 
@@ -216,13 +225,16 @@ def _reason(work: Work, choice: Group, m: Member) -> str:
     p = m.param
     if type(p) not in PLAIN:
         return f"its type is {type(p).__name__}"
-    if p.device.type != "cpu" or p.dtype not in DTYPES:
+    backend = backend_of(p)
+    if backend is None:
         return f"it is {p.dtype} on {p.device.type}"
     grad = m.grad if m.param is not m.listed else work.gradient(p)  # not the copy in COO layout
     if grad is None or (type(grad) in PLAIN and grad.layout is torch.strided):
         return ""
     if type(grad) not in PLAIN or grad.layout is not torch.sparse_coo:
         return f"its gradient is a {type(grad).__name__} with layout {grad.layout}"
+    if not backend.sparse:
+        return f"its gradient is sparse and kernels on {backend.name} update every row"
     if not work.rule.keeps_untouched_rows(choice.switches):
         return "its gradient is sparse and these options update every row"
     if p.is_complex() or not p.is_contiguous() or grad.dtype != p.dtype:
@@ -254,18 +266,20 @@ def _leave_shared_memory(work: Work, host: Any, active: list[Member]) -> None:
         m.reason = m.reason or reason or ""
 
 
-def _place(plan: Plan, slots: tuple[str, ...], m: Member, kernel: registry.Kernel) -> int:
-    """The launch that takes a tensor; complex tensors have one of their own, with the kernel of their real dtype."""
-    dtypes = (m.param.dtype, *(m.state[name].dtype for name in kernel.signature.buffers))
-    place = plan.places.setdefault((kernel.signature, dtypes), len(plan.launches))
-    if place == len(plan.launches):
-        plan.launches.append(Launch(kernel, m.param.dtype))
+def _launch_of(plan: Plan, slots: tuple[str, ...], m: Member, kernel: registry.Kernel) -> int:
+    """The index of the launch that takes a tensor: each device has its own, and so have complex tensors."""
+    dtypes, device = (m.param.dtype, *(m.state[name].dtype for name in kernel.signature.buffers)), m.param.device
+    index = plan.launch_of.setdefault((kernel.signature, dtypes, device), len(plan.launches))
+    if index == len(plan.launches):
+        backend = backend_named(kernel.signature.backend)
+        context = functools.partial(backend.context, kernel.keepalive, device)
+        plan.launches.append(Launch(kernel, m.param.dtype, device, context))
         samples = {slots.index(name): m.state[name] for name in kernel.signature.buffers}
-        plan.host.add_launch(plan.native, kernel.address, m.param, samples)
-    launch = plan.launches[place]
+        plan.host.add_launch(plan.native, kernel.entry, m.param, samples, backend.long_launch)
+    launch = plan.launches[index]
     launch.tensors += 1
     launch.elements += m.param.numel() * (2 if m.param.is_complex() else 1)
-    return place
+    return index
 
 
 def _local_states(work: Work) -> dict[Tensor, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import importlib.machinery
@@ -22,7 +21,7 @@ import torch
 from compiled_optim._engine import process, settings
 from compiled_optim._engine.cache import native
 from compiled_optim._engine.cache.store import Fact
-from compiled_optim._engine.kernels.backends.cpu import translation_unit
+from compiled_optim._engine.kernels.backends import backend_named
 from compiled_optim._engine.kernels.references import UnknownReferenceError, is_own, references
 from compiled_optim._engine.kernels.trace import Signature, trace
 from compiled_optim._engine.torch_private import dynamo, inductor
@@ -46,15 +45,18 @@ class CacheInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A loaded kernel. ``address``: of its launch function; ``origin``: "compiled", "disk", or "memory" if this process
-    had it already; ``seconds``: from request to loaded, when it was loaded."""
+    """A loaded kernel.
+
+    ``entry`` is the address of its C function (host/plan.h), valid while ``keepalive`` lives. ``origin`` is "compiled",
+    "disk", or "memory" if this process had it already. ``seconds`` are from the request to the loaded kernel.
+    """
 
     signature: Signature
-    address: int
+    entry: int
+    keepalive: object
     origin: str
     seconds: float
     bytes_per_element: int
-    library: ctypes.CDLL
 
 
 _ENGINE = Path(__file__).parents[1]
@@ -148,37 +150,30 @@ def host_module() -> ModuleType:
     return get(())[0]
 
 
-def _library(signature: Signature, excused: bool) -> native.Library[ctypes.CDLL]:
+def _library(signature: Signature, excused: bool) -> native.Library[tuple[int, object]]:
     """``excused``: whether it is lowered without Dynamo's lock, which the caller holds until that is done."""
+    backend = backend_named(signature.backend)
     versions = {s.references for s in _kernels if s.rule is signature.rule} - {signature.references}
 
     def produce() -> native.Source:
         inductor.excuse_from_dynamo(excused)
         if len(versions) >= _MOST_VERSIONS:
             raise inductor.UntraceableError(f"what the update of {signature.name} refers to changes again and again")
-        lowered = inductor.lower_cpp(trace(signature))
+        lowered = backend.lower(trace(signature, backend.device_type))
         facts: dict[str, Fact] = {"name": signature.name, "bytes_per_element": bytes_per_element(signature, lowered)}
-        return native.Source(translation_unit(signature, lowered), inductor.cpp_flags(), facts)
-
-    def load(path: Path) -> ctypes.CDLL:
-        library = ctypes.CDLL(str(path))
-        arguments = getattr(library, "signature", lambda: None)()
-        if arguments != len(signature.flat) * 100 + len(signature.scalars):
-            raise ImportError(f"it takes other arguments than {signature.name}")
-        return library
+        return native.Source(*backend.program(signature, lowered), facts)
 
     identity, persistent = _identity(signature)
-    key = native.machine_key("kernel", _engine(), torch.backends.cpu.get_cpu_capability(), *identity)
-    return native.Library(key, produce, load, persistent)
+    key = native.machine_key("kernel", _engine(), backend.name, *backend.identity(), *identity)
+    load = functools.partial(backend.load, signature=signature)
+    return native.Library(key, produce, load, persistent, backend.suffix, backend.compiled)
 
 
-def _kernel(signature: Signature, library: native.Loaded[ctypes.CDLL]) -> Kernel:
-    address = ctypes.cast(library.value.launch, ctypes.c_void_p).value
-    assert address is not None
+def _kernel(signature: Signature, library: native.Loaded[tuple[int, object]]) -> Kernel:
     traffic = int(library.facts["bytes_per_element"])  # type: ignore[arg-type]
     _counts["disk_hits" if library.origin == "disk" else "misses"] += 1
     settings.logger.info("%s: %s in %.1f s", signature.name, library.origin, library.seconds)
-    return Kernel(signature, address, library.origin, library.seconds, traffic, library.value)
+    return Kernel(signature, *library.value, library.origin, library.seconds, traffic)
 
 
 def bytes_per_element(signature: Signature, lowered: inductor.Lowered) -> int:
@@ -240,6 +235,6 @@ def _source_of(rule: Any) -> str:
 
 @functools.cache
 def _engine() -> str:
-    """A hash of the files that decide what a rule is compiled to."""
-    files = ("rule.py", "values.py", "kernels/trace.py", "kernels/backends/cpu.py", "torch_private/inductor.py")
+    """A hash of the files that decide what every backend is given to lower."""
+    files = ("rule.py", "values.py", "kernels/trace.py", "torch_private/inductor.py")
     return hashlib.sha256(b"\0".join((_ENGINE / f).read_bytes() for f in files)).hexdigest()

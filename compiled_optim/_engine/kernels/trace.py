@@ -19,7 +19,8 @@ class Signature:
     """What decides a kernel: never a value of a hyperparameter, never a shape.
 
     ``buffers`` and ``scalars`` are names in the order the kernel takes them; ``dtypes`` are real, of the parameter (and
-    its gradient) and of each buffer. ``references`` is what a user's rule refers to, None of a rule of the package.
+    its gradient) and of each buffer. ``references`` is what a user's rule refers to, None for a rule of the package.
+    ``backend`` is the name of the one that lowers it.
     """
 
     rule: Rule
@@ -28,6 +29,7 @@ class Signature:
     buffers: tuple[str, ...]
     scalars: tuple[str, ...]
     references: Form | None = None
+    backend: str = "cpu"
 
     @property
     def flat(self) -> tuple[str, ...]:
@@ -46,7 +48,8 @@ class Signature:
         """Readable and unique within a process: ``AdamW(decoupled_weight_decay)[float32]``."""
         on = ", ".join(k for k, v in self.switches._asdict().items() if v)
         dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in self.dtypes)
-        return f"{self.rule.name}({on})[{', '.join(dtypes)}]"
+        device = "" if self.backend == "cpu" else f" on {self.backend}"
+        return f"{self.rule.name}({on})[{', '.join(dtypes)}{device}]"
 
 
 @dataclass(frozen=True)

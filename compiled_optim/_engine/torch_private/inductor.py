@@ -49,7 +49,7 @@ class FlatGraph:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A C++ function ``kernel``: its source, and for each of its arguments which input it is (None: the length)."""
+    """The source of a function ``kernel``, and for each of its arguments which input it is (None: the length)."""
 
     source: str
     arguments: tuple[int | None, ...]

@@ -1,21 +1,96 @@
-"""The C++ translation unit of a kernel: Inductor's body, and a driver that walks it over many tensors in one call."""
+"""The CPU: Inductor's loop in C++, and a driver that walks it over many tensors in one call."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import hashlib
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 
-from compiled_optim._engine.kernels.trace import Signature
+from compiled_optim._engine import process
+from compiled_optim._engine.kernels.trace import Signature, Traced
+from compiled_optim._engine.torch_private import inductor
 from compiled_optim._engine.torch_private.inductor import Lowered
 
+name = device_type = "cpu"
+dtypes = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128})
+sparse = True
+# Shorter launches do not pay for holding memory and handing over the interpreter lock.
+long_launch = 1 << 19
+suffix, record_suffix = ".so", ".cpp"
+compiled = True
+
+# The width of AVX2, which every x86-64 machine that runs the tests has.
+_PORTABLE_VECTOR_BITS = 256
 _C_TYPES = {torch.float32: "float", torch.float64: "double"}
+_ENTRY = """
+extern "C" void entry(int64_t tensors, void* const* table, const int64_t* begins, const int32_t* rows,
+                      const double* scalars, int64_t columns, void* context) {
+  // Below this many elements, starting a team of threads costs more than it saves.
+  const int threads = begins[tensors] < (1 << 13) ? 1 : static_cast<int>(reinterpret_cast<intptr_t>(context));
+  launch(tensors, table, begins, rows, scalars, columns, threads);
+}
+"""
 
 
-def translation_unit(signature: Signature, lowered: Lowered) -> str:
-    """Adds ``launch(tensors, table, begins, rows, scalars, columns, threads)`` to the kernel's source.
+@functools.cache
+def identity() -> Sequence[str]:
+    """The processor, the instructions that torch uses of it, and this file."""
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return _processor(), torch.backends.cpu.get_cpu_capability(), source
 
-    ``table``: addresses by [tensor][input]. ``begins``: where each tensor begins if all are laid end to end, in
-    elements; the range is cut into one equal span for each thread, so a span may begin and end inside a tensor.
-    ``rows``: which row of ``scalars`` each tensor takes; a row is ``columns`` wide, and may hold more than is read.
+
+def _processor() -> str:
+    """What decides which instructions the processor has; /proc/cpuinfo names these differently on x86 and Arm."""
+    names = {"vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU architecture", "CPU part", "Features"}
+    try:
+        first = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n", 1)[0]
+    except OSError:
+        first = ""
+    lines = [line.split(":", 1) for line in first.splitlines() if ":" in line]
+    chosen = [f"{key.strip()}:{value.strip()}" for key, value in lines if key.strip() in names]
+    return "\n".join(chosen) or platform.processor()
+
+
+def lower(traced: Traced, *, portable: bool = False) -> Lowered:
+    """One serial loop with the widest vectors of this machine, or those of AVX2 if it has to be portable."""
+    return inductor.lower_cpp(traced, vector_bits=_PORTABLE_VECTOR_BITS if portable else None)
+
+
+def program(signature: Signature, lowered: Lowered) -> tuple[str, Sequence[str]]:
+    """The driver and the entry, whose context is how many threads a launch may use."""
+    return driver(signature, lowered) + _ENTRY, inductor.cpp_flags()
+
+
+def load(path: Path, signature: Signature) -> tuple[int, object]:
+    """The entry of a shared library.
+
+    Raises:
+        OSError: if it is none. ImportError: if it takes other arguments.
+    """
+    library = ctypes.CDLL(str(path))
+    arguments = getattr(library, "signature", lambda: None)()
+    if arguments != len(signature.flat) * 100 + len(signature.scalars):
+        raise ImportError(f"it takes other arguments than {signature.name}")
+    address = ctypes.cast(library.entry, ctypes.c_void_p).value
+    assert address is not None
+    return address, library
+
+
+def context(keepalive: object, device: torch.device) -> int:
+    """How many threads a launch may use."""
+    return process.team_size()
+
+
+def driver(signature: Signature, lowered: Lowered) -> str:
+    """Adds ``launch`` to the kernel's source: an entry as host/plan.h declares it, but for the number of threads.
+
+    The elements of all tensors are laid end to end and cut into one equal span for each thread, so a span may begin and
+    end inside a tensor.
     """
     flat = len(signature.flat)
     widths = [dtype.itemsize for dtype in signature.flat_dtypes]
