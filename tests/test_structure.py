@@ -32,7 +32,7 @@ BUDGETS = {
     "compiled_optim/_engine/in_graph": 530,
     "compiled_optim/_engine/kernels": 560,
     "compiled_optim/_engine/kernels/backends": 150,
-    "compiled_optim/_engine/kernels/host": 945,
+    "compiled_optim/_engine/kernels/host": 966,
     "compiled_optim/_engine/torch_private": 480,
     "compiled_optim/algorithms": 460,
     "compiled_optim/lbfgs": 615,
