@@ -51,6 +51,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
                 known[alias.asname or alias.name] = path
                 if any(map(is_private, path.split("."))):
                     yield path
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or not is_private(node.attr):
             continue
@@ -58,7 +59,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
         root = path.split(".")[0]
         if root in known and path.replace(".", "").isidentifier():
             yield f"{known[root]}{path.removeprefix(root)}.{node.attr}"
-        elif node.attr in ATTRIBUTES:
+        elif node.attr in ATTRIBUTES - own:
             yield f".{node.attr}"
 
 
