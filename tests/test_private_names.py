@@ -41,8 +41,20 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__")
 
 
-def private_names(tree: ast.Module) -> Iterator[str]:
-    """The private names of torch that a module imports, or reads from what it imported or was given."""
+def defined(tree: ast.Module) -> Iterator[str]:
+    """The methods of a module's classes and the attributes that these assign."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+def private_names(tree: ast.Module, *, in_engine: bool) -> Iterator[str]:
+    """The private names of torch that a module imports, or reads from what it imported or was given.
+
+    Outside of the engine, where classes derive from those of torch, what they define counts too.
+    """
     known = {"torch": "torch"}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
@@ -51,7 +63,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
                 known[alias.asname or alias.name] = path
                 if any(map(is_private, path.split("."))):
                     yield path
-    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    own = {*defined(tree)} if in_engine else set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or not is_private(node.attr):
             continue
@@ -64,7 +76,11 @@ def private_names(tree: ast.Module) -> Iterator[str]:
 
 
 FOUND = {
-    module: {name for name in private_names(ast.parse(file.read_text())) if not name.startswith("torch._foreach_")}
+    module: {
+        name
+        for name in private_names(ast.parse(file.read_text()), in_engine=module.startswith("_engine"))
+        if not name.startswith("torch._foreach_")
+    }
     for module, file in MODULES.items()
     if not module.startswith("_engine.torch_private")
 }
