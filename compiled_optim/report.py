@@ -103,8 +103,8 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     rows = [
         Row(
             "foreach",
-            str(g.device),
-            _dtype(g.dtype),
+            ", ".join(map(str, g.devices)),
+            ", ".join(map(_dtype, g.dtypes)),
             *(g.tensors, g.elements, g.launches, None),
             *(g.name, g.origin, g.seconds, ""),
         )

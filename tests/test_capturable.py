@@ -16,6 +16,8 @@ from lockstep import assert_same, parameter, state_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compiled_optim import NAdam
+
 CAPTURABLE = [cls for cls in CLASSES if "capturable" in cls.declaration.options]
 EACH = [(cls, o) for cls in CAPTURABLE for o in ({}, with_all_numbers(cls, rich_options(cls)))]
 each = pytest.mark.parametrize(("cls", "options"), EACH, ids=[f"{c.__name__}-{named(o)}" for c, o in EACH])
@@ -128,6 +130,17 @@ def test_a_tensor_lr(cls: Any) -> None:
     # state that begins with the learning rate reads it once, before there is a graph
     capturable = train(cls, {"lr": torch.tensor(0.05), "capturable": True}, start, gradients, watched=1)
     agree(capturable, train(cls, {"lr": 0.05}, start, gradients), 1e-12)
+
+
+@pytest.mark.usefixtures("unrefused")
+@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05, dtype=torch.float64)], ids=["number", "tensor"])
+def test_graphs_of_lists(lr: Any) -> None:
+    """With counts that differ and, in NAdam, a value that is carried beside them."""
+    torch.set_default_dtype(torch.float64)
+    start, gradients = given(torch.float64)
+    # no value can be watched inside of a graph
+    compiled = train(NAdam, {"lr": lr, "capturable": True, "compiled": "foreach"}, start, gradients, watched=STEPS)
+    agree(compiled, train(NAdam, {"lr": 0.05}, start, gradients), 1e-12)
 
 
 @pytest.mark.usefixtures("unrefused")

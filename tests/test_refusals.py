@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from lockstep import Lockstep, tensors
 from torch import Tensor
 
 from compiled_optim import SGD, Adam, CompileError, CompileFallbackWarning, explain
-from compiled_optim._engine.executions import foreach
+from compiled_optim._engine.executions import traced_lists
 
 SHAPES: list[tuple[int, ...]] = [(5, 7), (3, 4, 2, 2), (), (131,)]
 lenient = pytest.mark.usefixtures("lenient")
@@ -225,31 +226,97 @@ def test_a_refused_sparse_gradient_makes_no_state_in_the_foreach_lowering() -> N
     assert not optimizer.state
 
 
-@lenient
-@pytest.mark.parametrize("fails_at", [0, 1])
-def test_a_failed_foreach_graph_is_finished_eagerly(monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
-    """Lists that were stepped are not stepped again, and a first step stays a first step (dampening)."""
-    options = {"momentum": 0.9, "dampening": 0.5}
-    run = Lockstep(
-        lambda params: torch.optim.SGD([{"params": [p]} for p in params], **options),
-        lambda params: SGD([{"params": [p]} for p in params], **options, compiled="foreach"),
-        tensors([(5,), (6,)]),
-    )
-    calls = iter(range(9))
+@pytest.fixture
+def graphs_that_fail(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The numbers of the graphs that will not compile; the others run eagerly."""
+    failing: list[int] = []
+    started = itertools.count()
 
-    def stand_in(algorithm: Any, on: Any, buffers: Any, names: Any) -> Callable[..., None]:
-        def graph(params: Any, grads: Any, state: Any, scalars: Any) -> None:
-            if next(calls) == fails_at:
+    def stand_in(rule: Any, parts: Any) -> Callable[..., None]:
+        number = next(started)
+
+        def graph(tensors: Any, table: Any, hyper: Any) -> None:
+            if number in failing:
                 raise ValueError("planted")
-            values = {k: [v] for k, v in zip(names, scalars, strict=True)}
-            foreach.update_lists(algorithm, on, params, grads, dict(zip(buffers, state, strict=True)), values)
+            traced_lists.update_parts(rule, parts, tensors, table, hyper)
 
         return graph
 
-    foreach.forget()
-    monkeypatch.setattr(foreach, "_compile", stand_in)
+    traced_lists.forget()
+    monkeypatch.setattr(traced_lists, "_compile", stand_in)
+    yield failing
+    traced_lists.forget()
+
+
+def two_lists(initial: list[Tensor]) -> Lockstep:
+    """Two lists, for they have different switches; a first step differs from later ones (dampening)."""
+    options = {"momentum": 0.9, "dampening": 0.5}
+
+    def groups(params: Any) -> list[dict[str, Any]]:
+        return [{"params": params[:1]}, {"params": params[1:], "nesterov": True, "dampening": 0.0}]
+
+    return Lockstep(
+        lambda params: torch.optim.SGD(groups(params), **options),
+        lambda params: SGD(groups(params), **options, compiled="foreach"),
+        initial,
+    )
+
+
+def test_foreach_has_one_graph_for_each_pattern_of_gradients(graphs_that_fail: list[int]) -> None:
+    """And one more where step counts have come to differ, whichever do; none for other values of a hyperparameter."""
+    assert not graphs_that_fail
+
+    def groups(params: Any) -> list[dict[str, Any]]:
+        return [{"params": params[:1]}, {"params": params[1:], "amsgrad": True}]
+
+    run = Lockstep(
+        lambda params: torch.optim.Adam(groups(params)),
+        lambda params: Adam(groups(params), compiled="foreach"),
+        tensors([(5,), (6,), (7,)]),
+    )
+    origins = []
+    for step, missing in enumerate([(), (2,), (), (), (2,), (), ()]):
+        run.both(lambda optimizer, _: [group.update(lr=0.1 / (step + 1)) for group in optimizer.param_groups])  # noqa: B023
+        run.step(missing=missing)
+        (row,) = explain(run.ours)
+        origins.append(row.origin)
+    run.compare()
+    assert origins == [*["compiled"] * 3, *["memory"] * 4]
+
+
+@lenient
+def test_the_step_of_a_failed_foreach_graph_is_eager(graphs_that_fail: list[int]) -> None:
+    graphs_that_fail.append(0)
+    run = two_lists(tensors([(5,), (6,)]))
     with pytest.warns(CompileFallbackWarning, match=r"torch\.compile failed: planted"):
         run.step()
+    run.step()
     run.compare()
-    assert next(calls) == fails_at + 1
-    foreach.forget()
+
+
+def test_a_failed_foreach_graph_changes_nothing_in_strict_mode(graphs_that_fail: list[int]) -> None:
+    graphs_that_fail.append(0)
+    run = two_lists(initial := tensors([(5,), (6,)]))
+    with pytest.raises(CompileError, match="planted"):
+        run.step()
+    assert not run.ours.state
+    torch.testing.assert_close([p.detach() for p in run.params[1]], initial, rtol=0, atol=0)
+
+
+@lenient
+def test_what_a_failed_foreach_graph_left_is_finished_eagerly(graphs_that_fail: list[int]) -> None:
+    """The first of two that share memory, each of which has a graph, is not stepped again."""
+    graphs_that_fail.append(1)
+    p = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+    stock = torch.nn.Parameter(p.detach().clone())
+    pairs = [(t, torch.nn.Parameter(t.detach()[:3])) for t in (p, stock)]
+    mine, theirs = SGD(pairs[0], momentum=0.9, compiled="foreach"), torch.optim.SGD(pairs[1], momentum=0.9)
+    for pair in pairs:
+        for i, t in enumerate(pair):
+            t.grad = torch.full_like(t, i + 1.0)
+    with pytest.warns(CompileFallbackWarning, match=r"torch\.compile failed: planted"):
+        mine.step()
+    theirs.step()
+    mine.step()
+    theirs.step()
+    torch.testing.assert_close(p, stock)

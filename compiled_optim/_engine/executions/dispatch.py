@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compiled_optim._engine.declaration import Group
-from compiled_optim._engine.executions import dtensors, foreach, lists
+from compiled_optim._engine.executions import dtensors, lists, traced_lists
 from compiled_optim._engine.executions.checks import refuse
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, expected, make_plan
 from compiled_optim._engine.executions.memory import Memory
-from compiled_optim._engine.executions.state import Journal, withdraw
-from compiled_optim._engine.executions.survey import Values, commit, look
+from compiled_optim._engine.executions.state import withdraw
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.fallback import COMPILE_ERRORS, Fallback
 from compiled_optim._engine.kernels import registry
@@ -50,7 +48,7 @@ class Execution:
         self._work = Work(rule, [], {}, {}, Memory())
         self._compiled = compiled
         self.plan: Plan | None = None
-        self.graphs: list[foreach.Graph] = []
+        self.graphs: list[traced_lists.ListGraph] = []
         self.reason = ""
         self.rebuilt: list[str] = []
         self._choices: list[Group] = []
@@ -79,12 +77,8 @@ class Execution:
         self._lowering = self._lowering or self._choose_lowering(work)
         if self._lowering != "foreach":
             self._step_multi_tensor(work)
-        elif any(group.get("capturable") for group in work.groups):
-            self.reason = "with capturable=True step counts stay on their device, and graphs of lists read them"
-            self._fallback.tell(f"the optimizer steps eagerly: {self.reason}", "leave capturable out")
-            lists.step(work)
         else:
-            self._step_foreach(work)
+            self.graphs, self.reason = traced_lists.step(work, self._fallback)
 
     @property
     def has_stepped(self) -> bool:
@@ -222,7 +216,7 @@ class Execution:
         except inductor.LoweringError as error:
             self._fallback.tell(str(error), 'it is compiled as with compiled="foreach"')
             self._lowering = "foreach"
-            self._step_foreach(work)
+            self.graphs, self.reason = traced_lists.step(work, self._fallback)
             return None
         except COMPILE_ERRORS as error:
             self.reason = self._fallback.give_up(str(error), "repair that, or build the optimizer with compiled=False")
@@ -232,32 +226,3 @@ class Execution:
         for launch in plan.launches:  # where a kernel came from is told of the first plan that used it
             launch.kernel = self._kernels.setdefault(launch.kernel.signature, launch.kernel)
         return plan
-
-    def _step_foreach(self, work: Work) -> None:
-        choices = work.read()
-        updates = look(work, choices)
-        sparse = [u for u in updates if u.grad.is_sparse]
-        if sparse:
-            self._fallback.tell("sparse gradients are applied eagerly", "the other parameters are compiled")
-            updates = [u for u in updates if not u.grad.is_sparse]
-        rule, switches = work.rule, [choice.switches for choice in choices]
-        off = [False] * len(choices)
-
-        def scalars(group: int, counts: Sequence[Any]) -> Values:
-            return evaluate(rule, choices[group].hyper, counts)
-
-        journal: Journal = []
-        with torch.no_grad():
-            rest = lists.batches(sparse, scalars, off, off)
-            try:
-                commit(work, choices, [*updates, *sparse], journal)
-                try:
-                    self.graphs = foreach.run(rule, updates, switches, scalars)
-                except foreach.Unfinished as left:
-                    reason = f"torch.compile failed: {left.__cause__}"
-                    self.reason = self._fallback.give_up(reason, "build it with compiled=False")
-                    rest = lists.batches(left.updates, scalars, off, off) + rest
-                lists.run(rule, rest, switches, scalars)
-            except BaseException:
-                withdraw(work, journal)
-                raise

@@ -189,28 +189,6 @@ def run_value(rule: Rule, on: Any, value: list[Any], buffers: tuple[str, ...], s
         tensor.copy_(new_state[name])
 
 
-def update_lists(
-    rule: Rule,
-    on: Any,
-    params: list[Tensor],
-    grads: list[Tensor],
-    state: dict[str, list[Tensor]],
-    scalars: dict[str, list[Any]],
-) -> None:
-    """Updates tensors of one kind in place, with scalars for each of them. Dynamo can trace it."""
-    buffers = tuple(state)
-    columns = [params, grads, *state.values()]
-    if params[0].is_complex():
-        columns = [[torch.view_as_real(t.resolve_conj()) for t in column] for column in columns]
-    if rule.elementwise:
-        # the scalars as lists, too: Dynamo takes a list value times a tensor for an operation of the tensor
-        values = {name: TensorList(each) for name, each in scalars.items()}
-        run_value(rule, on, [TensorList(column) for column in columns], buffers, values)
-        return
-    for i in range(len(params)):
-        run_value(rule, on, [t[i] for t in columns], buffers, {name: each[i] for name, each in scalars.items()})
-
-
 def run_rows(update: Update, u: Member) -> None:
     """A sparse gradient. Where the rule leaves a row without gradient as it is, only the touched rows are visited."""
     grad = u.grad.coalesce()

@@ -248,9 +248,14 @@ def _left(u: Member, values: Sequence[Any]) -> dict[int, float]:
     return {t.data_ptr(): t.new_tensor(value).item() for t, value in zip(counts, values, strict=True)}
 
 
-def advance(members: list[Member], carried: Sequence[Any]) -> None:
-    """Advances the counts. ``carried``: the carried scalars, each a number or a tensor with an element per member."""
-    for name, value in zip(members[0].counts, (None, *carried), strict=False):
+def advance(members: list[Member], carried: Sequence[Any] | None) -> None:
+    """Counts a step.
+
+    Args:
+        carried: what `scalars` carries on, each a number, or a tensor with one for each member; None if a graph has
+            counted the step.
+    """
+    for name, value in () if carried is None else zip(members[0].counts, (None, *carried), strict=False):
         counts = [u.state[name] for u in members]
         if value is None:
             torch._foreach_add_(counts, 1)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from compiled_optim._engine.executions.traced_lists import hyper_tensors
 from compiled_optim._engine.fallback import Fallback
 from compiled_optim._engine.torch_private import dynamo, optim, tensor_parts, version
 
@@ -19,7 +20,6 @@ T = TypeVar("T")
 # Every operator says that it writes this, so that none is left out or moved past another: what they do is hidden.
 TOKEN = torch.zeros((), device="cpu")
 _fallback = Fallback()  # of all graphs of this process
-_NUMBERS = {float, int, bool, type(None), list, str}  # the types that param groups hold most
 
 
 class Name(dynamo.OpaqueBase):
@@ -185,16 +185,3 @@ class Inputs:
 def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether these are the same objects."""
     return len(a) == len(b) and all(map(is_, a, b))
-
-
-def hyper_tensors(group: dict[str, Any]) -> list[Tensor]:
-    """The hyperparameters of a param group that are tensors."""
-    found: list[Tensor] = []
-    for value in group.values():
-        if type(value) in _NUMBERS:
-            continue
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, tuple):
-            found += [v for v in value if isinstance(v, Tensor)]
-    return found
