@@ -27,9 +27,10 @@ class Attached:
         self._is_captured = False
         self._is_restored = self._is_lost = False
         self._is_changed = self._was_changed = self._has_warned = False
+        self._has_tensors = True  # or not known
         self._counts: dict[torch.device, Tensor] = {}
-        self._count(self._devices())
         schedule._refer(weakly=True)
+        self._count(self._devices())
 
     def _look_up(self) -> None:
         """Takes the closed forms; of a param group that the schedule has not seen there is none."""
@@ -40,7 +41,8 @@ class Attached:
         }
 
     def _devices(self) -> set[torch.device]:
-        return {group["lr"].device for group in self.schedule.optimizer.param_groups if _is_on_device(group)}
+        groups = self.schedule._reference().param_groups
+        return {lr.device for g in groups if isinstance(lr := g["lr"], Tensor) and _is_on_device(g)}
 
     def check(self) -> None:
         """Before a step of the optimizer, which is not taken if the schedule has ended.
@@ -51,10 +53,11 @@ class Attached:
         if self._is_lost:
             self._find()
         schedule = self.schedule
-        self._is_changed = False
-        for group, last in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=False):
-            if group["lr"] is not last and not _is_on_device(group) and _number(group["lr"]) != _number(last):
-                self._is_changed = True
+        self._is_changed = self._has_tensors = False
+        for group, last in zip(schedule._reference().param_groups, schedule._last_lr, strict=False):
+            if (lr := group["lr"]) is not last:  # as each tensor is, and a number that was changed
+                self._has_tensors |= isinstance(lr, Tensor)
+                self._is_changed |= not _is_on_device(group) and _number(lr) != _number(last)
         if self._is_changed and self._was_changed:  # not only once, by hand
             self.warn_of_another("Something else")
         schedule._check_next()
@@ -63,8 +66,8 @@ class Attached:
         """After a step of the optimizer."""
         schedule = self.schedule
         self._is_restored, self._was_changed = False, self._is_changed
-        devices = self._devices()
-        if not self._is_captured and _is_capturing(devices):
+        devices = self._devices() if self._has_tensors else set()
+        if devices and not self._is_captured and _is_capturing(devices):
             self._look_up()
             self._is_captured = True
         if self._is_captured:
@@ -74,12 +77,17 @@ class Attached:
             self._apply()
             schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
             return
+        optimizer = schedule._reference()
         self.is_moving = True
+        schedule.optimizer = optimizer  # for a moment: the reference takes longer to look up
         try:
             schedule._take_step()
         finally:
             self.is_moving = False
-        self._count(devices)
+            if optimizer._attached is self:
+                del schedule.optimizer
+        if devices:
+            self._count(devices)
 
     def _count(self, devices: Iterable[torch.device]) -> None:
         for device in devices:

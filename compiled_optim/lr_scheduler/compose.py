@@ -48,7 +48,14 @@ class SequentialLR(_Composed, lr_scheduler.SequentialLR):
     def step(self) -> None:  # type: ignore[override]  # as torch's
         """Steps the one whose turn it is."""
         self._check_by_hand()
-        lr_scheduler.SequentialLR.step(self)
+        self.last_epoch += 1
+        i = bisect.bisect_right(self._milestones, self.last_epoch)
+        scheduler = self._schedulers[i]
+        if i > 0 and self._milestones[i - 1] == self.last_epoch:
+            scheduler._update_lr(0)
+        else:
+            scheduler.step()
+        self._last_lr = scheduler._last_lr
 
     def _check_next(self) -> None:
         step = self.last_epoch + 1
@@ -81,7 +88,7 @@ class ChainedScheduler(_Composed, lr_scheduler.ChainedScheduler):
         self._check_by_hand()
         for scheduler in self._schedulers:
             scheduler.step()
-        self._last_lr = self._schedulers[-1].get_last_lr()
+        self._last_lr = self._schedulers[-1]._last_lr
 
     def _check_next(self) -> None:
         for scheduler in self._schedulers:

@@ -22,21 +22,24 @@ class _Cycle(Scheduler):
     def schedules(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("lr", "momentum") if self.cycle_momentum else ("lr",)
 
-    def _new(self) -> dict[str, list[Any]]:
-        """The values of the step, for each group, of what is scheduled."""
-        raise NotImplementedError
-
     def get_lr(self) -> list[Any]:
         """The learning rates of the step that is being taken; momenta are set, as in torch."""
-        self._warn_of_get_lr()
-        new = self._new()
-        for group, momentum in zip(self.optimizer.param_groups, new.get("momentum", ()), strict=False):
-            if self.use_beta1:
-                beta1, *others = group["betas"]
-                group["betas"] = (assigned(beta1, momentum), *others)
-            else:
-                group["momentum"] = assigned(group["momentum"], momentum)
-        return new["lr"]
+        groups = self.optimizer.param_groups
+        name = "betas" if self.cycle_momentum and self.use_beta1 else "momentum"
+        before = [group[name] for group in groups] if self.cycle_momentum else []
+        rates: list[Any] = super().get_lr()
+        for group, old in zip(groups, before, strict=False):
+            _keep_kind(group, name, old)
+        return rates
+
+
+def _keep_kind(group: dict[str, Any], name: str, old: Any) -> None:
+    """Assigns the value that has replaced ``old``, so that a tensor stays that tensor and a number a number."""
+    new = group[name]
+    if name != "betas":
+        group[name] = assigned(old, new)
+    elif type(old[0]) is not float or type(new[0]) is not float:
+        group[name] = tuple(map(assigned, old, new))
 
 
 def _keeping_kinds(init: Any) -> Any:
@@ -49,8 +52,7 @@ def _keeping_kinds(init: Any) -> Any:
         init(self, optimizer, *args, **kwargs)
         for group, before in zip(groups, found, strict=True):
             for name, old in before.items():
-                both = (old, group[name])
-                group[name] = tuple(map(assigned, *both)) if name == "betas" else assigned(*both)
+                _keep_kind(group, name, old)
 
     return __init__
 
@@ -82,24 +84,22 @@ class OneCycleLR(_Cycle, lr_scheduler.OneCycleLR):
         ends = [0, *[phase["end_step"] for phase in phases]]
         return self._form(self._formula, group, {"ends": ends, "values": values})
 
-    def _new(self) -> dict[str, list[Any]]:
-        self._check_end(self.last_epoch)
-        begin, phases = 0.0, self._schedule_phases
-        for phase in phases:
-            if self.last_epoch < phase["end_step"] or phase is phases[-1]:
-                break
-            begin = phase["end_step"]
-        share = _left(self.last_epoch, begin, phase["end_step"], self._anneal_func_type)
-        new = {}
-        for of in self.schedules:
-            start, end = phase[f"start_{of}"], phase[f"end_{of}"]  # type: ignore[literal-required]
-            new[of] = [g[end] + (g[start] - g[end]) * share for g in self.optimizer.param_groups]
-        return new
+    def get_lr(self) -> list[Any]:
+        """The learning rates of the step that is being taken; momenta are set, as in torch."""
+        try:
+            return super().get_lr()
+        except ZeroDivisionError:  # a phase of no steps
+            groups = self.optimizer.param_groups
+            for i, group in enumerate(groups if self.cycle_momentum else ()):
+                momentum = self._closed_form(i, "momentum")(self.last_epoch)
+                if self.use_beta1:
+                    group["betas"] = (assigned(group["betas"][0], momentum), *group["betas"][1:])
+                else:
+                    group["momentum"] = assigned(group["momentum"], momentum)
+            return [self._closed_form(i, "lr")(self.last_epoch) for i in range(len(groups))]
 
     def _check_next(self) -> None:
-        self._check_end(self.last_epoch + 1)
-
-    def _check_end(self, step: int) -> None:
+        step = self.last_epoch + 1
         if step > self.total_steps:
             raise ValueError(f"Tried to step {step} times. The specified number of total steps is {self.total_steps}")
 
@@ -159,13 +159,3 @@ class CyclicLR(_Cycle, lr_scheduler.CyclicLR):
             return super().value(t, group, of)
         self._check(group, of)
         return float(self._scaled(self._scale_fn_custom, group, of)(t))
-
-    def _new(self) -> dict[str, list[Any]]:
-        limits = {"lr": (self.base_lrs, self.max_lrs)}
-        if self.cycle_momentum:
-            limits["momentum"] = (self.max_momentums, self.base_momentums)
-        options = self.total_size, self.step_ratio, self.gamma, self._mode, self._scale_fn_custom
-        height = self._formula(self.last_epoch, 0, 1, *options)
-        return {
-            of: [low + (high - low) * height for low, high in zip(*both, strict=True)] for of, both in limits.items()
-        }

@@ -54,7 +54,7 @@ class _Step:
     def __get__(self, scheduler: Any, owner: Any) -> Any:
         if scheduler is None:
             return self.function
-        if compiler.is_compiling():
+        if compiler.is_dynamo_compiling():
             return functools.partial(operators.trace_schedule, scheduler)
         return types.MethodType(self.function, scheduler)
 
