@@ -21,7 +21,7 @@ ALLOWED = {
     # what torch's schedulers keep and step by
     "lr_scheduler": {
         *("._apply", "._get_closed_form_lr", "._get_lr_called_within_step", "._initial_step", "._is_initial"),
-        *("._last_lr", "._step_count"),
+        *("._last_lr", "._step_count", "._update_lr"),
     },
     "swa_utils": {"._buffers", "._parameters"},  # of a module, in one walk
 }
