@@ -29,7 +29,8 @@ class _Cycle(Scheduler):
         before = [group[name] for group in groups] if self.cycle_momentum else []
         rates: list[Any] = super().get_lr()
         for group, old in zip(groups, before, strict=False):
-            _keep_kind(group, name, old)
+            if type(old) is not float or type(group[name]) is not float:
+                _keep_kind(group, name, old)
         return rates
 
 
