@@ -16,6 +16,7 @@ import pytest
 import torch
 from training import SHAPES, assert_equal, executions, parameters, train
 
+import compiled_optim
 from compiled_optim import (
     Adam,
     AdamW,
@@ -26,7 +27,9 @@ from compiled_optim import (
     cache_info,
     explain,
 )
+from compiled_optim._engine.executions import dispatch
 from compiled_optim._engine.kernels import registry
+from compiled_optim._engine.kernels.backends import cpu
 from compiled_optim.declare import buffer, number
 
 lenient = pytest.mark.usefixtures("lenient")
@@ -362,3 +365,25 @@ def test_a_parameter_listed_twice() -> None:
     assert_equal(ours, stock)
     assert len(messages) == 1
     assert "listed more than once" in messages[0]
+
+
+def test_each_device_has_its_execution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without a backend, played by float64: lists in a graph beside the launch of the others."""
+    monkeypatch.setattr(dispatch, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(cpu, "dtypes", cpu.dtypes - {torch.float64})
+    torch.manual_seed(0)
+    mine = [torch.nn.Parameter(torch.randn(3, dtype=dtype)) for dtype in (torch.float32, torch.float64) * 2]
+    stock = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    ours, theirs = (
+        compiled_optim.SGD(mine, lr=0.1, momentum=0.9, compiled=True),
+        torch.optim.SGD(stock, lr=0.1, momentum=0.9),
+    )
+    for _ in range(3):
+        for p, q in zip(mine, stock, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(mine, stock)
+    rows = [(row.execution, row.dtype, row.tensors) for row in explain(ours)]
+    assert rows == [("foreach", "float64", 2), ("multi_tensor", "float32", 2)]

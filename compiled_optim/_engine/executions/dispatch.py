@@ -17,11 +17,14 @@ from compiled_optim._engine.executions.state import withdraw
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.fallback import COMPILE_ERRORS, Fallback
 from compiled_optim._engine.kernels import registry
+from compiled_optim._engine.kernels.backends import backend_of
 from compiled_optim._engine.kernels.registry import Kernel
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.rule import Rule, evaluate, first_scalars
 from compiled_optim._engine.torch_private import inductor, version
 
+# The types of devices that torch.compile makes good kernels for. Parameters on others are updated eagerly.
+GRAPH_DEVICES = ("cuda", "xpu")
 _KEPT_REASONS = 19  # and the newest
 
 
@@ -78,7 +81,7 @@ class Execution:
         if self._lowering != "foreach":
             self._step_multi_tensor(work)
         else:
-            self.graphs, self.reason = traced_lists.step(work, self._fallback)
+            self.graphs, self.reason = traced_lists.prepare(work, self._fallback)()
 
     @property
     def has_stepped(self) -> bool:
@@ -106,10 +109,13 @@ class Execution:
         return self._fallback.give_up(unknown, "install a version that is known to work") if unknown else ""
 
     def _choose_lowering(self, work: Work) -> str:
-        devices = {p.device.type for group in work.groups for p in group["params"]}
-        if self._compiled == "multi_tensor" or not devices & {"cuda", "xpu"}:
-            return str(self._compiled) if self._compiled == "foreach" else "multi_tensor"
-        return "foreach"
+        params = [p for group in work.groups for p in group["params"]]
+        in_graphs = self._compiled == "foreach" or (params and all(map(self._goes_into_graph, params)))
+        return "foreach" if in_graphs else "multi_tensor"
+
+    def _goes_into_graph(self, p: Tensor) -> bool:
+        """Whether a parameter that no kernel takes is updated as with ``compiled="foreach"``."""
+        return self._compiled is True and p.device.type in GRAPH_DEVICES and backend_of(p) is None
 
     def _step_multi_tensor(self, work: Work) -> None:
         if self.plan is not None and self.plan.sharded:
@@ -124,15 +130,13 @@ class Execution:
         changed = self._read_options(work)
         why = "the first step" if self.plan is None else changed
         plan = self._make_plan(work, why) if why else self.plan
-        rest: Callable[[], None] | None = None
+        rest: list[Callable[[], Any]] = []
         foreseen = True
         try:
             for _ in range(3):  # at worst: the plan is stale, the new one needs other scalars, and has them
                 if plan is None:
                     return
-                rest = None
-                if plan.elsewhere:
-                    rest = lists.prepare(work, [(group, p) for group, p, _ in plan.elsewhere])
+                rest = self._prepare_rest(work, plan)
                 outcome = plan.run(work, self._rows(work, foreseen))
                 if outcome is None:
                     break
@@ -151,8 +155,23 @@ class Execution:
         else:
             counted = bool(declaration.counts)
             self._pairs = [(group, (step + 1.0 if counted else 2.0,)) for group, (step,) in self._pairs]
-        if rest is not None:
-            rest()
+        for take in rest:
+            take()
+
+    def _prepare_rest(self, work: Work, plan: Plan) -> list[Callable[[], Any]]:
+        """The updates that are no part of the launches."""
+        rest: list[Callable[[], Any]] = []
+        self.graphs = []
+        if plan.elsewhere:
+            rest.append(lists.prepare(work, [(group, p) for group, p, _ in plan.elsewhere]))
+        if plan.in_graphs:
+            take = traced_lists.prepare(work, self._fallback, plan.in_graphs)
+
+            def take_graphs() -> None:
+                self.graphs, self.reason = take()
+
+            rest.append(take_graphs)
+        return rest
 
     def _drop_plan(self, work: Work) -> None:
         """With the state that was made for it, if no step was taken since: its first step is still to come."""
@@ -212,11 +231,11 @@ class Execution:
         try:
             if not work.rule.elementwise:
                 raise inductor.LoweringError(f"{work.rule.name} is not elementwise, so not one fusible loop")
-            self.plan = plan = make_plan(work, self._choices, self._scalar_names, refused)
+            self.plan = plan = make_plan(work, self._choices, self._scalar_names, refused, self._goes_into_graph)
         except inductor.LoweringError as error:
             self._fallback.tell(str(error), 'it is compiled as with compiled="foreach"')
             self._lowering = "foreach"
-            self.graphs, self.reason = traced_lists.step(work, self._fallback)
+            self.graphs, self.reason = traced_lists.prepare(work, self._fallback)()
             return None
         except COMPILE_ERRORS as error:
             self.reason = self._fallback.give_up(str(error), "repair that, or build the optimizer with compiled=False")

@@ -50,7 +50,8 @@ class Launch:
 class Plan:
     """The tables of one optimizer.
 
-    ``elsewhere``: parameters that no kernel takes, with their param group and the reason. ``copied``: those whose
+    ``elsewhere``: parameters that no kernel takes, with their param group and the reason; ``in_graphs``: those of them
+    that a graph over lists updates. ``copied``: those whose
     gradient is laid out otherwise than they are, and ``sparse``: those of which it touches some rows only;
     ``sharded``: those that are DTensors, in whose stead the host module is shown the shards of this process.
     ``journal``: the state that was made for it, until it has run; ``references``: what the rule refers to, None if that
@@ -64,6 +65,7 @@ class Plan:
     references: Form | None
     launches: list[Launch] = field(default_factory=list)
     elsewhere: list[tuple[int, Tensor, str]] = field(default_factory=list)
+    in_graphs: list[tuple[int, Tensor]] = field(default_factory=list)
     copied: list[Tensor] = field(default_factory=list)
     sparse: list[Tensor] = field(default_factory=list)
     sharded: list[Tensor] = field(default_factory=list)
@@ -129,12 +131,14 @@ def make_plan(
     choices: list[Group],
     scalar_names: list[tuple[str, ...]],
     refused: Callable[[list[tuple[Tensor, str]]], None],
+    in_graph: Callable[[Tensor], bool] = lambda p: False,
 ) -> Plan:
     """Sorts the parameters by kernel, obtains the kernels, and makes the missing state when nothing can fail any more.
 
     Args:
         choices: the hyperparameters and switches of each param group; scalar_names: of the scalars of each.
         refused: told of the parameters that no kernel takes, and why, before any state is made.
+        in_graph: whether a parameter that no kernel takes is updated by a graph instead, of which nobody is told.
 
     Raises:
         inductor.LoweringError: if the rule refers to what could change unnoticed.
@@ -149,7 +153,8 @@ def make_plan(
         m.reason = m.reason or _host_reason(host, m)
     _leave_shared_memory(work, host, [m for m in members if m.grad is not None])
     plan.sharded = [m.listed for m in members if m.param is not m.listed]
-    plan.elsewhere = [(m.group, m.listed, m.reason) for m in members if m.reason]
+    plan.in_graphs = [(m.group, m.listed) for m in members if m.reason and in_graph(m.param)]
+    plan.elsewhere = [(m.group, m.listed, m.reason) for m in members if m.reason and not in_graph(m.param)]
     refused([(p, reason) for _, p, reason in plan.elsewhere])
     taken = {
         id(m): found[m.signature]

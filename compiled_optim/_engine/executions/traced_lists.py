@@ -254,33 +254,39 @@ def forget() -> None:
     _graphs.clear()
 
 
-def step(work: Work, fallback: Fallback) -> tuple[list[ListGraph], str]:
-    """One step in one graph, which is compiled before anything is written.
+def prepare(
+    work: Work, fallback: Fallback, only: Iterable[tuple[int, Tensor]] | None = None
+) -> Callable[[], tuple[list[ListGraph], str]]:
+    """One step in one graph of all parameters, or of those in ``only`` (group, parameter).
 
-    Parameters that share memory are updated one after the other, by a graph for each turn.
+    What there is to raise is raised here, where nothing is changed. Parameters that share memory are updated one after
+    the other, by a graph for each turn.
 
     Returns:
-        The graphs that ran, and why the rest of the step was eager.
+        A function that takes the step. It compiles a graph before it writes anything, and returns the graphs that ran
+        and why the rest of the step was eager.
     """
     on_device = [counted_on_device(group) for group in work.groups]
     choose = work.rule.declaration.read
     choices = [choose(group, keep_tensors=on) for group, on in zip(work.groups, on_device, strict=True)]
-    updates = survey.look(work, choices)
+    updates = survey.look(work, choices, only)
     sparse = [(u.group, u.listed) for u in updates if u.grad.is_sparse]
     if sparse:
         fallback.tell("sparse gradients are applied eagerly", "the other parameters are compiled")
         updates = [u for u in updates if not u.grad.is_sparse]
-    rest = lists.prepare(work, sparse) if sparse else None
+    eagerly = lists.prepare(work, sparse) if sparse else None
 
     def scalars(group: int, counts: Sequence[Any]) -> Values:
         return evaluate(work.rule, choices[group].hyper, counts)
 
-    graphs: list[ListGraph] = []
-    journal: Journal = []
-    reason = ""
     with torch.no_grad():
         found = survey.in_order(updates, scalars, on_device)
-        values_of = {id(u): values for members, values, _ in found for u in members}
+    values_of = {id(u): values for members, values, _ in found for u in members}
+
+    def take() -> tuple[list[ListGraph], str]:
+        graphs: list[ListGraph] = []
+        journal: Journal = []
+        reason, rest = "", eagerly
         try:
             survey.commit(work, choices, updates, journal)
             for turn in sorted({u.turn for u in updates}):
@@ -297,9 +303,11 @@ def step(work: Work, fallback: Fallback) -> tuple[list[ListGraph], str]:
         except BaseException:
             withdraw(work, journal)
             raise
-    if rest is not None:
-        rest()
-    return graphs, reason
+        if rest is not None:
+            rest()
+        return graphs, reason
+
+    return torch.no_grad()(take)
 
 
 def _run(work: Work, choices: list[Group], updates: list[Member], values_of: dict[int, Any]) -> ListGraph:
