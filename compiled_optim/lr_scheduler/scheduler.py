@@ -13,7 +13,7 @@ from torch import Tensor, compiler, no_grad
 from torch.optim import lr_scheduler
 
 from compiled_optim._engine.in_graph import operators
-from compiled_optim._engine.in_graph.handles import Inputs
+from compiled_optim._engine.in_graph.handles import LiveInputs
 from compiled_optim.lr_scheduler.attached import Attached
 from compiled_optim.lr_scheduler.formulas import Form, evaluate
 
@@ -84,7 +84,7 @@ class Scheduler(lr_scheduler.LRScheduler):
     _take_step = lr_scheduler.LRScheduler.step  # what ``step`` is outside of graphs
     step = _Step(_take_step)
     optimizer = _Reference()
-    _inputs: Inputs
+    _inputs: LiveInputs
     _reference: Callable[[], Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -99,7 +99,7 @@ class Scheduler(lr_scheduler.LRScheduler):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Scheduler:
         scheduler = super().__new__(cls)
-        scheduler._inputs = Inputs(scheduler)
+        scheduler._inputs = LiveInputs(scheduler)
         scheduler._reference = _none
         return scheduler
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-Count = tuple[float, ...]  # as `Update.next_counts` has it
+Count = tuple[float, ...]  # as `Member.next_counts` returns it
 
 
-class Counts:
-    """Those of all parameters, as views of one vector each, which an operator reads and counts on the host.
+class HostCounts:
+    """The counts of all parameters as views of one vector, which an operator reads and advances on the host.
 
-    Of 150 parameters that takes 5 us, and 1 while they are equal, where it took 150 us one by one.
+    For 150 parameters that takes 5 us, or 1 us while they are equal. One by one it would take 150 us.
 
     Args:
         names: of the 0-d state, the step count first; none for an algorithm that keeps no count.
@@ -29,13 +29,13 @@ class Counts:
         self._views = {name: vector.unbind() for name, vector in self._vectors.items()}
         self.placed: set[int] = set()  # the parameters whose counts these are
         self.fresh: set[int] = set()  # parameters whose buffers are new
-        self._equal: list[Count | None] = []  # of each param group; None if they differ
+        self._equal: list[Count | None] = []  # per param group; None if its counts differ
         self._are_equal: tuple[bool, ...] = ()
         self._each: list[Count] = []
         self._seen: int | None = None
 
-    def place(self, i: int) -> None:
-        """Takes in the counts of a parameter that has state."""
+    def adopt(self, i: int) -> None:
+        """Moves the counts of a parameter into the vectors."""
         state = self._states[i]
         for name, views in self._views.items():
             if state[name] is not views[i]:
@@ -50,7 +50,7 @@ class Counts:
         return self._equal[self._groups[i]] or self._each[i]
 
     def are_equal(self) -> tuple[bool, ...]:
-        """Of each param group, whether one count holds for all its parameters."""
+        """Whether one count holds for all parameters of a group, per param group."""
         self._read()
         return self._are_equal
 

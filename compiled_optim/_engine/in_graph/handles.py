@@ -17,7 +17,7 @@ from compiled_optim._engine.torch_private import dynamo, optim, tensor_parts, ve
 
 T = TypeVar("T")
 
-# Every operator says that it writes this, so that none is left out or moved past another: what they do is hidden.
+# Effect token. Operators declare that they mutate it, so the compiler neither drops nor reorders them.
 TOKEN = torch.zeros((), device="cpu")
 _fallback = Fallback()  # of all graphs of this process
 
@@ -30,10 +30,10 @@ class Name(dynamo.OpaqueBase):
 
 
 class Handle(Name):
-    """One by which a graph learns that it is not right: of its inputs, which are looked up then."""
+    """Stands for one among the inputs of a graph, and guards the graph: its lists are refreshed before each call."""
 
     def guarded(self) -> list[Any]:
-        """Asked before each call of a graph, which is right for this answer only."""
+        """Dynamo asks this before each call. A graph is reused only while the answer is the one it was traced with."""
         owner = self.owner()
         return [] if owner is None else owner._inputs.guarded()
 
@@ -57,15 +57,15 @@ def operator(fake: Callable[..., Any], *written: str) -> Callable[[Callable[...,
 
 @functools.cache
 def _define_operators() -> Any:
-    """When the first graph is traced: a process without any would wait 6 ms for them.
+    """Called when the first graph is traced, so that a process without graphs does not spend 6 ms on them.
 
     Returns:
-        The library, with which they would be gone.
+        The library. The operators would be gone with it.
     """
     dynamo.register_opaque(Name)
     dynamo.register_opaque(Handle, Handle.guarded)
     library: Any = torch.library.Library("compiled_optim", "DEF")  # type: ignore[no-untyped-call]
-    # torch.library.custom_op would take 25 us more in each call, for autograd and versions that no one reads in a graph
+    # torch.library.custom_op adds 25 us to each call, for autograd and version counters that graphs do not need.
     for function, fake, written in _operators:
         name = function.__name__
         library.define(name + torch.library.infer_schema(function, mutates_args=written))
@@ -74,16 +74,17 @@ def _define_operators() -> Any:
     return library
 
 
-class Inputs:
-    """The tensors of one optimizer, or of a schedule on it. They are looked up before each call of a graph.
+class LiveInputs:
+    """The tensors of one optimizer, or of a schedule on it.
 
-    So ``load_state_dict``, and whatever else replaces a tensor, needs no other graph.
+    They are looked up before each call of a graph, so ``load_state_dict`` and whatever else replaces a tensor needs no
+    new graph.
     """
 
     def __init__(self, owner: Any) -> None:
         self._owner = weakref.ref(owner)
         self._is_schedule = not isinstance(owner, torch.optim.Optimizer)
-        # Dynamo asks the guards of shorter names first, and this one brings the lists up to date
+        # Dynamo checks guards of shorter names first, and this one brings the lists up to date.
         self.id = Handle(owner)
         self.name = Name(owner)
         self.params: list[Tensor] = []
@@ -95,8 +96,8 @@ class Inputs:
         assert owner is not None, "the operators of a graph outlived their optimizer"
         return owner.optimizer if self._is_schedule else owner
 
-    def look(self) -> bool:
-        """Brings the lists up to date; whether there are other parameters than before."""
+    def refresh(self) -> bool:
+        """Brings the lists up to date. Returns whether the parameters changed."""
         groups = self.optimizer.param_groups
         params = groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
         self.hyper = [v for group in groups for v in hyper_tensors(group)]
@@ -106,8 +107,8 @@ class Inputs:
         return True
 
     def guarded(self) -> list[Any]:
-        """Brings the lists up to date; what else a graph depends on."""
-        self.look()
+        """Brings the lists up to date. Returns what else a graph depends on."""
+        self.refresh()
         return [self._changes_gradients()]
 
     def _changes_gradients(self) -> bool:
@@ -116,12 +117,12 @@ class Inputs:
         scaling = scaled.get("grad_scale") is not None or scaled.get("found_inf") is not None
         return scaling or optim.step_has_hooks(optimizer)
 
-    # Asked while a graph is traced; the answers are constants in it.
+    # These are called while a graph is traced. What they return is a constant of the graph.
 
     @dynamo.constant_in_graphs
-    def enter(self) -> bool:
-        """The first of these: whether there can be a part of the graph."""
-        self.look()
+    def begin_trace(self) -> bool:
+        """The first of these calls. Returns whether the step can be a part of the graph."""
+        self.refresh()
         if not version.missing:
             _define_operators()
         if obstacle := dynamo.join_trace(type(self._owner())):
@@ -130,13 +131,13 @@ class Inputs:
 
     @dynamo.constant_in_graphs
     def begin_kernels(self) -> None:
-        """A kernel takes 4 s to compile, and what surrounds it as long."""
+        """Starts to compile the kernels, which takes 4 s, while Dynamo compiles what surrounds the step."""
         work = self.optimizer._work()
         self.optimizer._execution.begin(work)
 
     @dynamo.constant_in_graphs
     def changes_gradients(self) -> bool:
-        """Whether a step may change gradients, by hooks or by scaling: no operator says that it writes them."""
+        """Whether a step may change gradients, by hooks or by scaling. Operators do not declare that they write them."""
         return self._changes_gradients()
 
     @dynamo.constant_in_graphs
@@ -146,25 +147,24 @@ class Inputs:
 
     @dynamo.constant_in_graphs
     def are_those_of_the_optimizer(self) -> bool:
-        """Whether a graph of a schedule can take in what one of its optimizer does, and ask its guard only."""
-        return isinstance(getattr(self.optimizer, "_inputs", None), Inputs)
+        """Whether the graph of a schedule can use the inputs of its optimizer, so that one guard serves both."""
+        return isinstance(getattr(self.optimizer, "_inputs", None), LiveInputs)
 
     @dynamo.constant_in_graphs
     def gradients_are_traced(self) -> bool:
-        """Whether the graph so far reads or makes gradients: then they are not in ``.grad`` when it runs."""
+        """Whether the graph so far reads or makes gradients. They are not in ``.grad`` when it runs then."""
         return dynamo.gradients_are_traced(self.params)
 
     @dynamo.constant_in_graphs
     def change_is_pending(self) -> bool:
-        """Whether the code so far changes what operators read on the host: that happens only after the graph."""
+        """Whether the code so far changes what operators read on the host. Such changes happen after the graph."""
         groups = self.optimizer.param_groups
         return dynamo.change_is_pending([groups, *groups, self._owner()])
 
     def run(self, action: Callable[[], T], *given: tuple[Sequence[Tensor], Sequence[Tensor]]) -> T:
-        """Runs an operator. ``given``: tensors that it was passed, and the real ones.
+        """Runs an operator. ``given``: pairs of the tensors that it was passed and the real ones.
 
-        They are the same, unless the graph changed one before: then the new value is to be found in its stead, and what
-        the operator makes of it is expected there.
+        If the graph modified a tensor first, it passes a copy. We copy it into the real tensor, run, and copy back.
         """
         pairs = [
             (passed, real)

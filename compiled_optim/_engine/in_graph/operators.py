@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_optim._engine.in_graph.handles import TOKEN, Handle, Inputs, Name, operator
-from compiled_optim._engine.in_graph.traced import RuleInputs, trace
+from compiled_optim._engine.in_graph.handles import TOKEN, Handle, LiveInputs, Name, operator
+from compiled_optim._engine.in_graph.traced import TracedState, trace
 from compiled_optim._engine.torch_private import dynamo, optim
 
 
-def inputs_of(optimizer: Any) -> Inputs:
+def inputs_of(optimizer: Any) -> LiveInputs:
     """What the graphs of an optimizer will take in."""
     traced = hasattr(optimizer, "declaration") and not optimizer._compiled
-    return RuleInputs(optimizer) if traced else Inputs(optimizer)
+    return TracedState(optimizer) if traced else LiveInputs(optimizer)
 
 
 def _enter(owner: Any) -> Any:
-    """What its graphs take in; None where this version of torch allows for no part in them."""
+    """The inputs of its graphs, or None if steps cannot be a part of graphs in this version of torch."""
     inputs = owner._inputs
-    if not inputs.enter():
+    if not inputs.begin_trace():
         return None
     if inputs.change_is_pending():
         dynamo.break_graph()
@@ -53,7 +53,7 @@ def trace_step(optimizer: Any) -> None:
     inputs = _enter(optimizer)
     outside = inputs is None or optimizer.defaults.get("differentiable") or inputs.changes_gradients()
     if outside or inputs.has_dtensors():
-        _step_outside_graphs(optimizer)  # operators record no derivatives, write no gradients, and take no DTensors
+        _step_outside_graphs(optimizer)  # operators record no derivatives, write no gradients and take no DTensors
         return
     if optimizer._compiled:
         inputs.begin_kernels()
@@ -72,7 +72,7 @@ def trace_closure(optimizer: Any, closure: Callable[[], Any]) -> Any:
 
 
 def resume_closure(optimizer: Any, closure: Callable[[], Any]) -> Any:
-    """A step with a closure that breaks the graph; not traced, but by its parts: two graphs as without a closure."""
+    """A step whose closure broke the graph. The closure and the update are traced as two graphs."""
     with torch.enable_grad():
         loss = closure()
     _update(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
@@ -80,7 +80,7 @@ def resume_closure(optimizer: Any, closure: Callable[[], Any]) -> Any:
 
 
 def _update(optimizer: Any, params: list[Tensor]) -> None:
-    # Dynamo looks at the parameters only to see that there are tensors in this function, or it would not trace it
+    # Dynamo traces only functions that have tensors among their arguments.
     if torch.compiler.is_compiling():
         trace_step(optimizer)
     else:

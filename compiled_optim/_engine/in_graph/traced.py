@@ -19,14 +19,14 @@ from compiled_optim._engine.executions.memory import Memory
 from compiled_optim._engine.executions.state import count_tensor, make_state
 from compiled_optim._engine.executions.survey import Member, Values
 from compiled_optim._engine.executions.traced_lists import ScalarTable, arrange, numbers_of, update_parts
-from compiled_optim._engine.in_graph.counts import Counts
-from compiled_optim._engine.in_graph.handles import TOKEN, Handle, Inputs, operator, same
+from compiled_optim._engine.in_graph.counts import HostCounts
+from compiled_optim._engine.in_graph.handles import TOKEN, Handle, LiveInputs, operator, same
 from compiled_optim._engine.rule import evaluate, first_scalars
 from compiled_optim._engine.torch_private import dynamo
 
 
 class Layout(NamedTuple):
-    """What the operator must know of a graph; graphs name it by number, for all optimizers alike.
+    """What the operator has to know of a graph. Graphs name it by number, the same for all optimizers.
 
     ``members``: the parameters that are updated, by position; ``counted``: those whose steps the host counts, and
     ``row_of`` each of these.
@@ -42,16 +42,16 @@ _numbers: dict[Layout, int] = {}
 _layouts: list[Layout] = []
 
 
-class RuleInputs(Inputs):
-    """Of an optimizer that is not compiled: its state, too.
+class TracedState(LiveInputs):
+    """The inputs of an optimizer that is not compiled: its state is among them.
 
-    ``states`` are the dicts of the optimizer's own state, in the order of the parameters. One that a graph is the first
-    to need is made when that is traced, and becomes the optimizer's when it runs; until then it stands in ``_made``.
+    ``states`` are the dicts of the optimizer's own state, in the order of the parameters. State that does not exist yet
+    is made when a graph is traced, and becomes the optimizer's when that runs. Until then `_made` lists it.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self.states: list[dict[str, Any]] = []
-        self._counts = Counts((), torch.float32, [], [])
+        self._counts = HostCounts((), torch.float32, [], [])
         self._groups: list[int] = []  # of each parameter
         self._left: list[list[Any]] = []  # the last snapshot
         self._made: set[int] = set()
@@ -60,14 +60,14 @@ class RuleInputs(Inputs):
         self._share_memory = False
         super().__init__(optimizer)
 
-    def look(self) -> bool:
+    def refresh(self) -> bool:
         optimizer = self.optimizer
-        changed = super().look()
+        changed = super().refresh()
         shared, self._share_memory = self._share_memory, self._look_for_shared_memory(optimizer)
         if changed or shared != self._share_memory or not all(map(same, self._snapshot(optimizer), self._left)):
             had = set() if changed else self._counts.placed
             self._gather(optimizer)
-            self._make(had, _switches(optimizer))  # what was taken away is made again, for graphs take it in
+            self._make(had, _switches(optimizer))  # graphs take in this state, so what was removed is made again
         return changed
 
     def _look_for_shared_memory(self, optimizer: Any) -> bool:
@@ -77,7 +77,7 @@ class RuleInputs(Inputs):
         return any(self._memory.turns(written, [TOKEN if g is None else g for g in read]))
 
     def _snapshot(self, optimizer: Any) -> list[list[Any]]:
-        """The dicts of the state, and what they hold of a few names: whoever replaces or empties one changes that."""
+        """The dicts of the state and a few of their values, which change whenever somebody replaces or empties one."""
         live = [*optimizer.state.values()]
         names = optimizer.declaration.counts or optimizer.declaration.buffers
         return [live, *([state.get(name) for state in live] for name in names)]
@@ -90,20 +90,20 @@ class RuleInputs(Inputs):
         on_host = [i for i, g in enumerate(self._groups) if not groups[g].get("capturable")]
         names = optimizer.declaration.counts if on_host else ()
         dtype = count_tensor(torch.empty((), device="cpu"), {}, 0.0).dtype
-        self._counts = Counts(names, dtype, self._groups, self.states)
+        self._counts = HostCounts(names, dtype, self._groups, self.states)
         self._cannot = "" if set(map(type, params)) <= set(PLAIN) else "a tensor subclass"
-        if self._share_memory:  # as a parameter that is listed twice does
+        if self._share_memory:  # or a parameter is listed twice
             self._cannot = "tensors that share memory"
             return
         for i in on_host:
             if self.states[i] and all(self.states[i].get(name) is not None for name in names):
-                self._counts.place(i)
+                self._counts.adopt(i)
 
     def guarded(self) -> list[Any]:
         guarded, optimizer = super().guarded(), self.optimizer
         switches = _switches(optimizer)
         if not any(self.states):
-            # a graph of another instance, perhaps, which takes in the state of all that is trained
+            # It may be the graph of another instance, which takes in the state of all trained parameters.
             self._make([i for i, p in enumerate(self.params) if p.requires_grad], switches)
         capturable = [bool(group.get("capturable")) for group in optimizer.param_groups]
         return [*guarded, self._cannot, switches, capturable, self._counts.are_equal()]
@@ -122,12 +122,12 @@ class RuleInputs(Inputs):
             if declaration.buffers.keys() & made:
                 self._counts.fresh.add(i)
             if made and not work.groups[group].get("capturable"):
-                self._counts.place(i)
+                self._counts.adopt(i)
         self._left = self._snapshot(self.optimizer)
 
     @dynamo.constant_in_graphs
     def refuses(self) -> bool:
-        """Whether this step cannot be traced, and is an operator nevertheless."""
+        """Whether this step cannot be traced and has to be an operator."""
         optimizer = self.optimizer
         work = optimizer._work()
         sparse = not optimizer.accepts_dense or any(p.grad is not None and p.grad.is_sparse for p in self.params)
@@ -143,7 +143,7 @@ class RuleInputs(Inputs):
                     if state.get(name) is not None:
                         checks.check_buffer(work, p, name, state[name], p.shape)
         except Exception:
-            return True  # and raises when it runs, if it still concerns what is updated then
+            return True  # the operator raises when it runs, if the error still holds then
         return False
 
     @dynamo.constant_in_graphs
@@ -192,12 +192,12 @@ class RuleInputs(Inputs):
         carried = [evaluated[row][1] for row in layout.row_of] if optimizer.declaration.carried else ()
         self._counts.advance(layout.counted, carried)
         if self._made:
-            self._give(optimizer, layout.members)
+            self._publish_state(optimizer, layout.members)
         optimizer._stepped()
         return table
 
-    def _give(self, optimizer: Any, members: tuple[int, ...]) -> None:
-        """The state that was made becomes the optimizer's."""
+    def _publish_state(self, optimizer: Any, members: tuple[int, ...]) -> None:
+        """Gives the optimizer the state that was made for it."""
         for i in self._made.intersection(members):
             optimizer.state[self.params[i]] = self.states[i]
         self._made.difference_update(members)
@@ -205,7 +205,7 @@ class RuleInputs(Inputs):
 
 
 def _switches(optimizer: Any) -> list[tuple[bool, ...]]:
-    """Of each param group; a number that is a tensor is on, for its device may have to be waited for."""
+    """Switches per param group. A tensor counts as on, because reading it could block on its device."""
     names = optimizer.declaration.switch_type._fields
     groups = optimizer.param_groups
     return [tuple([isinstance(v, Tensor) or bool(v) for v in map(group.__getitem__, names)]) for group in groups]
@@ -223,8 +223,8 @@ def count(
     return inputs.run(lambda: inputs.count(_layouts[layout]), (hyper, inputs.hyper))  # type: ignore[no-any-return]
 
 
-def trace(optimizer: Any, inputs: RuleInputs) -> bool:
-    """The step, if there is any gradient; traced by Dynamo."""
+def trace(optimizer: Any, inputs: TracedState) -> bool:
+    """The step, if there is any gradient. Dynamo traces this function."""
     present = tuple([p.grad is not None for p in inputs.params])
     if not any(present):
         return False
