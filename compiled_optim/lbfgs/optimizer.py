@@ -339,7 +339,7 @@ class _Execution:
         return ""
 
 
-# with the hooks, and an entry in the profiler
+# runs the hooks and makes an entry in the profiler
 _observed_step = torch.optim.Optimizer.profile_hook_step(LBFGS._step)
 _step_outside_graphs = dynamo.outside_graphs(LBFGS._run_step)
 

@@ -25,7 +25,7 @@ from compiled_optim._engine.torch_private import inductor, version
 
 # The types of devices that torch.compile makes good kernels for. Parameters on others are updated eagerly.
 GRAPH_DEVICES = ("cuda", "xpu")
-_KEPT_REASONS = 19  # and the newest
+_KEPT_REASONS = 19  # besides the newest
 
 
 def _scalar_names(work: Work, choices: list[Group]) -> list[tuple[str, ...]]:
@@ -42,7 +42,7 @@ def _scalar_names(work: Work, choices: list[Group]) -> list[tuple[str, ...]]:
 
 
 class Execution:
-    """How one optimizer steps. It holds no reference to it, and is made anew in a copy.
+    """How one optimizer steps. It holds no reference to the optimizer, and a copy of that makes its own.
 
     ``reason``: why the last step ran eagerly, if it did; ``rebuilt``: why the last plans were made.
     """
@@ -57,7 +57,7 @@ class Execution:
         self._choices: list[Group] = []
         self._options: list[Any] = []  # as read from the param groups
         self._scalar_names: list[tuple[str, ...]] = []  # of each param group
-        self._pairs: list[Counts] = []  # what the next step is expected to ask for
+        self._pairs: list[Counts] = []  # whose scalars the next step is expected to need
         self._kernels: dict[Signature, Kernel] = {}
         self._fallback = Fallback()
         self._lowering = ""
@@ -92,7 +92,7 @@ class Execution:
         off = self._fallback.reason() or version.unsupported_version() or not work.rule.elementwise
         if off or self.plan is not None or self._choose_lowering(work) != "multi_tensor":
             return
-        with suppress(Exception):  # of an option that is no number, say: the step raises it, and no trace is around it
+        with suppress(Exception):  # the step will raise it, where no graph is traced around it
             choices = work.read()
             registry.prefetch(expected(work, choices, _scalar_names(work, choices)))
 
@@ -133,7 +133,7 @@ class Execution:
         rest: list[Callable[[], Any]] = []
         foreseen = True
         try:
-            for _ in range(3):  # at worst: the plan is stale, the new one needs other scalars, and has them
+            for _ in range(3):  # at worst the plan is stale, the new one needs other scalars, and then runs
                 if plan is None:
                     return
                 rest = self._prepare_rest(work, plan)
@@ -150,7 +150,7 @@ class Execution:
             self._drop_plan(work)
             raise
         declaration = work.rule.declaration
-        if declaration.carried:  # rounded by the tensors that carry it: what the next step needs, it will say
+        if declaration.carried:  # their tensors round them, so the next step has to say which values it has
             self._pairs = []
         else:
             counted = bool(declaration.counts)
@@ -192,7 +192,7 @@ class Execution:
             options, old = values(group), self._choices[i]
             try:
                 equal = options == self._options[i]
-            except (RuntimeError, ValueError):  # of arrays, which answer for each element
+            except (RuntimeError, ValueError):  # arrays compare element by element
                 equal = False
             if old.has_tensors or not equal:
                 self._options[i], self._choices[i] = options, work.rule.declaration.read(group)
@@ -242,6 +242,6 @@ class Execution:
             lists.step(work)
             return None
         self.rebuilt = [*self.rebuilt[-_KEPT_REASONS:], why]
-        for launch in plan.launches:  # where a kernel came from is told of the first plan that used it
+        for launch in plan.launches:  # explain tells where a kernel came from when it was first used
             launch.kernel = self._kernels.setdefault(launch.kernel.signature, launch.kernel)
         return plan

@@ -137,7 +137,7 @@ class LiveInputs:
 
     @dynamo.constant_in_graphs
     def changes_gradients(self) -> bool:
-        """Whether a step may change gradients, by hooks or by scaling. Operators do not declare that they write them."""
+        """Whether a step may change gradients, by hooks or by scaling. Operators do not declare that they do."""
         return self._changes_gradients()
 
     @dynamo.constant_in_graphs

@@ -25,14 +25,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-Form = tuple[Any, ...]  # of strings and forms
+Form = tuple[Any, ...]  # nested tuples of strings
 
 _ATOMS = {bool, int, float, complex, str, bytes, type(None), type(...), slice}
 _ATOMS |= {torch.dtype, torch.device, torch.layout, torch.memory_format}
 _CONTAINERS = {tuple, list, dict, set, frozenset}
-_LARGEST = 64  # of a container: it is read in every step
+_LARGEST = 64  # elements of a container, because it is read again in every step
 _LIBRARIES = {"torch", "builtins", "math", "cmath", "operator", "_operator", "_functools", "itertools"}
-# what they return depends on more than their arguments, or is more than a value
+# What these return depends on more than their arguments, or is more than a value.
 _IMPURE = {"compile", "eval", "exec", "globals", "hash", "id", "input", "locals", "open", "vars", "__import__"}
 _PLAIN_LOOKUP: tuple[Any, ...] = (object.__getattribute__, SimpleNamespace.__getattribute__)
 _MISSING = object()
@@ -55,7 +55,7 @@ def is_of_package(module: Any) -> bool:
 
 
 def references(function: Any) -> Form:
-    """What a function is and refers to. Two forms are equal if it does the same.
+    """A function and what it refers to. If two forms are equal, both functions do the same.
 
     Raises:
         UnknownReferenceError: for objects, for functions of other libraries, for what a function imports or assigns.
@@ -90,7 +90,7 @@ def _form(value: Any, seen: dict[Any, str]) -> Form:
         raise UnknownReferenceError(f"which is a {kind.__name__}")
     if len(value) > _LARGEST:
         raise UnknownReferenceError(f"which is a {kind.__name__} of more than {_LARGEST} values")
-    if kind in (list, dict):  # which may contain themselves
+    if kind in (list, dict):  # they may contain themselves
         if id(value) in seen:
             return "again", seen[id(value)]
         seen[id(value)] = str(len(seen))
@@ -100,14 +100,14 @@ def _form(value: Any, seen: dict[Any, str]) -> Form:
 
 def _library_name(value: Any) -> str:
     """The name of what torch and Python define, or an empty string."""
-    if isinstance(value, torch.no_grad | torch.enable_grad):  # in what their decorators make of a function
+    if isinstance(value, torch.no_grad | torch.enable_grad):  # found in a function that they decorate
         value = type(value)
     if isinstance(value, FunctionType):
         module = None if value.__closure__ else value.__globals__.get("__name__")
     elif isinstance(value, MethodDescriptorType):
         module = value.__objclass__.__module__
     elif isinstance(value, BuiltinFunctionType | type):
-        # a method of an object depends on that
+        # a bound method depends on its object
         bound = getattr(value, "__self__", None) if isinstance(value, BuiltinFunctionType) else None
         module = value.__module__ if bound is None or isinstance(bound, ModuleType | type) else None
     else:
@@ -141,14 +141,14 @@ def _function(function: Any, seen: dict[Any, str], *bound: Any) -> Form:
         if where == "argument":
             value = bound[0]
         elif where == "cell":
-            with suppress(ValueError):  # of a variable that has no value yet
+            with suppress(ValueError):  # the variable may have no value yet
                 value = cells[name].cell_contents
         else:
             value = function.__globals__.get(name, function.__builtins__.get(name, _MISSING))
         try:
             for attribute in attributes:
                 if type(value) in _ATOMS or type(value) in _CONTAINERS or _library_name(value):
-                    break  # whose attributes follow from what it is
+                    break  # its attributes follow from the value
                 value = _attribute(value, attribute)
             parts.append(("missing",) if value is _MISSING else _form(value, seen))
         except UnknownReferenceError as error:
@@ -203,7 +203,7 @@ class _Code(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _analyse(code: CodeType) -> _Code:
-    import dis  # here, for a warm start reads no bytecode
+    import dis  # not at the top, because a warm start reads no bytecode
 
     inner = [_analyse(c) for c in code.co_consts if isinstance(c, CodeType)]
     problem = next((c.problem for c in inner if c.problem), "")
@@ -213,7 +213,7 @@ def _analyse(code: CodeType) -> _Code:
     reads += [list(read) for read in cells if read[1] in code.co_freevars]
     if first in code.co_cellvars:
         reads.append(["argument", str(first)])
-    extended: list[str] | None = None  # the read of the instruction before
+    extended: list[str] | None = None  # what the instruction before has read
     for instruction in dis.get_instructions(code):
         name, argument = instruction.opname, instruction.argval
         if name == "EXTENDED_ARG":
@@ -237,7 +237,7 @@ def _analyse(code: CodeType) -> _Code:
     constants = [_form(c, {}) for c in code.co_consts if not isinstance(c, CodeType)]
     names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
     counts = (code.co_flags, code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
-    handlers = getattr(code, "co_exceptiontable", b"")  # of Python 3.11
+    handlers = getattr(code, "co_exceptiontable", b"")  # since Python 3.11
     content = (code.co_code, handlers, constants, [c.digest for c in inner], names, counts)
     digest = hashlib.sha256(repr(content).encode()).hexdigest()
     return _Code(digest, tuple(dict.fromkeys(map(tuple, reads))), problem)

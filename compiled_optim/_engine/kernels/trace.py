@@ -58,7 +58,7 @@ class Traced(inductor.FlatGraph):
 
 
 def trace(signature: Signature, device: str = "cpu") -> Traced:
-    """Traces the rule on fake tensors; the results are copied into the inputs, as the last nodes of the graph.
+    """Traces the rule on fake tensors. The last nodes of the graph copy the results into the inputs.
 
     Raises:
         inductor.UntraceableError: if the rule raises, or if it is a user's and its trace does something else.
@@ -76,7 +76,7 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
     scalar_dtypes = [signature.scalar_dtype] * len(signature.scalars)
     try:
         graph, mode, inputs = inductor.trace_flat(body, list(signature.flat_dtypes), scalar_dtypes, device)
-    except Exception as error:  # of a user's rule, or of private parts
+    except Exception as error:  # from a user's rule, or from private parts of torch
         raise _untraceable(signature, f"raised {_brief(error)} while it was traced") from error
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
@@ -95,14 +95,14 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
     return traced
 
 
-# ---- a user's rule may look at shapes, at lengths or at other elements, write to its inputs, and count its calls
+# ---- whether a user's rule is elementwise: it may look at shapes or other elements, write to inputs or count its calls
 
 _SHAPES = ((6,), (2, 3), (), (1, 2, 3), (1, 1, 2, 3), (1, 1, 1, 2, 3), (1,))
 _TRIALS = (2.0, 1.0, 20.0)  # the first with every shape
 
 
 def _try(traced: Traced) -> None:
-    """Has the rule update small tensors of several shapes, and its trace each of their elements.
+    """Compares the rule on small tensors of several shapes with its trace on each of their elements.
 
     Raises:
         inductor.UntraceableError: if they differ, or if the rule changes anything else than what it returns.
@@ -119,7 +119,7 @@ def _try(traced: Traced) -> None:
                 raise _untraceable(signature, f"raised {_brief(error)} when it was tried") from error
             if expected is None:
                 raise _untraceable(signature, "writes to its inputs in place")
-            # element by element, for in a launch an update has no other
+            # Element by element, because in a launch an update sees one element only.
             given = zip(*(torch.split(t.flatten(), 1) for t in _sample(signature, shape)), strict=True)
             columns = zip(*(_run_trace(traced, [*map(Tensor.clone, ts)], scalars) for ts in given), strict=True)
             actual = [torch.cat(column) for column in columns]
@@ -148,7 +148,7 @@ def _run_rule(signature: Signature, values: list[Tensor], scalars: list[float]) 
 
     try:
         new, new_state = run(float)
-    except TypeError:  # of an operand that must be a tensor, as that of `maximum`
+    except TypeError:  # an operand may have to be a tensor, as for `maximum`
         new, new_state = run(lambda k: torch.tensor(k, dtype=signature.scalar_dtype, device="cpu"))
     results = [new, *(new_state[name] for name in signature.buffers)]
     if not all(map(torch.equal, values, kept)):
