@@ -13,21 +13,24 @@ from torch import Tensor
 
 from compiled_optim._engine.executions.program import Program, record
 from compiled_optim._engine.executions.state import Journal, withdraw
+from compiled_optim._engine.executions.steady import again, remember
 from compiled_optim._engine.executions.survey import (
     Member,
     Scalars,
     Values,
     advance,
+    advance_counts,
     commit,
     in_order,
     look,
+    touch_listed,
 )
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.rule import Rule, apply, arithmetic_dtype, check_numbers, evaluate
 from compiled_optim._engine.values import TensorList
 
 # Of the lists that are updated at once: it bounds the temporaries of a step on CPU, and keeps them in cache.
-CHUNK_ELEMENTS = 1 << 17
+CHUNK_ELEMENTS = 1 << 18
 
 
 class Batch(NamedTuple):
@@ -42,7 +45,25 @@ class Batch(NamedTuple):
 
 def step(work: Work) -> None:
     """One eager step."""
-    prepare(work)()
+    if work.defaults.get("differentiable") or any(group.get("capturable") for group in work.groups):
+        prepare(work)()
+        return
+    choices, rule = work.read(), work.rule
+    switches = [choice.switches for choice in choices]
+    found = again(work, switches)
+    if found is None:
+        prepare(work)()
+        return
+
+    def scalars(group: int, counts: Sequence[Any]) -> Values:
+        return evaluate(rule, choices[group].hyper, counts)
+
+    with torch.no_grad():
+        single = [group.get("foreach") is False for group in work.groups]
+        updates = [
+            Lists(group, columns, counts, *scalars(group, at), single[group]) for group, columns, counts, at in found
+        ]
+        run_lists(rule, updates, switches, scalars)
 
 
 def prepare(work: Work, only: Iterable[tuple[int, Tensor]] | None = None) -> Callable[[], None]:
@@ -61,6 +82,8 @@ def prepare(work: Work, only: Iterable[tuple[int, Tensor]] | None = None) -> Cal
     def scalars(group: int, counts: Sequence[Any]) -> Values:
         return evaluate(rule, choices[group].hyper, counts)
 
+    if only is None and not differentiable and not any(capturable):
+        remember(work, switches, updates)
     with torch.no_grad():
         one_by_one = [group.get("foreach") is False for group in groups]
         found = [] if differentiable else batches(updates, scalars, one_by_one, capturable)
@@ -90,9 +113,20 @@ def batches(updates: list[Member], scalars: Scalars, one_by_one: list[bool], cap
     """
     found = []
     for members, values, turn in in_order(updates, scalars, capturable):
-        known, after = values or (on_device(members, scalars) if turn == 0 else (None, ()))
+        known, after = values or (on_device(members[0].group, counts_of(members), scalars) if turn == 0 else (None, ()))
         found.append(Batch(members, known, after, one_by_one[members[0].group]))
     return found
+
+
+class Lists(NamedTuple):
+    """The tensors of a batch: ``columns`` are parameters, gradients and each buffer."""
+
+    group: int
+    columns: list[list[Tensor]]
+    counts: list[list[Tensor]]
+    scalars: dict[str, Any] | None
+    carried: Sequence[Any]
+    single: bool
 
 
 class Update(NamedTuple):
@@ -107,38 +141,51 @@ class Update(NamedTuple):
 
 
 def run(rule: Rule, found: list[Batch], switches: list[Any], scalars: Scalars) -> None:
-    """Updates parameters and state in place. The rule is recorded for all batches before anything is written."""
-    programs = [_record(rule, batch, switches) for batch in found]
-    for (members, values, carried, single), program in zip(found, programs, strict=True):
-        known, after = (values, carried) if values is not None else on_device(members, scalars)
-        update = Update(rule, switches[members[0].group], members[0].buffers, known, program, single)
-        if members[0].grad.is_sparse:
-            for u in members:
-                run_rows(update, u)
+    """Updates parameters and state in place."""
+    lists = []
+    for members, values, carried, single in found:
+        first = members[0]
+        columns = [[u.param for u in members], [u.grad for u in members]]
+        columns += [[u.state[name] for u in members] for name in first.buffers]
+        lists.append(Lists(first.group, columns, counts_of(members), values, carried, single))
+    run_lists(rule, lists, switches, scalars)
+    for members, *_ in found:
+        touch_listed(members)
+
+
+def run_lists(rule: Rule, found: list[Lists], switches: list[Any], scalars: Scalars) -> None:
+    """The rule is recorded for all lists before anything is written."""
+    programs = [_record(rule, switches[lists.group], lists) for lists in found]
+    for (group, columns, counts, values, carried, single), program in zip(found, programs, strict=True):
+        known, after = (values, carried) if values is not None else on_device(group, counts, scalars)
+        on = switches[group]
+        update = Update(rule, on, rule.declaration.kept(on), known, program, single)
+        if columns[1][0].is_sparse:
+            for tensors in zip(*columns, strict=True):
+                run_rows(update, list(tensors))
         else:
-            run_bucket(update, _columns(members))
-        advance(members, after)
+            run_bucket(update, columns)
+        advance_counts(counts, after)
 
 
-def on_device(members: list[Member], scalars: Scalars) -> Values:
+def counts_of(members: list[Member]) -> list[list[Tensor]]:
+    return [[u.state[name] for u in members] for name in members[0].counts]
+
+
+def on_device(group: int, counts: list[list[Tensor]], scalars: Scalars) -> Values:
     """The scalars of counts that only their device may read: what depends on them is a list of 0-d tensors."""
-    step, *carried = (torch.stack([u.state[name] for u in members]) for name in members[0].counts)
-    values, after = scalars(members[0].group, (step + 1, *carried))
+    step, *carried = map(torch.stack, counts)
+    values, after = scalars(group, (step + 1, *carried))
     return {k: TensorList(v.unbind()) if isinstance(v, Tensor) and v.dim() else v for k, v in values.items()}, after
 
 
-def _record(rule: Rule, batch: Batch, switches: list[Any]) -> Program | None:
+def _record(rule: Rule, on: Any, lists: Lists) -> Program | None:
     """None for a rule on whole tensors, and where a rule or its scalars hold tensors."""
-    first, values = batch.members[0], batch.scalars
+    values = lists.scalars
     if not rule.elementwise or values is None or any(isinstance(v, TensorList) for v in values.values()):
         return None
-    tensors = [first.param, first.grad, *(first.state[name] for name in first.buffers)]
-    return record(rule, switches[first.group], [t.dtype.to_real() for t in tensors], first.param.device, values)
-
-
-def _columns(members: list[Member]) -> list[list[Tensor]]:
-    columns = [[u.param for u in members], [u.grad for u in members]]
-    return columns + [[u.state[name] for u in members] for name in members[0].buffers]
+    first = [column[0] for column in lists.columns]
+    return record(rule, on, [t.dtype.to_real() for t in first], first[0].device, values)
 
 
 def run_bucket(update: Update, columns: list[list[Tensor]]) -> None:
@@ -161,7 +208,7 @@ def run_bucket(update: Update, columns: list[list[Tensor]]) -> None:
 
 def _parts(columns: list[list[Tensor]], single: bool) -> Iterator[list[list[Tensor]]]:
     """Columns of about CHUNK_ELEMENTS, for which large tensors are cut where they are contiguous."""
-    sizes = [t.numel() for t in columns[0]]
+    sizes = [*map(Tensor.numel, columns[0])]
     if not single and (columns[0][0].device.type != "cpu" or sum(sizes) <= CHUNK_ELEMENTS):
         yield columns
         return
@@ -189,10 +236,9 @@ def run_value(rule: Rule, on: Any, value: list[Any], buffers: tuple[str, ...], s
         tensor.copy_(new_state[name])
 
 
-def run_rows(update: Update, u: Member) -> None:
+def run_rows(update: Update, tensors: list[Tensor]) -> None:
     """A sparse gradient. Where the rule leaves a row without gradient as it is, only the touched rows are visited."""
-    grad = u.grad.coalesce()
-    tensors = [u.param, *(u.state[name] for name in u.buffers)]
+    grad = tensors.pop(1).coalesce()
     if not update.rule.keeps_untouched_rows(update.on):
         run_bucket(update, [[tensors[0]], [grad.to_dense()], *([t] for t in tensors[1:])])
         return

@@ -5,11 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 from torch import Tensor
 
-_is_sparse = attrgetter("is_sparse")
+_is_sparse, _first = attrgetter("is_sparse"), itemgetter(0)
 Span = tuple[int, int, int, bool]  # begin and end in bytes, the index of the update, whether the update writes it
 
 
@@ -44,7 +44,7 @@ class Memory:
         Raises:
             ShortStorageError: for a tensor whose storage was resized and does not hold it any more.
         """
-        addresses = [*_addresses([*chain(*written)]), *[row[0].numel() for row in written]]
+        addresses = [*_addresses([*chain(*written)]), *map(Tensor.numel, map(_first, written))]
         if addresses != self._written:
             self._sort(written)
             self._written, self._read = addresses, []

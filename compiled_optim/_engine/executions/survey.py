@@ -40,6 +40,7 @@ from compiled_optim._engine.torch_private import tensor_parts
 
 _gradient = attrgetter("grad")
 _is_none = partial(is_, None)
+_ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
 # of a param group and counts, as `rule.evaluate` returns them
 Values = tuple[dict[str, Any], tuple[Any, ...]]
@@ -249,24 +250,36 @@ def _left(u: Member, values: Sequence[Any]) -> dict[int, float]:
 
 
 def advance(members: list[Member], carried: Sequence[Any] | None) -> None:
-    """Counts a step.
+    """Advances the counts.
 
     Args:
-        carried: what `scalars` carries on, each a number, or a tensor with one for each member; None if a graph has
-            counted the step.
+        carried: the carried scalars, each a number or a tensor with an element per member; None if a graph has counted
+            the step.
     """
-    for name, value in () if carried is None else zip(members[0].counts, (None, *carried), strict=False):
-        counts = [u.state[name] for u in members]
-        if value is None:
+    if carried is not None:
+        advance_counts([[u.state[name] for u in members] for name in members[0].counts], carried)
+    touch_listed(members)
+
+
+def touch_listed(members: list[Member]) -> None:
+    """Counts the change of a shard in the version of its DTensor."""
+    for u in members:
+        if u.listed is not u.param:
+            increment_version(u.listed)
+
+
+def advance_counts(columns: Sequence[list[Tensor]], carried: Sequence[Any]) -> None:
+    """The same for lists of step counts and of each carried state."""
+    for counts, value in zip(columns, (None, *carried), strict=False):
+        if value is None and counts[0].is_cpu:
+            torch._foreach_add_(counts, _ONE, alpha=1.0)  # four times faster than a number
+        elif value is None:
             torch._foreach_add_(counts, 1)
         elif isinstance(value, Tensor):
             torch._foreach_copy_(counts, value.detach().expand(len(counts)).unbind())
         else:
             for count in counts:
                 count.fill_(value)
-    for u in members:
-        if u.listed is not u.param:
-            increment_version(u.listed)
 
 
 def commit(work: Work, choices: list[Group], members: Iterable[Member], journal: Journal) -> None:

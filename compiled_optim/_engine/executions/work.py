@@ -25,6 +25,7 @@ class Work:
     defaults: dict[str, Any]
     memory: Memory
     substitutes: dict[Tensor, Tensor] | None = None
+    steady: Any = None  # what the last eager step found
 
     def gradient(self, p: Tensor) -> Tensor | None:
         if self.substitutes is None or p not in self.substitutes:
