@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from beside_torch import assert_equal, parameter
 from torch import Tensor
 
 from compiled_optim import LBFGS
@@ -51,7 +52,7 @@ class Run:
 
     def __init__(self, loss: Loss, values: Sequence[Tensor], build: Callable[[list[Any]], Any]) -> None:
         self.loss = loss
-        self.params: list[Any] = [torch.nn.Parameter(v.detach().clone()) for v in values]
+        self.params: list[Any] = [parameter(v) for v in values]
         self.optimizer = build(self.params)
 
     def closure(self) -> Tensor:
@@ -69,7 +70,7 @@ class Run:
 
 
 def assert_alike(ours: Run, theirs: Run, atol: float = 1e-10) -> None:
-    torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=atol, equal_nan=True)
+    assert_equal(ours.values, theirs.values, atol)
 
 
 def pair(loss: Loss, compiled: bool, values: list[Any] | None = None, **options: Any) -> tuple[Run, Run]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import assert_equal, both, parameters, set_gradients, train
 from cases import CLASSES, rich_options
 from test_checkpoints import assert_frozen, frozen
 from torch import Tensor
-from training import assert_equal, both, parameters, set_gradients, train
 
 from compiled_optim import SGD, Adam, AdamW, Optimizer
 from compiled_optim._engine.executions import lists

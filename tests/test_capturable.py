@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import assert_same, parameter, state_of
 from cases import CLASSES, named, rich_options, with_all_numbers
-from lockstep import assert_same, parameter, state_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

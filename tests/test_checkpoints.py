@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import assert_equal, both, parameters, train
 from cases import ALL, CLASSES, IDS, KINDS, named, numbers_of, oracle, rich_options, tolerance
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from training import assert_equal, both, parameters, train
 
 from compiled_optim import SGD, Adam, AdamW, CompileError, Optimizer, cache_clear, cache_info, explain
 

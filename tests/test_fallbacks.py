@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import SHAPES, assert_equal, executions, parameters, train
+from beside_torch import MATRICES, assert_equal, executions, parameters, train
 
 import compiled_optim
 from compiled_optim import (
@@ -138,7 +138,7 @@ def test_it_falls_back_with_one_warning(words: list[str], monkeypatch: pytest.Mo
     assert [w for w in words if w not in messages[0]] == []
     assert reason in messages[0]
     assert reason.splitlines()[0] in str(explain(mine))
-    assert [row.tensors for row in explain(mine)] == [len(SHAPES)]
+    assert [row.tensors for row in explain(mine)] == [len(MATRICES)]
     assert cache_info().kernels == 0
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import MATRICES, assert_equal, both, executions, parameters, set_gradients
 from cases import CLASSES
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from training import SHAPES, assert_equal, both, executions, parameters, set_gradients
 
 from compiled_optim import SGD, AdamW
 
@@ -41,7 +41,7 @@ def test_a_closure_makes_the_gradients(compiled: bool, by_keyword: bool) -> None
             loss = optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
             assert isinstance(loss, torch.Tensor)
             assert loss.requires_grad
-    assert seen == [(True, [None] * len(SHAPES))] * 2
+    assert seen == [(True, [None] * len(MATRICES))] * 2
     assert_equal(ours, stock)
     assert set(executions(mine)) == {"multi_tensor" if compiled else "eager"}
 

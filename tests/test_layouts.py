@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lockstep import Lockstep, state_of, tensors
+from beside_torch import Lockstep, state_of, tensors
 from torch import Tensor
 
 from compiled_optim import SGD, Adam, CompileFallbackWarning, explain

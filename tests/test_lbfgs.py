@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import both, executions
 from minimizing import PROBLEMS, Loss, Run, assert_alike, initial, least_squares, network, pair, rosenbrock, waves
-from training import both, executions
 
 from compiled_optim import LBFGS
 

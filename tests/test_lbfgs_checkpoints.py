@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import both, executions
 from minimizing import Run, assert_alike, initial, network, pair
-from training import both, executions
 
 from compiled_optim import LBFGS
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import executions
 from minimizing import assert_alike, initial, least_squares, network, pair
-from training import executions
 
 from compiled_optim import CompileError, CompileFallbackWarning, explain
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import both
 from minimizing import Run, assert_alike, initial, least_squares, network, pair, rosenbrock
-from training import both
 
 from compiled_optim import LBFGS
 

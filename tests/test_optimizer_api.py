@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import assert_equal, both, executions, parameters, set_gradients, train
 from cases import CLASSES, numbers_of, oracle, sample
-from training import assert_equal, both, executions, parameters, set_gradients, train
 
 from compiled_optim import Adam, AdamW, Optimizer, explain
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import assert_same, state_of
 from cases import CLASSES, named, oracle, rich_options, with_all_numbers
-from lockstep import assert_same, state_of
 from torch import Tensor
 
 from compiled_optim import SGD, Adam, AdamW, Optimizer, explain

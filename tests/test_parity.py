@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import SHAPES, Lockstep, parameter, state_of, tensors
 from cases import (
     ALL,
     CLASSES,
@@ -25,7 +26,6 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lockstep import SHAPES, Lockstep, parameter, state_of, tensors
 from torch import Tensor
 
 Options = dict[str, Any]

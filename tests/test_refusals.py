@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lockstep import Lockstep, tensors
+from beside_torch import Lockstep, tensors
 from torch import Tensor
 
 from compiled_optim import SGD, Adam, CompileError, CompileFallbackWarning, explain

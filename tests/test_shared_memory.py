@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import Lockstep, assert_same, set_gradients
 from cases import CLASSES, oracle, rich_options, tolerance
-from lockstep import assert_same
 from torch import Tensor
 
 from compiled_optim import SGD, Adam, CompileError, CompileFallbackWarning, NAdam, SparseAdam, explain
@@ -27,7 +27,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class Pair:
+class Pair(Lockstep):
     """torch's loop over parameters, and ours compiled; each parameter is a view that ``views`` makes of one base."""
 
     def __init__(self, cls: Any, views: Callable[[Tensor], list[Tensor]], base: Tensor, **options: Any) -> None:
@@ -35,40 +35,22 @@ class Pair:
         torch.set_default_dtype(torch.float64)
         self.cls = cls
         self.bases = [base.clone(), base.clone()]
-        self.params = [[torch.nn.Parameter(v) for v in views(b)] for b in self.bases]
+        self.params = tuple([torch.nn.Parameter(v) for v in views(b)] for b in self.bases)
         loop = {"foreach": False} if cls.accepts_dense else {}
         theirs = oracle(cls)([{"params": [p]} for p in self.params[0]], **options, **loop)
-        self.optimizers = [theirs, cls([{"params": [p]} for p in self.params[1]], **options, compiled=True)]
-
-    @property
-    def ours(self) -> Any:
-        return self.optimizers[1]
-
-    def both(self, arrange: Arrange) -> None:
-        for optimizer, params in zip(self.optimizers, self.params, strict=True):
-            arrange(optimizer, params)
-
-    def give(self) -> None:
-        for theirs, ours in zip(*self.params, strict=True):
-            theirs.grad = torch.randn_like(theirs)
-            ours.grad = theirs.grad.clone()
+        self.optimizers = (theirs, cls([{"params": [p]} for p in self.params[1]], **options, compiled=True))
 
     def step(self, count: int = 1, arrange: Arrange = lambda optimizer, params: None) -> None:
         for _ in range(count):
-            self.give()
+            set_gradients(*self.params)
             self.both(arrange)
-            for optimizer in self.optimizers:
-                optimizer.step()
+            self.step_as_is()
             self.compare()
 
     def compare(self) -> None:
         rtol = tolerance(self.cls)
         assert_same(self.bases[1], self.bases[0], rtol, "base")
-        for i, (theirs, ours) in enumerate(zip(*self.params, strict=True)):
-            assert_same(ours, theirs, rtol, f"parameter {i}")
-            for name, value in self.optimizers[0].state[theirs].items():
-                if isinstance(value, Tensor):
-                    assert_same(self.ours.state[ours][name], value, rtol, f"{name} of parameter {i}")
+        super().compare(rtol)
 
     def is_compiled(self) -> bool:
         return {row.execution for row in explain(self.ours)} == {"multi_tensor"}
@@ -228,7 +210,7 @@ def test_a_sparse_gradient_whose_values_are_its_parameter() -> None:
 
 def refused(run: Pair, reason: str) -> None:
     before = [p.detach().clone() for p in run.params[1]]
-    run.give()
+    set_gradients(*run.params)
     with pytest.raises(CompileError, match=reason):
         run.ours.step()
     torch.testing.assert_close([p.detach() for p in run.params[1]], before, rtol=0, atol=0)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import Lockstep, assert_same, parameter, state_of, tensors
 from cases import CLASSES, oracle, with_all_numbers
-from lockstep import Lockstep, assert_same, parameter, state_of, tensors
 from torch import Tensor, nn
 
 import compiled_optim

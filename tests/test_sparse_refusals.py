@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import Lockstep, tensors
 from cases import CLASSES, oracle
-from lockstep import Lockstep, tensors
 from test_sparse import agree, coo, each_class, execution, random_rows, step
 from torch import Tensor, nn
 

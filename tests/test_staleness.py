@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lockstep import Lockstep, parameter, tensors
+from beside_torch import Lockstep, parameter, tensors
 from torch import Tensor
 
 from compiled_optim import SGD, Adam, explain

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import Lockstep, parameter, tensors
 from cases import CLASSES, KINDS, oracle, rich_options, taken, tolerance
-from lockstep import Lockstep, parameter, tensors
 from torch import Tensor
 
 SHAPES: list[tuple[int, ...]] = [(5, 7), (3, 4, 2, 2), (), (131,)]

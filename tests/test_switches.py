@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import SHAPES, assert_equal, executions, parameters, train
+from beside_torch import MATRICES, assert_equal, executions, parameters, train
 
 from compiled_optim import (
     SGD,
@@ -78,7 +78,7 @@ def test_lowerings_by_name(cls: type[Optimizer], options: dict[str, Any], loweri
     train(3, (mine, ours), (theirs, stock))
     assert_equal(ours, stock)
     assert executions(mine) == {lowering: ""}
-    assert sum(row.tensors for row in explain(mine)) == len(SHAPES)
+    assert sum(row.tensors for row in explain(mine)) == len(MATRICES)
 
 
 @pytest.mark.parametrize("value", ["maybe", "2", " 1", "on"])

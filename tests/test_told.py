@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import executions, parameters, set_gradients
 from cases import CLASSES, oracle
-from training import executions, parameters, set_gradients
 
 import compiled_optim
 from compiled_optim import LBFGS, Adam, AdamW, CompileFallbackWarning, Optimizer, cache_clear, explain

@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("torch.distributed.tensor", reason="this torch was built without torch.distributed")
 
+from beside_torch import assert_same
 from cases import CLASSES, oracle, tolerance
-from lockstep import assert_same
 from sharded import STEPS, Pair, parameter, whole
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh

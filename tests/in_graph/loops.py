@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from beside_torch import Lockstep
+from cases import oracle
 from torch import Tensor, nn
 
 _numbers = itertools.count()
@@ -73,46 +75,21 @@ def autograd_traced(on: bool = True) -> Iterator[None]:
         yield
 
 
-class Pair:
+class Pair(Lockstep):
     """Our optimizer in a compiled loop, and torch's in an uncompiled one, in double precision."""
 
     def __init__(self, cls: Any, options: dict[str, Any], fullgraph: bool = False) -> None:
         stock = {k: v for k, v in options.items() if k != "compiled"}
-        runs = (cls, options), (getattr(torch.optim, cls.__name__), stock)
-        built = [build(c, dtype=torch.float64, options=o) for c, o in runs]
-        self.models, self.optimizers = zip(*built, strict=True)
+        runs = (oracle(cls), stock), (cls, options)
+        self.models, self.optimizers = zip(*(build(c, dtype=torch.float64, options=o) for c, o in runs), strict=True)
+        self.params = tuple(model.trained for model in self.models)
         self._step = compile_alone(train, fullgraph=fullgraph)
         self._count = 0
-
-    @property
-    def ours(self) -> Any:
-        return self.optimizers[0]
 
     def step(self, count: int = 1, inside: bool = True) -> None:
         for _ in range(count):
             data = batch(self._count, dtype=torch.float64)
-            steps = (self._step if inside else train, train)
+            steps = (train, self._step if inside else train)
             for step, model, optimizer in zip(steps, self.models, self.optimizers, strict=True):
                 step(model, optimizer, None, *data)
             self._count += 1
-
-    def both(self, action: Callable[[Any], None]) -> None:
-        for optimizer in self.optimizers:
-            action(optimizer)
-
-    def each(self, action: Callable[[Any, Any], None]) -> None:
-        """Of a model and its optimizer."""
-        for model, optimizer in zip(self.models, self.optimizers, strict=True):
-            action(model, optimizer)
-
-    def compare(self, rtol: float = 1e-6) -> None:  # torch keeps some scalars of some algorithms in float32
-        for p, q in zip(self.models[0].trained, self.models[1].trained, strict=True):
-            torch.testing.assert_close(p, q, rtol=rtol, atol=1e-9)
-
-    def compare_state(self) -> None:
-        for p, q in zip(self.models[0].trained, self.models[1].trained, strict=True):
-            assert_same_state(self.optimizers[0].state.get(p, {}), self.optimizers[1].state.get(q, {}))
-
-
-def assert_same_state(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    torch.testing.assert_close(dict(sorted(ours.items())), dict(sorted(theirs.items())), rtol=1e-9, atol=1e-12)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import assert_same
 from cases import CLASSES, tolerance
-from lockstep import assert_same
 from loops import Model, autograd_traced, batch, build, compile_alone, train
 from torch import Tensor
 

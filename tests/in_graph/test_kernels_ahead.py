@@ -80,5 +80,5 @@ def test_without_a_compiler_the_step_says_so(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.warns(compiled_optim.CompileFallbackWarning, match="false"):
         pair.step()
     pair.step(2)
-    pair.compare()
+    pair.compare_parameters()
     assert [row.execution for row in compiled_optim.explain(pair.ours)] == ["eager"]

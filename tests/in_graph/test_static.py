@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside_torch import assert_same
 from cases import CLASSES, rich_options, with_all_numbers
-from lockstep import assert_same
 from loops import batch, build, compile_alone, train
 from torch import Tensor
 
