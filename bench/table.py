@@ -41,6 +41,20 @@ def steps(results: Results) -> Iterator[str]:
     yield from table(["step", *RIVALS, *ratios, "s to torch.compile"], rows)
 
 
+def eager(results: Results) -> Iterator[str]:
+    names = ["torch for-loop", "torch foreach", "ours eager"]
+    rows = [
+        [
+            label.replace("-", ", ", 1),
+            *(number(info["eager_milliseconds"][name]) for name in names),
+            ratio(info["ratio"]),
+        ]
+        for label, info in results
+        if "eager_milliseconds" in info
+    ]
+    yield from table(["eager step, only the import changed", *names, "ours / better of torch"], rows)
+
+
 def lbfgs(results: Results) -> Iterator[str]:
     names = ["torch", "ours eager", "ours compiled"]
     rows = [
@@ -124,7 +138,7 @@ def tables(report: dict[str, Any]) -> str:
         f"Median milliseconds, float32, everything included; all columns of a row in one run, in rotation, on the same "
         f"tensors. {machine}, 2 cores, a copy moves {first('copy_gigabytes_per_second')} GB/s. torch 2.13.0, CPU.",
     ]
-    for part in (steps, lbfgs, sparse, averages, loops, host, first_step):
+    for part in (steps, eager, lbfgs, sparse, averages, loops, host, first_step):
         lines += part(results)
     extra = first("extra_bytes") / 1024
     lines += [
