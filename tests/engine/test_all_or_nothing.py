@@ -9,7 +9,7 @@ import pytest
 import torch
 from beside_torch import assert_equal, both, parameters, set_gradients, train
 from cases import CLASSES, rich_options
-from test_checkpoints import assert_frozen, frozen
+from frozen import assert_frozen, frozen
 from torch import Tensor
 
 from compiled_optim import SGD, Adam, AdamW, Optimizer

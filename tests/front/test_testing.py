@@ -15,7 +15,7 @@ from compiled_optim import SGD, NAdam, Optimizer, SparseAdam, cache_clear
 from compiled_optim.declare import buffer, counter, number
 from compiled_optim.testing import assert_compiles, check
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ def test_random_changes_of_everything_around_a_step() -> None:
     options = ["--algorithms", "Momentum,AdamW,Adagrad,LBFGS,Average", "--dtypes", "float64,complex128"]
     result = subprocess.run(
         *([*command, *options],),
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=900,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from beside_torch import assert_equal, both, parameters, set_gradients, train
 from cases import CLASSES, KINDS, oracle, tolerance
-from test_checkpoints import assert_frozen, frozen, through_a_file
+from frozen import assert_frozen, frozen, through_a_file
 from torch import Tensor
 
 from compiled_optim import SGD, Adagrad, Adam, AdamW, Optimizer, Rprop

@@ -1,6 +1,6 @@
 """What users rely on by name: signatures, rows, environment variables, warnings. The snapshot changes on purpose only.
 
-python tests/test_public.py    writes it anew
+python tests/front/test_public.py    writes it anew
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import compiled_optim
 from compiled_optim.report import Row
 
-SNAPSHOT = Path(__file__).parent / "golden" / "public.json"
+SNAPSHOT = Path(__file__).parents[1] / "golden" / "public.json"
 MODULES = {
     "compiled_optim": compiled_optim.__all__,
     "compiled_optim.declare": ["number", "flag", "buffer", "carried", "counter"],

@@ -128,5 +128,5 @@ def test_a_subclass_that_declares_nothing_inherits_the_documentation() -> None:
 
 
 def test_the_program_that_type_checkers_check_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(Path(__file__).parent / "typing" / "user_script.py"))["main"]()
+    runpy.run_path(str(Path(__file__).parents[1] / "typing" / "user_script.py"))["main"]()
     assert "eager" in capsys.readouterr().out

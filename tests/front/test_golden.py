@@ -18,7 +18,7 @@ from torch import Tensor
 
 import compiled_optim
 
-ARCHIVES = sorted((Path(__file__).parent / "golden").glob("*.zip"))
+ARCHIVES = sorted((Path(__file__).parents[1] / "golden").glob("*.zip"))
 MEMBERS = [(path, Path(name).stem, Path(name).suffix) for path in ARCHIVES for name in zipfile.ZipFile(path).namelist()]
 
 

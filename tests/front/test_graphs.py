@@ -11,7 +11,7 @@ from compiled_optim import algorithms
 from compiled_optim._engine.torch_private import version
 from compiled_optim.graphs import records
 
-DIRECTORY = Path(__file__).parent.parent / "graphs"
+DIRECTORY = Path(__file__).parents[2] / "graphs"
 
 
 @pytest.mark.skipif(version.torch_version() != (2, 13), reason="the records are those of torch 2.13")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import pickle
 import pickletools
 from collections.abc import Callable
@@ -14,18 +13,12 @@ import pytest
 import torch
 from beside_torch import assert_equal, both, parameters, train
 from cases import ALL, CLASSES, IDS, KINDS, named, numbers_of, oracle, rich_options, tolerance
+from frozen import assert_frozen, frozen, through_a_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from compiled_optim import SGD, Adam, AdamW, CompileError, Optimizer, cache_clear, cache_info, explain
 
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def layout(optimizer: torch.optim.Optimizer) -> Any:
@@ -37,18 +30,6 @@ def layout(optimizer: torch.optim.Optimizer) -> Any:
     saved = optimizer.state_dict()
     state = {i: {k: describe(v) for k, v in s.items()} for i, s in saved["state"].items()}
     return state, [set(group) for group in saved["param_groups"]]
-
-
-def frozen(optimizer: torch.optim.Optimizer, params: list[Any]) -> Any:
-    """Everything that a failed step must not change."""
-    keys = [id(p) for p in optimizer.state]
-    return keys, copy.deepcopy([{**s} for s in optimizer.state.values()]), [p.detach().clone() for p in params]
-
-
-def assert_frozen(optimizer: torch.optim.Optimizer, params: list[Any], before: Any) -> None:
-    now = frozen(optimizer, params)
-    assert now[0] == before[0]
-    torch.testing.assert_close(now[1:], before[1:], rtol=0, atol=0)
 
 
 # ---- to torch and back
