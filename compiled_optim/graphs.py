@@ -27,7 +27,7 @@ def signatures() -> Iterator[tuple[str, Signature]]:
     """A file name and a kernel: of each algorithm in float32, with its defaults and with all its switches on."""
     for name in algorithms.__all__:
         cls: type[Optimizer] = getattr(algorithms, name)
-        declaration = cls.declaration
+        declaration = cls.rule.declaration
         defaults = declaration.check({})
         switches = {k: v for k, v in declaration.options.items() if v.switch and v.init}
         everything = {**defaults, **{k: True if isinstance(v, Flag) else 0.1 for k, v in switches.items()}}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import dataclass_transform
 
-from compiled_optim._engine.declaration import Declaration, coerce, take_fields
+from compiled_optim._engine.declaration import coerce, take_fields
 from compiled_optim._engine.documentation import Documentation
 from compiled_optim._engine.executions.checks import is_count, number_of
 from compiled_optim._engine.executions.dispatch import Execution
@@ -90,7 +90,6 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     foreach: bool | None = flag(default=None, kw_only=True)
     differentiable: bool = flag(default=False, kw_only=True)
 
-    declaration: ClassVar[Declaration]
     rule: ClassVar[Rule]
     accepts_sparse: ClassVar[bool] = False
     accepts_dense: ClassVar[bool] = True
@@ -104,16 +103,15 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         # a class that declares nothing new (a user's subclass, a framework's wrapper) keeps its parent's kernels
         if _OF_A_RULE.intersection(own) or any(v is not None for v in fields):
             cls.rule = Rule(cls)
-            cls.declaration = cls.rule.declaration
             if "__init__" not in own:
-                cls.__init__ = cls.declaration.constructor(cls.__qualname__)  # type: ignore[method-assign]
-                cls.__doc__ = Documentation(cls.declaration, cls.__doc__)  # type: ignore[assignment]
+                cls.__init__ = cls.rule.declaration.constructor(cls.__qualname__)  # type: ignore[method-assign]
+                cls.__doc__ = Documentation(cls.rule.declaration, cls.__doc__)  # type: ignore[assignment]
 
     def _construct(self, params: Any, options: dict[str, Any], compiled: bool | str) -> None:
         missing = [name for name in ("scalars", "update") if not hasattr(self, name)]
         if missing:
             raise TypeError(f"{type(self).__name__}: a rule needs `scalars` and `update`, and {missing} is not defined")
-        defaults = self.declaration.check(options)
+        defaults = self.rule.declaration.check(options)
         fused = bool(defaults.get("fused"))
         if compiled not in (False, True, "multi_tensor", "foreach"):
             raise ValueError(f"compiled must be False, True, 'multi_tensor' or 'foreach', got {compiled!r}")
@@ -122,7 +120,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             raise RuntimeError(f"{chosen} does not support differentiable=True: a kernel records no graph")
         if fused and defaults.get("foreach"):
             raise RuntimeError("fused=True and foreach=True cannot be combined")
-        self.validate(self.declaration.read(defaults).hyper)
+        self.validate(self.rule.declaration.read(defaults).hyper)
         torch.optim.Optimizer.__init__(self, params, defaults)
         self._compiled = compiled or fused
         if fused:
@@ -278,7 +276,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, field in self.declaration.options.items():
+            for name, field in self.rule.declaration.options.items():
                 if isinstance(field, Flag):
                     group.setdefault(name, field.default)
                     if not field.init:
@@ -293,7 +291,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     def _restore_counts(self, group: dict[str, Any]) -> None:
         """Makes tensors of counts that are numbers, or that torch's ``load_state_dict`` cast like moments."""
         for p in group["params"]:
-            for name in self.declaration.counts:
+            for name in self.rule.declaration.counts:
                 count = self.state.get(p, {}).get(name)
                 readable = p.is_meta or not (isinstance(count, Tensor) and count.is_meta)
                 if count is not None and not (name == "step" and is_count(count) and readable):
@@ -305,7 +303,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         try:
             optim.undecorated("add_param_group")(self, param_group)
             group = self.param_groups[-1]
-            group.update({name: coerce(group[name]) for name in self.declaration.options})
+            group.update({name: coerce(group[name]) for name in self.rule.declaration.options})
         except BaseException:
             del self.param_groups[count:]
             raise
@@ -314,7 +312,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         """Returns the state in torch.optim's layout, so that either library loads what the other saved."""
         saved: dict[str, Any] = optim.undecorated("state_dict")(self)
         for group in saved.get("param_groups", ()):
-            options = {k: v for k, v in group.items() if k in self.declaration.options and not isinstance(v, list)}
+            options = {k: v for k, v in group.items() if k in self.rule.declaration.options and not isinstance(v, list)}
             group.update({name: coerce(value) for name, value in options.items()})
         return saved
 
@@ -334,14 +332,14 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             try:
                 optim.undecorated("load_state_dict")(self, state_dict)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                declared = self.declaration
+                declared = self.rule.declaration
                 from compiled_optim._engine import checkpoint
 
                 raise checkpoint.problem(declared.name, declared.slots, state_dict) or error from None
             for group, tensors in zip(self.param_groups, kept, strict=True):
                 for name, tensor in tensors.items():
-                    if isinstance(self.declaration.options.get(name), Number) and name in group:
-                        (value,) = self.declaration.parts(name, group[name])
+                    if isinstance(self.rule.declaration.options.get(name), Number) and name in group:
+                        (value,) = self.rule.declaration.parts(name, group[name])
                         with torch.no_grad():
                             tensor.copy_(value.reshape(tensor.shape)) if isinstance(value, Tensor) else tensor.fill_(
                                 value

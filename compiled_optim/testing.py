@@ -109,7 +109,7 @@ def _told(case: str) -> Iterator[None]:
 
 
 def _every_switch(cls: type[Optimizer]) -> dict[str, Any]:
-    switches = {k: v for k, v in cls.declaration.options.items() if v.switch and v.init}
+    switches = {k: v for k, v in cls.rule.declaration.options.items() if v.switch and v.init}
     options: dict[str, Any] = {k: True if isinstance(v, Flag) else 0.1 for k, v in switches.items()}
     for left_out in (None, *options):  # switches may exclude each other
         chosen = {k: v for k, v in options.items() if k != left_out}
@@ -155,7 +155,7 @@ def _assert_equal(actual: Sequence[Tensor], expected: Sequence[Tensor], what: st
 
 
 def _reference(cls: type[Optimizer], options: dict[str, Any]) -> dict[str, Any]:
-    return {**options, "foreach": False} if "foreach" in cls.declaration.options else options
+    return {**options, "foreach": False} if "foreach" in cls.rule.declaration.options else options
 
 
 def _check_values(cls: type[Optimizer], options: dict[str, Any], compiled: Compiled) -> None:
@@ -186,7 +186,7 @@ def _check_kernels(cls: type[Optimizer], options: dict[str, Any]) -> None:
     with assert_compiles() as first:
         _train(optimizer, range(2))
     assert first.kernels <= 1, f"the first step compiled {first.kernels} kernels"
-    for name, field in cls.declaration.options.items():
+    for name, field in cls.rule.declaration.options.items():
         value = optimizer.param_groups[0][name]
         if isinstance(field, Number) and (value or not field.switch):
             changed: Any = tuple(v * 0.9 for v in value) if isinstance(value, tuple) else value * 0.9
@@ -224,7 +224,7 @@ def _check_layouts(cls: type[Optimizer], options: dict[str, Any]) -> None:
 
 
 def _check_ranges(cls: type[Optimizer]) -> None:
-    for name, field in cls.declaration.options.items():
+    for name, field in cls.rule.declaration.options.items():
         if not isinstance(field, Number):
             continue
         beyond = [field.low - 1] if field.low is not None else []

@@ -40,18 +40,18 @@ def tolerance(cls: type[compiled_optim.Optimizer]) -> float:
     dtype and takes the value of a step from there. Under the usual float32 its float64 updates are exact to float32's
     rounding only; ours, rounded in other places, cannot agree with them any better.
     """
-    return 1e-6 if cls.declaration.carried and torch.get_default_dtype() == torch.float32 else 1e-12
+    return 1e-6 if cls.rule.declaration.carried and torch.get_default_dtype() == torch.float32 else 1e-12
 
 
 def _kind_of_state(cls: type[compiled_optim.Optimizer]) -> tuple[bool, ...]:
     """What decides how the state of a class is made, checked and loaded, whatever its formula is."""
-    counts, carried = (bool(names) for names in (cls.declaration.counts, cls.declaration.carried))
+    counts, carried = (bool(names) for names in (cls.rule.declaration.counts, cls.rule.declaration.carried))
     return counts, carried, cls.accepts_dense, cls.accepts_sparse, cls.state_at_construction
 
 
 def _one_of_each_kind() -> list[type[compiled_optim.Optimizer]]:
     kinds: dict[tuple[bool, ...], type[compiled_optim.Optimizer]] = {}
-    for cls in sorted(CLASSES, key=lambda cls: -len(cls.declaration.slots)):  # those with most state come first
+    for cls in sorted(CLASSES, key=lambda cls: -len(cls.rule.declaration.slots)):  # those with most state come first
         kinds.setdefault(_kind_of_state(cls), cls)
     return list(kinds.values())
 
@@ -97,7 +97,7 @@ def sample(name: str, field: Number, fraction: float = 0.6) -> Any:
 
 
 def numbers_of(cls: type[compiled_optim.Optimizer]) -> dict[str, Number]:
-    return {k: v for k, v in cls.declaration.options.items() if isinstance(v, Number)}
+    return {k: v for k, v in cls.rule.declaration.options.items() if isinstance(v, Number)}
 
 
 def switch_sets(cls: type[compiled_optim.Optimizer]) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def switch_sets(cls: type[compiled_optim.Optimizer]) -> list[dict[str, Any]]:
 
     ``maximize`` negates the gradient before any rule sees it: it is on alone and with all others.
     """
-    fields = {k: v for k, v in cls.declaration.options.items() if v.init and v.switch and k != "maximize"}
+    fields = {k: v for k, v in cls.rule.declaration.options.items() if v.init and v.switch and k != "maximize"}
     on = {k: True if isinstance(v, Flag) else sample(k, v) for k, v in fields.items()}
     subsets = itertools.chain.from_iterable(itertools.combinations(on, n) for n in range(len(on) + 1))
     sets = [{k: on[k] for k in subset} for subset in subsets]
@@ -170,4 +170,4 @@ ALL = [(cls, options) for cls in CLASSES for options in option_sets(cls)]
 IDS = [f"{cls.__name__}-{named(options)}" for cls, options in ALL]
 FEW = [(cls, options) for cls in CLASSES for options in ({}, rich_options(cls))]
 # of narrower dtypes: a kernel takes seconds to compile, so all switches only where torch's fused kernels set the bar
-NARROW = [(cls, options) for cls, options in FEW if not options or "fused" in cls.declaration.options]
+NARROW = [(cls, options) for cls, options in FEW if not options or "fused" in cls.rule.declaration.options]

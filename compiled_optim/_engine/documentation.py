@@ -85,7 +85,7 @@ def _example(cls: Any) -> Iterator[str]:
     model, batch = "torch.nn.Linear(3, 1)", "torch.ones(2, 3)"
     if not cls.accepts_dense:
         model, batch = "torch.nn.Embedding(10, 3, sparse=True)", "torch.tensor([1, 4])"
-    lr = cls.declaration.options.get("lr")
+    lr = cls.rule.declaration.options.get("lr")
     yield ">>> import torch"
     yield f">>> from {module} import {cls.__name__}"
     yield f">>> model = {model}"

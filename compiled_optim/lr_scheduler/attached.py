@@ -162,7 +162,7 @@ class Attached:
                 is_narrow = isinstance(group["lr"], Tensor) and group["lr"].dtype != torch.float64
                 fits &= (function(steps) - lr).abs() <= (1e-5 if is_narrow else 1e-9) * max(abs(lr), abs(initial))
         places = steps[:-1][fits[:-1]].tolist()
-        if fits[-1] and "step" in optimizer.declaration.counts:
+        if fits[-1] and "step" in optimizer.rule.declaration.counts:
             places = [counted]
         name, before = type(schedule).__name__, schedule._steps_taken
         if places == [before]:

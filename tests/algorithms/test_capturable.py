@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compiled_optim import NAdam
 
-CAPTURABLE = [cls for cls in CLASSES if "capturable" in cls.declaration.options]
+CAPTURABLE = [cls for cls in CLASSES if "capturable" in cls.rule.declaration.options]
 EACH = [(cls, o) for cls in CAPTURABLE for o in ({}, with_all_numbers(cls, rich_options(cls)))]
 each = pytest.mark.parametrize(("cls", "options"), EACH, ids=[f"{c.__name__}-{named(o)}" for c, o in EACH])
 each_class = pytest.mark.parametrize("cls", CAPTURABLE, ids=lambda cls: cls.__name__)
@@ -166,7 +166,7 @@ def test_a_parameter_listed_twice(cls: Any) -> None:
 
 @pytest.mark.usefixtures("unrefused")
 @pytest.mark.parametrize(
-    "cls", [c for c in CAPTURABLE if "differentiable" in c.declaration.options], ids=lambda c: c.__name__
+    "cls", [c for c in CAPTURABLE if "differentiable" in c.rule.declaration.options], ids=lambda c: c.__name__
 )
 def test_differentiable(cls: Any) -> None:
     torch.set_default_dtype(torch.float64)

@@ -81,7 +81,7 @@ def test_arguments_are_bound_as_python_binds_them(cls: type[Optimizer]) -> None:
     with pytest.raises(TypeError, match="multiple values"):
         cls([p], 0.1, lr=0.1)
     positional = [n for n, v in inspect.signature(cls).parameters.items() if v.kind is v.POSITIONAL_OR_KEYWORD][1:]
-    values = [cls.declaration.options[n].default for n in positional]
+    values = [cls.rule.declaration.options[n].default for n in positional]
     assert cls([p], *values).defaults == cls([p]).defaults
     with pytest.raises(TypeError, match="positional"):
         cls([p], *values, True)

@@ -40,7 +40,7 @@ def steps(build: Any, g: Tensor, factors: tuple[float, ...], cls: Any) -> list[T
     for factor in factors:
         p.grad = taken(cls, g * factor)
         optimizer.step()
-        state = [v for k, v in optimizer.state.get(p, {}).items() if k in cls.declaration.buffers]
+        state = [v for k, v in optimizer.state.get(p, {}).items() if k in cls.rule.declaration.buffers]
         seen += [t.detach().double().clone() for t in (p, *state)]
     return seen
 
@@ -51,7 +51,7 @@ def steps(build: Any, g: Tensor, factors: tuple[float, ...], cls: Any) -> list[T
 def test_no_worse_than_torch(cls: Any, options: dict[str, Any], dtype: torch.dtype, compiled: bool) -> None:
     g = torch.tensor([s * m for m in MAGNITUDES for s in (1, -1)], dtype=torch.float64).to(dtype)
     eps = torch.finfo(dtype).eps
-    with_fused = [{"fused": True}] if "fused" in cls.declaration.options else []
+    with_fused = [{"fused": True}] if "fused" in cls.rule.declaration.options else []
     for varied in decays(cls, options):
         for factors in FACTORS:
             torch.set_default_dtype(torch.float64)  # of it is what torch carries from step to step
@@ -99,7 +99,7 @@ def test_what_heals_in_torch_heals(cls: Any, options: dict[str, Any], bad: float
                 optimizer.step()
                 if not math.isfinite(g):
                     p.data.fill_(1.0)
-            state = {"param": p, **{k: v for k, v in optimizer.state[p].items() if k in cls.declaration.buffers}}
+            state = {"param": p, **{k: v for k, v in optimizer.state[p].items() if k in cls.rule.declaration.buffers}}
             finite.append({k: bool(v.isfinite().all()) for k, v in state.items()})
         assert all(ours or not theirs for theirs, ours in zip(finite[0].values(), finite[1].values(), strict=True))
 

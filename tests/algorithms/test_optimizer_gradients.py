@@ -17,7 +17,7 @@ both = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile
 
 # ---- differentiable steps
 
-DIFFERENTIABLE = [cls for cls in CLASSES if "differentiable" in cls.declaration.options]
+DIFFERENTIABLE = [cls for cls in CLASSES if "differentiable" in cls.rule.declaration.options]
 EACH = [(cls, o) for cls in DIFFERENTIABLE for o in ({}, with_all_numbers(cls, rich_options(cls)))]
 each = pytest.mark.parametrize(("cls", "options"), EACH, ids=[f"{c.__name__}-{named(o)}" for c, o in EACH])
 each_class = pytest.mark.parametrize("cls", DIFFERENTIABLE, ids=lambda cls: cls.__name__)
@@ -32,15 +32,18 @@ def _float64() -> None:
 def state_values(optimizer: Optimizer) -> dict[str, Tensor]:
     """State of any step but the first, between which and its bounds no ``maximum`` and no root has its kink."""
     (p,), (choice,) = optimizer.param_groups[0]["params"], optimizer._work().read()
-    carried = {name: torch.rand(()) / 5 + 0.5 for name in optimizer.declaration.carried}
-    return {**carried, **{name: torch.rand(p.shape) / 5 + 0.5 for name in optimizer.declaration.kept(choice.switches)}}
+    carried = {name: torch.rand(()) / 5 + 0.5 for name in optimizer.rule.declaration.carried}
+    return {
+        **carried,
+        **{name: torch.rand(p.shape) / 5 + 0.5 for name in optimizer.rule.declaration.kept(choice.switches)},
+    }
 
 
 def two_steps(cls: Any, options: dict[str, Any], p: Tensor, g: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Parameter and state after two steps from the tenth, as a function of the inputs."""
     p = p.clone()
     optimizer = cls([p], **options)
-    count = {"step": torch.tensor(10.0)} if optimizer.declaration.counts else {}
+    count = {"step": torch.tensor(10.0)} if optimizer.rule.declaration.counts else {}
     optimizer.state[p] = {**count, **{name: t.clone() for name, t in state.items()}}
     for scale in (1, -2):
         p.grad = g * scale
@@ -147,7 +150,7 @@ def test_a_compiled_step_cannot_be_differentiable(cls: type[Optimizer], compiled
 
 
 @pytest.mark.parametrize(
-    "cls", [c for c in DIFFERENTIABLE if "fused" in c.declaration.options], ids=lambda c: c.__name__
+    "cls", [c for c in DIFFERENTIABLE if "fused" in c.rule.declaration.options], ids=lambda c: c.__name__
 )
 def test_a_fused_step_cannot_be_differentiable(cls: type[Optimizer]) -> None:
     with pytest.raises(RuntimeError, match=r"fused.* does not support .*differentiable"):

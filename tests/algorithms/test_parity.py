@@ -81,7 +81,7 @@ def trajectory(
             p.grad = g.to(dtype)
         optimizer.step()
     state = [state_of(optimizer, p) for p in params]
-    columns = [params, *([s[name] for s in state] for name in state[0] if name in cls.declaration.buffers)]
+    columns = [params, *([s[name] for s in state] for name in state[0] if name in cls.rule.declaration.buffers)]
     return [torch.cat([t.detach().double().flatten() for t in column]) for column in columns]
 
 
@@ -96,7 +96,7 @@ def test_no_less_exact_than_torch(cls: Any, options: Options, dtype: torch.dtype
     """Than its loop over tensors and its fused kernel, whichever is better."""
     initial = [torch.randn(shape).to(dtype) for shape in [(4000,), (63, 65), (1,), ()]]
     gradients = [[gradient(cls, p) for p in initial] for _ in range(10)]
-    with_fused = [{"fused": True}] if "fused" in cls.declaration.options else []
+    with_fused = [{"fused": True}] if "fused" in cls.rule.declaration.options else []
     torch.set_default_dtype(torch.float64)  # of it is what torch carries from step to step
     truth = trajectory(cls, lambda params: oracle(cls)(params, **options), initial, gradients, torch.float64)
     torch.set_default_dtype(torch.float32)
@@ -140,7 +140,7 @@ def test_complex64(cls: Any, options: Options, compiled: bool) -> None:
 def test_tensor_lr(cls: Any, shape: tuple[int, ...], compiled: bool) -> None:
     lr = torch.full(shape, 0.01, dtype=torch.float64)
     # its list code takes no tensor
-    theirs = {"foreach": False} if "foreach" in cls.declaration.options else {}
+    theirs = {"foreach": False} if "foreach" in cls.rule.declaration.options else {}
     run = Lockstep(
         lambda params: oracle(cls)(params, lr=lr.clone(), **theirs),
         lambda params: cls(params, lr=lr.clone(), compiled=compiled),
@@ -156,8 +156,8 @@ def test_tensor_lr(cls: Any, shape: tuple[int, ...], compiled: bool) -> None:
 def tensor_options(cls: Any) -> Options:
     """The options for which torch's signature allows tensors, but for ``lr`` alone."""
     annotated = {k: str(p.annotation) for k, p in inspect.signature(oracle(cls)).parameters.items()}
-    names = [k for k in cls.declaration.options if "Tensor" in annotated.get(k, "")]
-    values = {k: sample(k, cls.declaration.options[k]) for k in names}
+    names = [k for k in cls.rule.declaration.options if "Tensor" in annotated.get(k, "")]
+    values = {k: sample(k, cls.rule.declaration.options[k]) for k in names}
     tensor = partial(torch.tensor, dtype=torch.float64)
     return {
         k: tuple(map(tensor, v)) if isinstance(v, tuple) else tensor(v) for k, v in values.items() if len(names) > 1
@@ -209,7 +209,7 @@ def test_denormals(cls: Any, dtype: torch.dtype, compiled: bool) -> None:
     initial = [torch.arange(-70, 70, dtype=dtype) * smallest]
     # an update is about as large as its gradient, or as large as a denormal
     scale = {"lr": 0.5, "eps": 0.5, "betas": (0.5, 0.5), "step_sizes": (2 * smallest, 4 * smallest)}
-    run = lockstep(cls, {k: v for k, v in scale.items() if k in cls.declaration.options}, initial, compiled)
+    run = lockstep(cls, {k: v for k, v in scale.items() if k in cls.rule.declaration.options}, initial, compiled)
     for _ in range(2):
         run.give([torch.arange(140, dtype=dtype) * 2 * smallest])
         run.step_as_is()
@@ -220,7 +220,9 @@ def test_denormals(cls: Any, dtype: torch.dtype, compiled: bool) -> None:
 
 
 @execution
-@cases([(cls, {"eps": 0.0}) for cls in CLASSES if "eps" in cls.declaration.options and accepted(cls, {"eps": 0.0})])
+@cases(
+    [(cls, {"eps": 0.0}) for cls in CLASSES if "eps" in cls.rule.declaration.options and accepted(cls, {"eps": 0.0})]
+)
 def test_eps_zero(cls: Any, options: Options, compiled: bool) -> None:
     run = lockstep(cls, options, tensors(), compiled)
     run.step(3)

@@ -27,14 +27,14 @@ def largest_error(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) 
             p.grad = given.clone()
             optimizer.step()
     states = [optimizer.state_dict()["state"].get(0, {}) for optimizer in optimizers]
-    pairs = [(ours, theirs), *((states[0][k], v) for k, v in states[1].items() if k in cls.declaration.buffers)]
+    pairs = [(ours, theirs), *((states[0][k], v) for k, v in states[1].items() if k in cls.rule.declaration.buffers)]
     return max(((a - b).abs() / b.abs().clamp_min(1e-300)).max().item() for a, b in pairs)
 
 
 def scalars_read(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) -> set[str]:
     """The scalars that the kernel of these options reads."""
-    choice = cls.declaration.read(cls.declaration.check(options))
-    buffers = cls.declaration.kept(choice.switches)
+    choice = cls.rule.declaration.read(cls.rule.declaration.check(options))
+    buffers = cls.rule.declaration.kept(choice.switches)
     scalars = tuple(first_scalars(cls.rule, choice.hyper))
     signature = Signature(cls.rule, choice.switches, (torch.float64,) * (1 + len(buffers)), buffers, scalars)
     nodes = trace(signature).graph.graph.nodes
@@ -62,7 +62,7 @@ def test_a_wrong_scalar_is_seen(
 
         return staticmethod(wrong)
 
-    for name in {*scalars_read(cls, options), *cls.declaration.carried}:
+    for name in {*scalars_read(cls, options), *cls.rule.declaration.carried}:
         errors = []
         for factor in (1.001, 0.999):  # a bound is seen from one side
             with monkeypatch.context() as patch:

@@ -355,7 +355,9 @@ def test_a_tensor_lr_and_a_scheduler(cls: Any, compiled: bool) -> None:
     assert isinstance(run.ours.param_groups[0]["lr"], Tensor)
 
 
-@pytest.mark.parametrize("cls", [cls for cls in BOTH if "fused" in cls.declaration.options], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", [cls for cls in BOTH if "fused" in cls.rule.declaration.options], ids=lambda c: c.__name__
+)
 def test_scaled_gradients(cls: Any) -> None:
     """``fused=True`` divides by GradScaler's scale itself, or skips the step."""
     run = Lockstep(lambda params: oracle(cls)(params), lambda params: cls(params, fused=True), tensors([(6, 3)]))

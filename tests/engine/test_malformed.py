@@ -149,7 +149,7 @@ def test_add_param_group_that_raises_adds_none() -> None:
 
 # ---- step counts in other forms
 
-COUNTED = [cls for cls in KINDS if cls.declaration.counts and cls.accepts_dense]
+COUNTED = [cls for cls in KINDS if cls.rule.declaration.counts and cls.accepts_dense]
 COUNTS: dict[str, Callable[[Tensor], Any]] = {
     "int": int,
     "float": float,
@@ -236,7 +236,7 @@ def test_a_wrong_option_of_a_group_that_is_not_updated(name: str, value: Any, co
 def test_a_step_without_gradients_evaluates_nothing(cls: type[Optimizer], compiled: bool) -> None:
     params = parameters()
     optimizer = cls(params, compiled=compiled)
-    for name in optimizer.declaration.options:
+    for name in optimizer.rule.declaration.options:
         optimizer.param_groups[0][name] = "x"
     optimizer.step()
     for name in ("betas", "momentum_decay"):

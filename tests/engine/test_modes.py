@@ -78,7 +78,7 @@ MODES: dict[str, Any] = {
 
 def signature() -> Signature:
     cls = compiled_optim.SGD
-    choice = cls.declaration.read(cls.declaration.check({}))
+    choice = cls.rule.declaration.read(cls.rule.declaration.check({}))
     scalars = tuple(cls.scalars(choice.hyper, 1))
     return Signature(cls.rule, choice.switches, (torch.float32,), (), scalars)
 

@@ -20,7 +20,7 @@ from compiled_optim.testing import assert_compiles
 
 
 def signature() -> Signature:
-    choice = AdamW.declaration.read(AdamW.declaration.check({}))
+    choice = AdamW.rule.declaration.read(AdamW.rule.declaration.check({}))
     scalars = tuple(AdamW.scalars(choice.hyper, 1))
     return Signature(AdamW.rule, choice.switches, (torch.float32,) * 3, ("exp_avg", "exp_avg_sq"), scalars)
 

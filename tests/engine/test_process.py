@@ -319,7 +319,7 @@ def lowered(rule: Callable[..., Any]) -> str:
         def scalars(h: Any, step: Any) -> dict[str, Any]:
             return {"lr": h.lr}
 
-    switches = Rule.declaration.read(Rule.declaration.check({})).switches
+    switches = Rule.rule.declaration.read(Rule.rule.declaration.check({})).switches
     return inductor.lower_cpp(trace(Signature(Rule.rule, switches, (torch.float32,), (), ("lr",)))).source
 
 

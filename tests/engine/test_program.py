@@ -129,7 +129,7 @@ def test_no_more_operations_than_torch(name: str) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             optimizer.step()
         seen = sum(e.name.startswith("aten::_foreach") for e in profile.events())
-    advanced = bool(optimizer.declaration.counts) + len(optimizer.declaration.carried)
+    advanced = bool(optimizer.rule.declaration.counts) + len(optimizer.rule.declaration.carried)
     assert 0 < seen - advanced <= OPERATIONS[name]
 
 

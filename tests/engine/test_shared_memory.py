@@ -115,7 +115,7 @@ def test_gradients(cls: Any, arrange: Arrange) -> None:
 @each_class
 def test_state(cls: Any) -> None:
     def share(optimizer: Any, params: list[Any]) -> None:
-        for name in cls.declaration.kept(optimizer_switches):
+        for name in cls.rule.declaration.kept(optimizer_switches):
             optimizer.state[params[2]][name] = optimizer.state[params[0]][name]
 
     run = Pair(cls, apart, torch.randn(N, dtype=torch.float64), **rich_options(cls))
@@ -126,7 +126,7 @@ def test_state(cls: Any) -> None:
     assert run.is_compiled()
 
 
-@pytest.mark.parametrize("cls", [c for c in DENSE if c.declaration.counts == ("step",)], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", [c for c in DENSE if c.rule.declaration.counts == ("step",)], ids=lambda c: c.__name__)
 def test_a_step_count_counts_each_update(cls: Any) -> None:
     def share(optimizer: Any, params: list[Any]) -> None:
         for p in params[1:]:

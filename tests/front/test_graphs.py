@@ -29,7 +29,7 @@ def test_records_are_current() -> None:
 
 @pytest.mark.parametrize("name", algorithms.__all__)
 def test_header_states_launches_and_traffic(name: str) -> None:
-    declaration = getattr(algorithms, name).declaration
+    declaration = getattr(algorithms, name).rule.declaration
     kept = declaration.kept(declaration.read(declaration.check({})).switches)
     # parameter, each state tensor: read and written; gradient: read; 4 bytes each
     expected = 4 * (3 + 2 * len(kept))

@@ -35,7 +35,7 @@ def test_each_argument_is_explained_with_type_range_and_default(cls: type[Optimi
     parameters = dict(inspect.signature(cls).parameters)
     assert list(explained) == list(parameters)
     for name, parameter in parameters.items():
-        text, field = explained[name], cls.declaration.options.get(name)
+        text, field = explained[name], cls.rule.declaration.options.get(name)
         assert parameter.annotation is not parameter.empty
         if name == "params":
             continue
@@ -50,8 +50,8 @@ def test_each_argument_is_explained_with_type_range_and_default(cls: type[Optimi
 @every_class
 def test_each_buffer_is_explained(cls: type[Optimizer]) -> None:
     explained = entries(cls, "State")
-    assert list(explained) == list(cls.declaration.slots)
-    for name, field in cls.declaration.buffers.items():
+    assert list(explained) == list(cls.rule.declaration.slots)
+    for name, field in cls.rule.declaration.buffers.items():
         assert field.help in explained[name]
         assert field.when is None or f"while {field.when} is on" in explained[name]
 

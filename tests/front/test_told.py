@@ -193,7 +193,7 @@ def test_an_optimizer_has_no_attributes_but_those_of_torchs(cls: Any) -> None:
         "fused",
         "capturable",
         "step_count",
-        *getattr(cls, "declaration", LBFGS).__dict__.get("slots", ()),
+        *(cls.rule.declaration.slots if hasattr(cls, "rule") else ()),
     }
     assert [name for name in declared - {"step"} if hasattr(ours, name) or hasattr(cls, name)] == []
 
@@ -215,7 +215,7 @@ def test_what_is_declared_is_inherited_and_can_be_withdrawn() -> None:
     base, derived = Base(parameters()), Derived(parameters(), lr=0.3, nesterov=True)
     assert "foreach" not in {**base.defaults, **derived.defaults}
     assert (base.defaults["lr"], base.defaults["momentum"], derived.defaults["lr"]) == (0.1, 0.5, 0.3)
-    assert derived.declaration.switch_type._fields == ("maximize", "nesterov")
+    assert derived.rule.declaration.switch_type._fields == ("maximize", "nesterov")
     assert not hasattr(derived, "lr")
     with pytest.raises(ValueError, match="momentum must be at least 0 and below 1"):
         Derived(parameters(), momentum=1.0)

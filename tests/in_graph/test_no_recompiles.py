@@ -190,7 +190,7 @@ def test_schedules_move_all_they_move(compiled: bool, one_graph: bool) -> None:
 @pytest.mark.parametrize(("cls", "switch"), [(SGD, "momentum"), (SGD, "weight_decay"), (RMSprop, "weight_decay")])
 def test_a_switch_is_another_graph(cls: Any, switch: str, one_graph: bool) -> None:
     """Of a traced rule: zero and not zero are two graphs, and the values are right in both."""
-    assert isinstance(cls.declaration.options[switch], Number)
+    assert isinstance(cls.rule.declaration.options[switch], Number)
     pair = Pair(cls, {"lr": 0.01}, one_graph)
     pair.step(2)
     for i, value in enumerate([0.5, 0.6, 0.0, 0.7]):

@@ -14,7 +14,7 @@ from torch import Tensor
 from compiled_optim import ASGD, SGD, AdamW
 from compiled_optim.testing import assert_compiles
 
-CAPTURABLE = [cls for cls in CLASSES if "capturable" in cls.declaration.options]
+CAPTURABLE = [cls for cls in CLASSES if "capturable" in cls.rule.declaration.options]
 each_capturable = pytest.mark.parametrize("cls", CAPTURABLE, ids=lambda cls: cls.__name__)
 
 

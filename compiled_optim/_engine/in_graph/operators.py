@@ -19,7 +19,7 @@ from compiled_optim._engine.torch_private import dynamo, optim
 
 def inputs_of(optimizer: Any) -> LiveInputs:
     """What the graphs of an optimizer will take in."""
-    traced = hasattr(optimizer, "declaration") and not optimizer._compiled
+    traced = hasattr(optimizer, "rule") and not optimizer._compiled
     return TracedState(optimizer) if traced else LiveInputs(optimizer)
 
 

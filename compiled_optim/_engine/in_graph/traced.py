@@ -79,7 +79,7 @@ class TracedState(LiveInputs):
     def _snapshot(self, optimizer: Any) -> list[list[Any]]:
         """The dicts of the state and a few of their values, which change whenever somebody replaces or empties one."""
         live = [*optimizer.state.values()]
-        names = optimizer.declaration.counts or optimizer.declaration.buffers
+        names = optimizer.rule.declaration.counts or optimizer.rule.declaration.buffers
         return [live, *([state.get(name) for state in live] for name in names)]
 
     def _gather(self, optimizer: Any) -> None:
@@ -88,7 +88,7 @@ class TracedState(LiveInputs):
         self.states = [optimizer.state.get(p) or {} for p in params]
         self._made = set()
         on_host = [i for i, g in enumerate(self._groups) if not groups[g].get("capturable")]
-        names = optimizer.declaration.counts if on_host else ()
+        names = optimizer.rule.declaration.counts if on_host else ()
         dtype = count_tensor(torch.empty((), device="cpu"), {}, 0.0).dtype
         self._counts = HostCounts(names, dtype, self._groups, self.states)
         self._cannot = "" if set(map(type, params)) <= set(PLAIN) else "a tensor subclass"
@@ -133,7 +133,7 @@ class TracedState(LiveInputs):
         sparse = not optimizer.accepts_dense or any(p.grad is not None and p.grad.is_sparse for p in self.params)
         if sparse or self._cannot:
             return True
-        choices, declaration = work.read(keep_tensors=True), optimizer.declaration
+        choices, declaration = work.read(keep_tensors=True), optimizer.rule.declaration
         try:
             survey.look(work, choices)
             for choice in choices:
@@ -182,14 +182,14 @@ class TracedState(LiveInputs):
         """The table of a step, ``[rows, columns]``; counts the step."""
         optimizer = self.optimizer
         optimizer._check_schedule()
-        rule, choose = optimizer.rule, optimizer.declaration.read
+        rule, choose = optimizer.rule, optimizer.rule.declaration.read
         choices = [choose(group, keep_tensors=bool(group.get("capturable"))) for group in optimizer.param_groups]
         evaluated: list[Values] = []
         for group, i in layout.table.rows:
             hyper = choices[group].hyper
             evaluated.append(evaluate(rule, hyper, self._counts.next(i)) if i >= 0 else (numbers_of(hyper), ()))
         table = layout.table.fill([values for values, _ in evaluated])
-        carried = [evaluated[row][1] for row in layout.row_of] if optimizer.declaration.carried else ()
+        carried = [evaluated[row][1] for row in layout.row_of] if optimizer.rule.declaration.carried else ()
         self._counts.advance(layout.counted, carried)
         if self._made:
             self._publish_state(optimizer, layout.members)
@@ -206,7 +206,7 @@ class TracedState(LiveInputs):
 
 def _switches(optimizer: Any) -> list[tuple[bool, ...]]:
     """Switches per param group. A tensor counts as on, because reading it could block on its device."""
-    names = optimizer.declaration.switch_type._fields
+    names = optimizer.rule.declaration.switch_type._fields
     groups = optimizer.param_groups
     return [tuple([isinstance(v, Tensor) or bool(v) for v in map(group.__getitem__, names)]) for group in groups]
 
@@ -234,7 +234,9 @@ def trace(optimizer: Any, inputs: TracedState) -> bool:
     tensors = []
     for members, _, _, _, buffers, _, sources in parts:
         state = {name: [states[i][name] for i in members] for name in buffers}
-        counts = [[states[i][name] for i in members] for name in optimizer.declaration.counts if sources is not None]
+        counts = [
+            [states[i][name] for i in members] for name in optimizer.rule.declaration.counts if sources is not None
+        ]
         tensors.append(([params[i] for i in members], [params[i].grad for i in members], state, counts))
     update_parts(optimizer.rule, parts, tensors, table, inputs.hyper)
     return True
