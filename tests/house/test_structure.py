@@ -25,17 +25,17 @@ def test_no_file_over_400_lines(file: Path) -> None:
 
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
-    "compiled_optim": 940,
-    "compiled_optim/_engine": 690,
-    "compiled_optim/_engine/cache": 680,
-    "compiled_optim/_engine/executions": 1800,
-    "compiled_optim/_engine/in_graph": 530,
-    "compiled_optim/_engine/kernels": 560,
-    "compiled_optim/_engine/kernels/backends": 150,
-    "compiled_optim/_engine/kernels/host": 966,
-    "compiled_optim/_engine/torch_private": 480,
-    "compiled_optim/algorithms": 460,
-    "compiled_optim/lbfgs": 615,
+    "compiled_optim": 900,
+    "compiled_optim/_engine": 610,
+    "compiled_optim/_engine/cache": 640,
+    "compiled_optim/_engine/executions": 1720,
+    "compiled_optim/_engine/in_graph": 460,
+    "compiled_optim/_engine/kernels": 460,
+    "compiled_optim/_engine/kernels/backends": 130,
+    "compiled_optim/_engine/kernels/host": 970,
+    "compiled_optim/_engine/torch_private": 400,
+    "compiled_optim/algorithms": 430,
+    "compiled_optim/lbfgs": 620,
     "compiled_optim/lr_scheduler": 1030,
 }
 
