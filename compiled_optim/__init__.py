@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from compiled_optim import algorithms
 from compiled_optim._engine.cache.store import CacheWarning, open_store
-from compiled_optim._engine.executions import traced_lists
 from compiled_optim._engine.fallback import CompileError, CompileFallbackWarning
 from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.registry import CacheInfo, cache_info
@@ -48,7 +47,7 @@ def cache_clear(disk: bool = False) -> None:
         0
     """
     registry.forget()
-    traced_lists.forget()
+    importlib.import_module("compiled_optim._engine.executions.traced_lists").forget()
     store = open_store() if disk else None
     if store is not None:
         store.clear()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from compiled_optim._engine.declaration import Group
-from compiled_optim._engine.executions import dtensors, lists, traced_lists
+from compiled_optim._engine.executions import dtensors, lists
 from compiled_optim._engine.executions.checks import refuse
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, expected, make_plan
 from compiled_optim._engine.executions.memory import Memory
@@ -22,6 +22,9 @@ from compiled_optim._engine.kernels.registry import Kernel
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.rule import Rule, evaluate, first_scalars
 from compiled_optim._engine.torch_private import inductor, version
+
+if TYPE_CHECKING:
+    from compiled_optim._engine.executions.traced_lists import ListGraph
 
 # The types of devices that torch.compile makes good kernels for. Parameters on others are updated eagerly.
 GRAPH_DEVICES = ("cuda", "xpu")
@@ -41,6 +44,15 @@ def _scalar_names(work: Work, choices: list[Group]) -> list[tuple[str, ...]]:
     return names
 
 
+def _prepare_graphs(
+    work: Work, fallback: Fallback, only: list[tuple[int, Tensor]] | None = None
+) -> Callable[[], tuple[list[ListGraph], str]]:
+    # imported here, because most processes have no use for it and would pay for it in their first step
+    from compiled_optim._engine.executions import traced_lists
+
+    return traced_lists.prepare(work, fallback, only)
+
+
 class Execution:
     """How one optimizer steps. It holds no reference to the optimizer, and a copy of that makes its own.
 
@@ -51,7 +63,7 @@ class Execution:
         self._work = Work(rule, [], {}, {}, Memory())
         self._compiled = compiled
         self.plan: Plan | None = None
-        self.graphs: list[traced_lists.ListGraph] = []
+        self.graphs: list[ListGraph] = []
         self.reason = ""
         self.rebuilt: list[str] = []
         self._choices: list[Group] = []
@@ -81,7 +93,7 @@ class Execution:
         if self._lowering != "foreach":
             self._step_multi_tensor(work)
         else:
-            self.graphs, self.reason = traced_lists.prepare(work, self._fallback)()
+            self.graphs, self.reason = _prepare_graphs(work, self._fallback)()
 
     @property
     def has_stepped(self) -> bool:
@@ -136,7 +148,7 @@ class Execution:
             for _ in range(3):  # at worst the plan is stale, the new one needs other scalars, and then runs
                 if plan is None:
                     return
-                rest = self._prepare_rest(work, plan)
+                rest = self._prepare_rest(work, plan) if plan.elsewhere or plan.in_graphs else []
                 outcome = plan.run(work, self._rows(work, foreseen))
                 if outcome is None:
                     break
@@ -161,11 +173,10 @@ class Execution:
     def _prepare_rest(self, work: Work, plan: Plan) -> list[Callable[[], Any]]:
         """The updates that are no part of the launches."""
         rest: list[Callable[[], Any]] = []
-        self.graphs = []
         if plan.elsewhere:
             rest.append(lists.prepare(work, [(group, p) for group, p, _ in plan.elsewhere]))
         if plan.in_graphs:
-            take = traced_lists.prepare(work, self._fallback, plan.in_graphs)
+            take = _prepare_graphs(work, self._fallback, plan.in_graphs)
 
             def take_graphs() -> None:
                 self.graphs, self.reason = take()
@@ -219,7 +230,7 @@ class Execution:
     def _make_plan(self, work: Work, why: str) -> Plan | None:
         """None if the step was done otherwise."""
         self._drop_plan(work)
-        self.plan = None
+        self.plan, self.graphs = None, []
         refuse(work, self._choices)
         if work.substitutes is None:
             work.substitutes = dtensors.redistributed(work)
@@ -235,7 +246,7 @@ class Execution:
         except inductor.LoweringError as error:
             self._fallback.tell(str(error), 'it is compiled as with compiled="foreach"')
             self._lowering = "foreach"
-            self.graphs, self.reason = traced_lists.prepare(work, self._fallback)()
+            self.graphs, self.reason = _prepare_graphs(work, self._fallback)()
             return None
         except COMPILE_ERRORS as error:
             self.reason = self._fallback.give_up(str(error), "repair that, or build the optimizer with compiled=False")

@@ -26,7 +26,7 @@ from compiled_optim._engine.declaration import Declaration, Group
 from compiled_optim._engine.executions import lists, survey
 from compiled_optim._engine.executions.state import Journal, withdraw
 from compiled_optim._engine.executions.survey import Member, Values
-from compiled_optim._engine.executions.work import Work
+from compiled_optim._engine.executions.work import Work, hyper_tensors
 from compiled_optim._engine.fallback import Fallback
 from compiled_optim._engine.rule import Namespace, Rule, apply, arithmetic_dtype, evaluate
 from compiled_optim._engine.torch_private import dynamo, inductor
@@ -38,7 +38,6 @@ Columns = tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]], list[list[T
 Sources = tuple[tuple[Any, ...] | None, ...]
 _graph_numbers = itertools.count()
 _graphs: dict[Any, ListGraph] = {}
-_NUMBERS = {float, int, bool, type(None), list, str}  # the types that param groups hold most
 
 
 class ScalarTable(NamedTuple):
@@ -143,19 +142,6 @@ def counted_on_device(group: dict[str, Any]) -> bool:
     """Whether the step counts of a param group must not be read by the host, which would wait for their device."""
     on_device = group.get("fused") and any(p.device.type != "cpu" for p in group["params"])
     return bool(group.get("capturable") or on_device)
-
-
-def hyper_tensors(group: dict[str, Any]) -> list[Tensor]:
-    """The hyperparameters of a param group that are tensors."""
-    found: list[Tensor] = []
-    for value in group.values():
-        if type(value) in _NUMBERS:
-            continue
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, tuple):
-            found += [v for v in value if isinstance(v, Tensor)]
-    return found
 
 
 def _sources(declaration: Declaration, group: dict[str, Any], hyper: Sequence[Tensor]) -> Sources:

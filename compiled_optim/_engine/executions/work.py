@@ -11,6 +11,8 @@ from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions.memory import Memory
 from compiled_optim._engine.rule import Rule
 
+_NUMBERS = {float, int, bool, type(None), list, str}  # the types that param groups hold most
+
 
 @dataclass(slots=True, eq=False)
 class Work:
@@ -35,3 +37,16 @@ class Work:
     def read(self, *, keep_tensors: bool = False) -> list[Group]:
         """The hyperparameters and switches of each param group."""
         return [self.rule.declaration.read(group, keep_tensors=keep_tensors) for group in self.groups]
+
+
+def hyper_tensors(group: dict[str, Any]) -> list[Tensor]:
+    """The hyperparameters of a param group that are tensors."""
+    found: list[Tensor] = []
+    for value in group.values():
+        if type(value) in _NUMBERS:
+            continue
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple):
+            found += [v for v in value if isinstance(v, Tensor)]
+    return found

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from compiled_optim._engine.executions.traced_lists import hyper_tensors
+from compiled_optim._engine.executions.work import hyper_tensors
 from compiled_optim._engine.fallback import Fallback
 from compiled_optim._engine.torch_private import dynamo, optim, tensor_parts, version
 
@@ -56,22 +56,22 @@ def operator(fake: Callable[..., Any], *written: str) -> Callable[[Callable[...,
 
 
 @functools.cache
-def _define_operators() -> Any:
-    """Called when the first graph is traced, so that a process without graphs does not spend 6 ms on them.
-
-    Returns:
-        The library. The operators would be gone with it.
-    """
+def _library() -> Any:
+    """The library of the operators, which would be gone with it."""
     dynamo.register_opaque(Name)
     dynamo.register_opaque(Handle, Handle.guarded)
-    library: Any = torch.library.Library("compiled_optim", "DEF")  # type: ignore[no-untyped-call]
+    return torch.library.Library("compiled_optim", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _define_operators() -> None:
+    """Called when a graph is traced, so that a process without graphs does not spend 6 ms on them."""
     # torch.library.custom_op adds 25 us to each call, for autograd and version counters that graphs do not need.
-    for function, fake, written in _operators:
-        name = function.__name__
+    while _operators:
+        function, fake, written = _operators.pop()
+        library, name = _library(), function.__name__
         library.define(name + torch.library.infer_schema(function, mutates_args=written))
         library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"compiled_optim::{name}", fake, lib=library)
-    return library
 
 
 class LiveInputs:

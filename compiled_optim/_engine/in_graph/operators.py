@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from compiled_optim._engine.in_graph.handles import TOKEN, Handle, LiveInputs, Name, operator
-from compiled_optim._engine.in_graph.traced import TracedState, trace
 from compiled_optim._engine.torch_private import dynamo, optim
 
 
 def inputs_of(optimizer: Any) -> LiveInputs:
     """What the graphs of an optimizer will take in."""
-    traced = hasattr(optimizer, "rule") and not optimizer._compiled
-    return TracedState(optimizer) if traced else LiveInputs(optimizer)
+    if not hasattr(optimizer, "rule") or optimizer._compiled:
+        return LiveInputs(optimizer)
+    # imported here, because compiled optimizers have no use for it and would pay for it in their first step
+    from compiled_optim._engine.in_graph.traced import TracedState
+
+    return TracedState(optimizer)
 
 
 def _enter(owner: Any) -> Any:
@@ -58,7 +61,7 @@ def trace_step(optimizer: Any) -> None:
     if optimizer._compiled:
         inputs.begin_kernels()
     with torch.no_grad():
-        if optimizer._compiled or inputs.refuses() or not trace(optimizer, inputs):
+        if optimizer._compiled or inputs.refuses() or not inputs.trace():
             grads = [p.grad for p in inputs.params] if inputs.gradients_are_traced() else []
             torch.ops.compiled_optim.step(inputs.id, TOKEN, inputs.params, grads, inputs.hyper)
 

@@ -196,6 +196,10 @@ class TracedState(LiveInputs):
         optimizer._stepped()
         return table
 
+    def trace(self) -> bool:
+        """The step, if there is any gradient. Dynamo traces this method."""
+        return trace(self.optimizer, self)
+
     def _publish_state(self, optimizer: Any, members: tuple[int, ...]) -> None:
         """Gives the optimizer the state that was made for it."""
         for i in self._made.intersection(members):
