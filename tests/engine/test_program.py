@@ -148,7 +148,7 @@ def test_temporaries_do_not_grow_with_the_parameter() -> None:
                 now += event.nbytes()
                 peak = max(peak, now)
         peaks.append(peak)
-    assert 0 < peaks[0] == peaks[1] < 1 << 21
+    assert 0 < peaks[0] == peaks[1] < 4 << 20  # the bytes of the smaller parameter; torch takes two temporaries of them
 
 
 def test_a_rule_with_tensors_of_its_own_is_not_recorded() -> None:

@@ -30,7 +30,7 @@ from compiled_optim._engine.rule import Rule, apply, arithmetic_dtype, check_num
 from compiled_optim._engine.values import TensorList
 
 # Of the lists that are updated at once: it bounds the temporaries of a step on CPU, and keeps them in cache.
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 19
 
 
 class Batch(NamedTuple):
@@ -199,15 +199,16 @@ def run_bucket(update: Update, columns: list[list[Tensor]]) -> None:
             run_value(rule, on, list(tensors), buffers, scalars)
         return
     by_tensor = any(isinstance(v, TensorList) for v in scalars.values())
-    for part in [columns] if by_tensor else _parts(columns, single):
+    cuts = program is None or program.makes_temporaries
+    for part in [columns] if by_tensor else _parts(columns, single, cuts):
         if program is not None:
             program.run(part)
         else:
             run_value(rule, on, [TensorList(column) for column in part], buffers, scalars)
 
 
-def _parts(columns: list[list[Tensor]], single: bool) -> Iterator[list[list[Tensor]]]:
-    """Columns of about CHUNK_ELEMENTS, for which large tensors are cut where they are contiguous."""
+def _parts(columns: list[list[Tensor]], single: bool, cuts: bool) -> Iterator[list[list[Tensor]]]:
+    """Columns of about CHUNK_ELEMENTS. ``cuts``: whether larger tensors are cut, if they are contiguous."""
     sizes = [*map(Tensor.numel, columns[0])]
     if not single and (columns[0][0].device.type != "cpu" or sum(sizes) <= CHUNK_ELEMENTS):
         yield columns
@@ -217,7 +218,7 @@ def _parts(columns: list[list[Tensor]], single: bool) -> Iterator[list[list[Tens
         if begin < i and (single or total + size > CHUNK_ELEMENTS):
             yield [column[begin:i] for column in columns]
             begin, total = i, 0
-        if size > CHUNK_ELEMENTS and all(column[i].is_contiguous() for column in columns):
+        if cuts and size > CHUNK_ELEMENTS and all(column[i].is_contiguous() for column in columns):
             for piece in zip(*(torch.split(column[i].view(-1), CHUNK_ELEMENTS) for column in columns), strict=True):
                 yield [[t] for t in piece]
             begin = i + 1

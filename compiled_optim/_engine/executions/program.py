@@ -89,6 +89,7 @@ class Program:
 
     def __init__(self, steps: list[_Step], cells: list[_Constant | None], constants: Sequence[Any]) -> None:
         self._steps = steps
+        self.makes_temporaries = any(step.result is not None for step in steps)
         self._cells: list[Any] = []
         for cell in cells:
             value: Any = None
