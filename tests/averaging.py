@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from beside_torch import assert_same
 from torch import Tensor, nn
 from torch.optim import swa_utils as stock
 
@@ -69,4 +68,6 @@ def assert_same_state(actual: nn.Module, expected: nn.Module, rtol: float = 1e-1
     ours, theirs = actual.state_dict(), expected.state_dict()
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
-        assert_same(ours[name], value, rtol, name)
+        torch.testing.assert_close(
+            ours[name], value, rtol=rtol, atol=rtol, msg=lambda text, name=name: f"{name}: {text}"
+        )
