@@ -30,8 +30,8 @@ def compare(steps: dict[str, Step], rounds: int, warmup: int = 3) -> dict[str, f
     return {name: median(samples) for name, samples in times.items()}
 
 
-def parameters(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
-    params = [torch.nn.Parameter(torch.randn(shape) * 0.02) for shape in shapes]
+def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    params = [torch.nn.Parameter((torch.randn(shape) * 0.02).to(dtype)) for shape in shapes]
     for p in params:
         p.grad = torch.randn_like(p) * 0.01
     return params
@@ -43,8 +43,8 @@ class Shared:
     With memory of its own for each, the luck of its placement moved the ratio of two rivals on 2 GB by 30 %.
     """
 
-    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
-        self.params = parameters(shapes)
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> None:
+        self.params = parameters(shapes, dtype)
         self._state: dict[tuple[int, str], torch.Tensor] = {}
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

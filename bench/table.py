@@ -108,6 +108,17 @@ def first_step(results: Results) -> Iterator[str]:
     yield from table(["seconds to the first step, fresh process, without `import torch`", *names], rows)
 
 
+def costs(results: Results) -> Iterator[str]:
+    rows = []
+    for label, info in results:
+        if times := info.get("cost_milliseconds"):
+            counts = [str(info[f"{what}_per_element"]) for what in ("bytes", "operations")]
+            ratios = [ratio(times["predicted"] / times[k]) for k in ("traffic alone", "step")]
+            rows.append([", ".join(reversed(label.split("-"))), *counts, *map(number, times.values()), *ratios])
+    names = ["bytes an element", "operations an element", "ms predicted", "traffic alone", "step"]
+    yield from table(["33.6M elements", *names, "predicted / traffic alone", "predicted / step"], rows)
+
+
 def loops(results: Results) -> Iterator[str]:
     for label, info in results:
         if rows := info.get("loops"):
@@ -138,7 +149,7 @@ def tables(report: dict[str, Any]) -> str:
         f"Median milliseconds, float32, everything included; all columns of a row in one run, in rotation, on the same "
         f"tensors. {machine}, 2 cores, a copy moves {first('copy_gigabytes_per_second')} GB/s. torch 2.13.0, CPU.",
     ]
-    for part in (steps, eager, lbfgs, sparse, averages, loops, host, first_step):
+    for part in (steps, eager, lbfgs, sparse, averages, loops, host, first_step, costs):
         lines += part(results)
     extra = first("extra_bytes") / 1024
     lines += [

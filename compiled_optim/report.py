@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compiled_optim._engine.kernels import cost
+from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim.optimizer import Optimizer
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ class Row:
         origin: "compiled" in this process, "disk" or "memory"; empty for eager parts.
         seconds: from the request to the loaded kernel.
         reason: why it runs this way.
+        bytes, operations, milliseconds: of a step as the cost model has them, the last at the bandwidth that `explain`
+            was given; None without one, and where no model is known.
     """
 
     execution: str
@@ -41,6 +45,12 @@ class Row:
     origin: str
     seconds: float
     reason: str
+    bytes: int | None = None
+    operations: int | None = None
+    milliseconds: float | None = None
+
+
+_COSTS = 3  # how many fields of a row, the last, say what a step costs
 
 
 class Explanation:
@@ -62,19 +72,24 @@ class Explanation:
 
     def __str__(self) -> str:
         table = [tuple(f.name for f in fields(Row)), *(tuple(_text(v) for v in astuple(row)) for row in self.rows)]
+        if all(row.milliseconds is None for row in self.rows):
+            table = [row[:-_COSTS] for row in table]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
         return "\n".join([*lines, *(f"plan {i + 1}: {why}" for i, why in enumerate(self.rebuilt))])
 
 
-def explain(optimizer: torch.optim.Optimizer) -> Explanation:
+def explain(optimizer: torch.optim.Optimizer, *, bandwidth: float | None = None) -> Explanation:
     """How the last step of ``optimizer`` ran: one row for each kernel, graph, or reason to run eagerly.
 
     Args:
         optimizer: of this package, or what Lightning, Accelerate and others wrap around it.
+        bandwidth: of memory, in GB/s. With it the rows of kernels also say what a step moves, computes, and how long it
+            takes if memory is what bounds it. That traces the rules again, which takes seconds the first time.
 
     Raises:
         TypeError: if it is not an optimizer of this package, and holds none.
+        ValueError: if the bandwidth is not positive.
 
     Example:
         >>> import torch
@@ -86,6 +101,8 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
         >>> [(row.execution, row.elements, row.reason) for row in explain(optimizer)]
         [('eager', 3, 'compiled=False')]
     """
+    if bandwidth is not None and not bandwidth > 0:
+        raise ValueError(f"bandwidth must be above 0 GB/s, got {bandwidth!r}")
     optimizer = _unwrapped(optimizer)
     execution: Any = optimizer._execution
     everything = [p for group in optimizer.param_groups for p in group["params"]]
@@ -113,13 +130,21 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     if execution.plan is not None:
         for launch in execution.plan.launches:
             k = launch.kernel
-            size = (k.bytes_per_element, k.signature.name, k.origin, k.seconds, "")
-            rows.append(
-                Row("multi_tensor", str(launch.device), _dtype(launch.dtype), launch.tensors, launch.elements, 1, *size)
-            )
+            where = ("multi_tensor", str(launch.device), _dtype(launch.dtype))
+            size = (launch.tensors, launch.elements, 1, k.bytes_per_element)
+            row = Row(*where, *size, k.signature.name, k.origin, k.seconds, "")
+            rows.append(row if bandwidth is None else _with_cost(row, k.signature, bandwidth))
         for reason in dict.fromkeys(why for _, _, why in execution.plan.elsewhere):
             rows += _eager_rows([p for _, p, why in execution.plan.elsewhere if why == reason], reason)
     return Explanation(rows, execution.rebuilt)
+
+
+def _with_cost(row: Row, signature: Signature, bandwidth: float) -> Row:
+    found = cost.of(signature)
+    sizes = row.elements, row.tensors
+    moved, computed = (int(found.at(e, *sizes)) for e in (found.bytes, found.arithmetic))
+    milliseconds = found.at(found.seconds, *sizes, bandwidth * 1e9) * 1e3
+    return replace(row, bytes=moved, operations=computed, milliseconds=milliseconds)
 
 
 def _unwrapped(wrapper: Any) -> Optimizer | LBFGS:

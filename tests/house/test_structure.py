@@ -25,12 +25,12 @@ def test_no_file_over_400_lines(file: Path) -> None:
 
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
-    "compiled_optim": 900,
+    "compiled_optim": 910,
     "compiled_optim/_engine": 610,
     "compiled_optim/_engine/cache": 640,
     "compiled_optim/_engine/executions": 1720,
     "compiled_optim/_engine/in_graph": 460,
-    "compiled_optim/_engine/kernels": 460,
+    "compiled_optim/_engine/kernels": 530,
     "compiled_optim/_engine/kernels/backends": 130,
     "compiled_optim/_engine/kernels/host": 970,
     "compiled_optim/_engine/torch_private": 400,

@@ -1,0 +1,40 @@
+"""The cost model beside the clock: steps of tensors far above the caches, and launches of the same traffic alone."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from rivals import Shared, compare, traffic
+
+import compiled_optim
+
+ALGORITHMS = [n for n in compiled_optim.algorithms.__all__ if getattr(compiled_optim, n).accepts_dense]
+SHAPES: list[tuple[int, ...]] = [(4096, 4096)] * 2
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_predicted_time(name: str, dtype: str, benchmark: Any) -> None:
+    """Of a step, at the bandwidth of a plain update in place, which is timed beside it."""
+    memory = Shared(SHAPES, DTYPES[dtype])
+    ours = memory.adopt(getattr(compiled_optim, name)(memory.params, lr=1e-3, compiled=True))
+    buffers = ours.rule.declaration.kept(ours._work().read()[0].switches)
+    alone = memory.adopt(traffic(type(ours), buffers)(memory.params, compiled=True))
+    updated = torch.zeros(100_000_000)
+    steps = {"in place": lambda: updated.add_(1.0), "traffic alone": alone.step, "step": ours.step}
+    seconds = compare(steps, rounds=9)
+    (row,) = compiled_optim.explain(ours, bandwidth=2 * updated.nbytes / seconds.pop("in place") / 1e9)
+    milliseconds = {"predicted": row.milliseconds, **{k: v * 1e3 for k, v in seconds.items()}}
+    benchmark.extra_info.update(
+        cost_milliseconds={k: round(v, 3) for k, v in milliseconds.items()},
+        bytes_per_element=row.bytes_per_element,
+        operations_per_element=round(row.operations / row.elements),
+    )
+    print(f"\n{name}, {dtype}: {benchmark.extra_info}")
+    benchmark.pedantic(ours.step, rounds=5)
+    del ours, alone, memory, steps
+    gc.collect()
