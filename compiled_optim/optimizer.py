@@ -14,6 +14,7 @@ from compiled_optim._engine.declaration import coerce, take_fields
 from compiled_optim._engine.documentation import Documentation
 from compiled_optim._engine.executions.checks import is_count, number_of
 from compiled_optim._engine.executions.dispatch import Execution
+from compiled_optim._engine.executions.scaling import Scaling
 from compiled_optim._engine.executions.state import count_tensor, make_state
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.in_graph import operators
@@ -189,11 +190,13 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._unscale():
+        work, execution = self._work(), self._execution
+        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        scaling = None if scale is None and found_inf is None else Scaling(scale, found_inf)
+        if scaling is None or execution.unscale(work, scaling):  # type: ignore[union-attr]
             if self._attached is not None:
                 self._attached.check()
-            work = self._work()
-            self._execution.step(work)  # type: ignore[union-attr]
+            execution.step(work)  # type: ignore[union-attr]
             self._stepped()
         return loss
 
@@ -250,18 +253,6 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             raise ValueError(f"schedule must be the one that is attached, got a {type(schedule).__name__} that is not")
         schedule._refer(weakly=False)
         self._attached = None
-
-    def _unscale(self) -> bool:
-        """Divides the gradients by the scale, as torch's fused optimizers do; False if the step must be skipped."""
-        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        if found_inf is not None and found_inf.item():
-            return False
-        if scale is not None:
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.div_(scale.to(p.device))
-        return True
 
     def _work(self) -> Work:
         """What the engine is handed."""

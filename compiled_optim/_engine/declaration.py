@@ -85,6 +85,7 @@ class Declaration:
         self._values = itemgetter(*self.options)
         names = [(n, field) for k, field in self.options.items() for n in self._rule_names(k)]
         self.hyper_type: Any = namedtuple("Hyper", [n for n, _ in names])  # type: ignore[misc]
+        self.numbers = tuple(n for n, field in names if isinstance(field, Number))  # as rules name them
         self._numbers_at = [i for i, (_, field) in enumerate(names) if isinstance(field, Number)]
         self._switches_at = [i for i, (_, field) in enumerate(names) if field.switch]
         # Positions of tuples, such as betas; the last comes first, so that spreading one does not move the others.
@@ -221,7 +222,7 @@ class Declaration:
                         part = part.squeeze() if keep_tensors else part.item()
                     values.append(part)
             hyper = self.hyper_type._make(values)
-            on = [bool(values[i]) for i in self._switches_at]
+            on = [_is_on(values[i]) for i in self._switches_at]
         except (TypeError, ValueError, RuntimeError) as error:
             return Group(Unreadable(error), self.switch_type._make([False] * len(self._switches_at)), True)
         return Group(hyper, self.switch_type._make(on), has_tensors)
@@ -243,6 +244,11 @@ class Unreadable:
     def __getattr__(self, name: str) -> Any:
         kind, message = self._error
         raise kind(message)
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a switch is on. A tensor on a device counts as on, because reading it would block."""
+    return (isinstance(value, Tensor) and not value.is_cpu) or bool(value)
 
 
 def coerce(value: Any) -> Any:

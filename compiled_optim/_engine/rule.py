@@ -46,6 +46,13 @@ class Rule:
     def update(self) -> Callable[..., Any]:
         return self.owner.update  # type: ignore[no-any-return]
 
+    def frozen(self, on_device: bool) -> tuple[Callable[..., Any], ...]:
+        """The functions that a kernel is traced from: a change of what they refer to makes it stale.
+
+        ``on_device``: whether the kernel computes the scalars too.
+        """
+        return (self.update, self.scalars) if on_device else (self.update,)
+
     @property
     def keeps_untouched_rows(self) -> Callable[[Any], bool]:
         return self.owner.keeps_untouched_rows  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from compiled_optim._engine.values import where
 from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, flag, number
 from compiled_optim.optimizer import Optimizer
 
@@ -46,7 +47,7 @@ class SGD(Optimizer):
         return {
             "lr": h.lr,
             "momentum": h.momentum,
-            "gradient_weight": 1 if step == 1 else 1 - h.dampening,
+            "gradient_weight": where(step == 1, 1, 1 - h.dampening),
             "weight_decay": h.weight_decay,
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ Entry = ctypes.CFUNCTYPE(
 class FakeBackend:
     """Takes float64. Its kernels are Python, which runs the graph of a rule on one tensor after another."""
 
-    name, device_type = "fake", "cpu"
+    name, device_type, graph_device = "fake", "cpu", "cpu"
     dtypes = frozenset({torch.float64})
-    sparse = False
+    sparse = asynchronous = False
     long_launch = 1
     suffix, record_suffix = ".fake", ".py"
     compiled = False
@@ -76,11 +76,21 @@ class FakeBackend:
         assert address is not None
         return address, function
 
-    def context(self, keepalive: object, device: torch.device) -> int:
+    def contexts(
+        self, keepalive: object, signature: Signature, device: torch.device, tensors: int
+    ) -> Callable[[], int]:
         assert isinstance(keepalive, Entry)
         assert device == torch.device("cpu")
-        self.given.append(2**40 + len(self.given))
-        return self.given[-1]
+        assert tensors == 2
+
+        def context() -> int:
+            self.given.append(2**40 + len(self.given))
+            return self.given[-1]
+
+        return context
+
+    def is_capturing(self, device: torch.device) -> bool:
+        return False
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from compiled_optim._engine.executions import dtensors, lists
 from compiled_optim._engine.executions.checks import refuse
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, expected, make_plan
 from compiled_optim._engine.executions.memory import Memory
-from compiled_optim._engine.executions.state import withdraw
+from compiled_optim._engine.executions.scaling import Scaling, unscale
+from compiled_optim._engine.executions.state import counted_on_device, withdraw
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.fallback import COMPILE_ERRORS, Fallback
 from compiled_optim._engine.kernels import registry
@@ -87,13 +88,33 @@ class Execution:
             return
         self.reason = self._fallback.reason() or self._unavailable(work)
         if self.reason:
-            lists.step(work)
+            self._step_otherwise(work, lambda: lists.step(work))
             return
         self._lowering = self._lowering or self._choose_lowering(work)
         if self._lowering != "foreach":
             self._step_multi_tensor(work)
         else:
-            self.graphs, self.reason = _prepare_graphs(work, self._fallback)()
+            self._step_in_graphs(work)
+
+    def _step_in_graphs(self, work: Work) -> None:
+        self.graphs, self.reason = _prepare_graphs(work, self._fallback)()
+
+    def _step_otherwise(self, work: Work, step: Callable[[], None]) -> None:
+        """A step without launches, which were to divide the gradients by their scale."""
+        scaling, work.scaling = work.scaling, None
+        if scaling is None or unscale(work.groups, scaling):
+            step()
+
+    def unscale(self, work: Work, scaling: Scaling) -> bool:
+        """Divides the gradients by their scale, or leaves that to the launches; False if the step must be skipped."""
+        if self._compiled and (self._are_counted_on_device(work) if self.plan is None else self.plan.scales):
+            work.scaling = scaling
+            return True
+        return unscale(work.groups, scaling)
+
+    def _are_counted_on_device(self, work: Work) -> bool:
+        backends = [backend_of(p) for group in work.groups for p in group["params"]]
+        return all(b is not None and b.asynchronous for b in backends) and all(map(counted_on_device, work.groups))
 
     @property
     def has_stepped(self) -> bool:
@@ -135,13 +156,21 @@ class Execution:
         try:
             self._launch(work)
         finally:
-            if work.substitutes is not None:
-                work.substitutes = None
+            work.substitutes = work.scaling = None
 
     def _launch(self, work: Work) -> None:
         changed = self._read_options(work)
+        scaled = work.scaling is not None and work.scaling.grad_scale is not None
         why = "the first step" if self.plan is None else changed
+        if not why and self.plan is not None and self.plan.scaled != scaled:
+            why = "a GradScaler came or went"
         plan = self._make_plan(work, why) if why else self.plan
+        if plan is not None and work.scaling is not None and not plan.scales:
+            scaling, work.scaling = work.scaling, None
+            if not unscale(work.groups, scaling):
+                self._drop_plan(work)
+                return
+            plan = self._make_plan(work, "gradients are divided by their scale before the launch")
         rest: list[Callable[[], Any]] = []
         foreseen = True
         try:
@@ -149,7 +178,7 @@ class Execution:
                 if plan is None:
                     return
                 rest = self._prepare_rest(work, plan) if plan.elsewhere or plan.in_graphs else []
-                outcome = plan.run(work, self._rows(work, foreseen))
+                outcome = plan.run(work, self._rows(work, plan, foreseen))
                 if outcome is None:
                     break
                 if isinstance(outcome, str):
@@ -162,11 +191,13 @@ class Execution:
             self._drop_plan(work)
             raise
         declaration = work.rule.declaration
-        if declaration.carried:  # their tensors round them, so the next step has to say which values it has
-            self._pairs = []
-        else:
-            counted = bool(declaration.counts)
-            self._pairs = [(group, (step + 1.0 if counted else 2.0,)) for group, (step,) in self._pairs]
+        counted = bool(declaration.counts)
+        # tensors round what is carried, so the next step has to say which values it has
+        pairs = [pair for pair in self._pairs if pair[0] < 0] if declaration.carried else self._pairs
+        self._pairs = [
+            (group, counts if counted and group < 0 else (counts[0] + 1.0 if counted else 2.0,))
+            for group, counts in pairs
+        ]
         for take in rest:
             take()
 
@@ -196,7 +227,7 @@ class Execution:
         values = work.rule.declaration.values
         groups = work.groups
         if len(groups) != len(self._options):
-            self._options, self._choices = [values(group) for group in groups], work.read()
+            self._options, self._choices = [values(group) for group in groups], [*map(self._read, groups)]
             return "the param groups changed"
         why = None
         for i, group in enumerate(groups):
@@ -206,17 +237,27 @@ class Execution:
             except (RuntimeError, ValueError):  # arrays compare element by element
                 equal = False
             if old.has_tensors or not equal:
-                self._options[i], self._choices[i] = options, work.rule.declaration.read(group)
+                self._options[i], self._choices[i] = options, self._read(group)
                 if self._choices[i].switches != old.switches:
                     why = "a switch changed"
         return why
 
-    def _rows(self, work: Work, foreseen: bool) -> list[Row]:
+    def _read(self, group: dict[str, Any]) -> Group:
+        """The values of a param group; tensors stay what they are where to read them would make the host wait."""
+        return self._work.rule.declaration.read(group, keep_tensors=counted_on_device(group))
+
+    def _rows(self, work: Work, plan: Plan, foreseen: bool) -> list[Row]:
         """The scalars that are asked for; none if they were only ``foreseen`` and not all can be evaluated."""
-        rows = []
+        rows: list[Row] = []
         for group, counts in self._pairs:
+            if group < 0:
+                rows.append(plan.device_row(work, group, counts, self._choices))
+                continue
             try:
-                values, after = evaluate(work.rule, self._choices[group].hyper, counts)
+                h = self._choices[group].hyper
+                if self._choices[group].has_tensors:
+                    h = h._make([v.item() if isinstance(v, Tensor) else v for v in h])
+                values, after = evaluate(work.rule, h, counts)
             except Exception:
                 if foreseen:  # perhaps nothing is updated in this group
                     return []
@@ -246,11 +287,11 @@ class Execution:
         except inductor.LoweringError as error:
             self._fallback.tell(str(error), 'it is compiled as with compiled="foreach"')
             self._lowering = "foreach"
-            self.graphs, self.reason = _prepare_graphs(work, self._fallback)()
+            self._step_otherwise(work, lambda: self._step_in_graphs(work))
             return None
         except COMPILE_ERRORS as error:
             self.reason = self._fallback.give_up(str(error), "repair that, or build the optimizer with compiled=False")
-            lists.step(work)
+            self._step_otherwise(work, lambda: lists.step(work))
             return None
         self.rebuilt = [*self.rebuilt[-_KEPT_REASONS:], why]
         for launch in plan.launches:  # explain tells where a kernel came from when it was first used

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,21 +13,23 @@ from torch.autograd.graph import increment_version
 
 from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions import dtensors
-from compiled_optim._engine.executions.checks import PLAIN, is_count
-from compiled_optim._engine.executions.state import Journal, withdraw
+from compiled_optim._engine.executions.checks import COUNT_DTYPES, PLAIN, is_count
+from compiled_optim._engine.executions.state import Journal, counted_on_device, withdraw
 from compiled_optim._engine.executions.survey import Member, commit, look
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.backends import backend_named, backend_of
-from compiled_optim._engine.kernels.references import Form, UnknownReferenceError, is_own, references, refers_to
+from compiled_optim._engine.kernels.references import Form, UnknownReferenceError, all_references, refer_to
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.torch_private import inductor, tensor_parts
 
 _NO_LAUNCH, _NO_STATE = -1, -2  # as in host/plan.h
 
 # A param group and the counts of a step. A row adds the scalars, and the scalars that are carried to the next step.
+# Where the counts lie on a device, the group is a negative number for a launch and a group (`Plan.of_device`), and the
+# row has what the kernel computes scalars from; numbers may be tensors on the device.
 Counts = tuple[int, tuple[float, ...]]
-Row = tuple[int, tuple[float, ...], tuple[float, ...]]
+Row = tuple[int, tuple[float, ...], tuple[Any, ...]]
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Launch:
     kernel: registry.Kernel
     dtype: torch.dtype
     device: torch.device
-    context: Callable[[], int]
+    context: Callable[[], int] = int
     tensors: int = 0
     elements: int = 0
 
@@ -54,14 +55,14 @@ class Plan:
     that a graph over lists updates. ``copied``: those whose
     gradient is laid out otherwise than they are, and ``sparse``: those of which it touches some rows only;
     ``sharded``: those that are DTensors, in whose stead the host module is shown the shards of this process.
-    ``journal``: the state that was made for it, until it has run; ``references``: what the rule refers to, None if that
-    cannot change.
+    ``journal``: the state that was made for it, until it has run; ``frozen``: the functions that kernels were traced
+    from; ``references``: what these refer to, None if that cannot change.
     """
 
     host: Any
     native: Any
     switches: list[Any]
-    rule: Callable[..., Any]
+    frozen: tuple[Callable[..., Any], ...]
     references: Form | None
     launches: list[Launch] = field(default_factory=list)
     elsewhere: list[tuple[int, Tensor, str]] = field(default_factory=list)
@@ -74,8 +75,35 @@ class Plan:
 
     def is_current(self, work: Work) -> bool:
         """Whether the rule is still the one that was compiled, and still refers to the same values."""
-        rule = work.rule.update
-        return rule is self.rule and (self.references is None or refers_to(rule, self.references))
+        functions = work.rule.frozen(len(self.frozen) > 1)
+        return functions == self.frozen and (self.references is None or refer_to(functions, self.references))
+
+    def of_device(self, code: int) -> tuple[Launch, int]:
+        """The launch and the param group that a negative number in `Counts` stands for, as in host/plan.h."""
+        launch, group = divmod(-1 - code, len(self.switches))
+        return self.launches[launch], group
+
+    @property
+    def scaled(self) -> bool:
+        return any(launch.kernel.signature.scaled for launch in self.launches)
+
+    @property
+    def scales(self) -> bool:
+        """Whether the launches can divide gradients by a scale and write them back: all of them, and nothing else."""
+        others = self.elsewhere or self.in_graphs or self.copied or self.sparse or self.sharded
+        return not others and all(launch.kernel.signature.on_device for launch in self.launches)
+
+    def device_row(self, work: Work, code: int, counts: tuple[float, ...], choices: list[Group]) -> Row:
+        """What a kernel `on_device` is given of one param group: see `hypers_of`; then whether the step is skipped."""
+        launch, group = self.of_device(code)
+        scaling, h = work.scaling, choices[group].hyper
+        values = [getattr(h, name) for name in work.rule.declaration.numbers]
+        if not work.rule.declaration.counts:
+            values.append(counts[0])
+        if launch.kernel.signature.scaled and scaling is not None:
+            values.append(scaling.grad_scale)
+        values.append(0.0 if scaling is None or scaling.found_inf is None else scaling.found_inf)
+        return code, counts, tuple([_on(launch.device, v) if isinstance(v, Tensor) else v for v in values])
 
     def run(self, work: Work, rows: list[Row]) -> str | list[Counts] | None:
         """One step in one call of the host module, with the scalars that it is expected to need.
@@ -92,7 +120,7 @@ class Plan:
             stand_ins += [(p, _like_parameter(p, grad)) for p, grad in copied if self.host.is_whole(grad)]
         for p in self.sparse:
             if p.grad is not None and p.grad.is_sparse:
-                values, indices = tensor_parts.sparse_parts(p.grad)
+                values, indices = (tensor_parts.sparse_parts if p.is_cpu else tensor_parts.touched_rows)(p.grad)
                 stand_ins.append((p, values.contiguous() if self.host.is_whole(values) else values, indices))
             elif p.grad is not None and not work.rule.accepts_dense:
                 return "a gradient is dense"
@@ -109,7 +137,7 @@ class Plan:
             given = {id(stand_in[0]) for stand_in in stand_ins}
             left = [p for params in lists for p in params if p.grad is not None and id(p) not in given]
             stand_ins += [(p, p.grad) for p in left]
-            rows = [(group, counts, tuple(map(float, values))) for group, counts, values in rows]
+            rows = [row if row[0] < 0 else (*row[:2], tuple(map(float, row[2]))) for row in rows]
             outcome = self.host.run(self.native, lists, state, rows, stand_ins, contexts)
         if outcome is None and self.journal:
             self.journal.clear()
@@ -144,11 +172,14 @@ def make_plan(
         inductor.LoweringError: if the rule refers to what could change unnoticed.
         What `look`, `registry.get` and ``refused`` raise.
     """
-    members, form = _sorted_by_kernel(work, choices, scalar_names)
+    members = _sorted_by_kernel(work, choices, scalar_names)
+    signatures = [m.signature for m in members if m.signature]
+    on_device = any(s.on_device for s in signatures)
     host, found = registry.get([m.signature for m in members if m.grad is not None and m.signature])
+    frozen = work.rule.frozen(on_device)
     declaration = work.rule.declaration
     native = host.make(declaration.slots, len(declaration.counts))
-    plan = Plan(host, native, [c.switches for c in choices], work.rule.update, form)
+    plan = Plan(host, native, [c.switches for c in choices], frozen, _references(work, on_device))
     for m in members:
         m.reason = m.reason or _host_reason(host, m)
     _leave_shared_memory(work, host, [m for m in members if m.grad is not None])
@@ -173,6 +204,10 @@ def make_plan(
                 elif m.grad is not None and m.param is m.listed and not _same(host, m.grad, m.param):
                     plan.copied.append(m.param)
             entries[m.group].append((m.param, launch, launch >= 0 and m.fresh))
+        for its in plan.launches:
+            signature = its.kernel.signature
+            prepare = backend_named(signature.backend).contexts
+            its.context = prepare(its.kernel.keepalive, signature, its.device, its.tensors)
         for group in entries:
             host.add_group(native, group)
         host.seal(native, _local_states(work) if plan.sharded else work.state)
@@ -184,19 +219,17 @@ def make_plan(
 
 def expected(work: Work, choices: list[Group], scalar_names: list[tuple[str, ...]]) -> list[Signature]:
     """The kernels that the next step needs: of the parameters that have a gradient, or if none has, of all trained."""
-    members, _ = _sorted_by_kernel(work, choices, scalar_names)
+    members = _sorted_by_kernel(work, choices, scalar_names)
     active = [m for m in members if m.grad is not None] or [m for m in members if m.param.requires_grad]
     return [m.signature for m in active if m.signature]
 
 
-def _sorted_by_kernel(
-    work: Work, choices: list[Group], scalar_names: list[tuple[str, ...]]
-) -> tuple[list[Member], Form | None]:
-    """All parameters with the signature of their kernel or the reason why they have none, and what the rule refers to.
+def _sorted_by_kernel(work: Work, choices: list[Group], scalar_names: list[tuple[str, ...]]) -> list[Member]:
+    """All parameters with the signature of their kernel or the reason why they have none.
 
     This needs no host module, so that it and the kernels can be compiled side by side.
     """
-    form = _references(work)
+    form = _references(work, on_device=False)
     members = look(work, choices, idle=True)
     occurrences = Counter(id(m.param) for m in members)
     for m in members:
@@ -209,19 +242,42 @@ def _sorted_by_kernel(
             assert backend is not None
             names = (m.buffers, scalar_names[m.group])
             m.signature = Signature(work.rule, choice.switches, dtypes, *names, form, backend.name)
-    return members, form
+            if backend.asynchronous:
+                m.signature = _for_device(work, choice, m, m.signature)
+    return members
 
 
-def _references(work: Work) -> Form | None:
-    rule = work.rule.update
-    if is_own(rule):
-        return None
+def _for_device(work: Work, choice: Group, m: Member, signature: Signature) -> Signature:
+    """The signature of a kernel for which the host need not wait, if the counts of a parameter lie beside it."""
+    by_rows = m.grad is not None and m.grad.is_sparse
+    if not _is_counted_there(work, m):
+        return replace(signature, by_rows=by_rows)
+    numbers = work.rule.declaration.numbers
+    return replace(
+        signature,
+        references=_references(work, on_device=True),
+        on_device=True,
+        constants=tuple((name, v) for name, v in choice.hyper._asdict().items() if name not in numbers),
+        scaled=work.scaling is not None and work.scaling.grad_scale is not None,
+        by_rows=by_rows,
+    )
+
+
+def _is_counted_there(work: Work, m: Member) -> bool:
+    """Whether the step counts of a parameter lie on its device, or will; where there are none, whether they would."""
+    count = m.state.get(m.counts[0]) if m.counts else None
+    if count is not None:
+        return bool(count.device == m.param.device)
+    return counted_on_device(work.groups[m.group])
+
+
+def _references(work: Work, on_device: bool) -> Form | None:
     try:
-        return references(rule)
+        return all_references(work.rule.frozen(on_device))
     except UnknownReferenceError as error:
-        name = work.rule.name
+        what = "the update or the scalars" if on_device else "the update"
         raise inductor.LoweringError(
-            f"the update of {name} refers to {error}: no change of it would be seen"
+            f"{what} of {work.rule.name} refers to {error}: no change of it would be seen"
         ) from error
 
 
@@ -276,15 +332,22 @@ def _launch_of(plan: Plan, slots: tuple[str, ...], m: Member, kernel: registry.K
     dtypes, device = (m.param.dtype, *(m.state[name].dtype for name in kernel.signature.buffers)), m.param.device
     index = plan.launch_of.setdefault((kernel.signature, dtypes, device), len(plan.launches))
     if index == len(plan.launches):
-        backend = backend_named(kernel.signature.backend)
-        context = functools.partial(backend.context, kernel.keepalive, device)
-        plan.launches.append(Launch(kernel, m.param.dtype, device, context))
-        samples = {slots.index(name): m.state[name] for name in kernel.signature.buffers}
+        signature = kernel.signature
+        backend = backend_named(signature.backend)
+        plan.launches.append(Launch(kernel, m.param.dtype, device))
+        samples = {slots.index(name): m.state[name] for name in signature.buffers}
         plan.host.add_launch(plan.native, kernel.entry, m.param, samples, backend.long_launch)
     launch = plan.launches[index]
     launch.tensors += 1
     launch.elements += m.param.numel() * (2 if m.param.is_complex() else 1)
     return index
+
+
+def _on(device: torch.device, value: Tensor) -> Tensor | float:
+    """A number that a kernel on a device reads there, or by value where the host need not wait for it."""
+    if value.is_cpu:
+        return value.item()
+    return value.to(device, value.dtype if value.dtype in COUNT_DTYPES else torch.float64, non_blocking=True)
 
 
 def _local_states(work: Work) -> dict[Tensor, dict[str, Any]]:

@@ -50,6 +50,12 @@ def count_tensor(p: Tensor, group: dict[str, Any], value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64 if double else torch.float32, device=device)
 
 
+def counted_on_device(group: dict[str, Any]) -> bool:
+    """Whether the step counts of a param group must not be read by the host, which would wait for their device."""
+    on_device = group.get("fused") and any(p.device.type != "cpu" for p in group["params"])
+    return bool(group.get("capturable") or on_device)
+
+
 def publish(work: Work, made: Iterable[tuple[Tensor, dict[str, Any]]], journal: Journal) -> None:
     """Gives the optimizer the state that was made, and notes in ``journal`` what `withdraw` needs to take it back."""
     for p, values in made:

@@ -24,7 +24,7 @@ from torch import Tensor
 from compiled_optim._engine.cache.trust import directory_problem
 from compiled_optim._engine.declaration import Declaration, Group
 from compiled_optim._engine.executions import lists, survey
-from compiled_optim._engine.executions.state import Journal, withdraw
+from compiled_optim._engine.executions.state import Journal, counted_on_device, withdraw
 from compiled_optim._engine.executions.survey import Member, Values
 from compiled_optim._engine.executions.work import Work, hyper_tensors
 from compiled_optim._engine.fallback import Fallback
@@ -136,12 +136,6 @@ def arrange(
     widths = {part.width for part in parts}
     dtype = widths.pop() if len(widths) == 1 else torch.float64
     return ScalarTable(tuple(rows), max(map(len, names)), tuple(names), dtype), parts
-
-
-def counted_on_device(group: dict[str, Any]) -> bool:
-    """Whether the step counts of a param group must not be read by the host, which would wait for their device."""
-    on_device = group.get("fused") and any(p.device.type != "cpu" for p in group["params"])
-    return bool(group.get("capturable") or on_device)
 
 
 def _sources(declaration: Declaration, group: dict[str, Any], hyper: Sequence[Tensor]) -> Sources:

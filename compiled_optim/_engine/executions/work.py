@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions.memory import Memory
+from compiled_optim._engine.executions.scaling import Scaling
 from compiled_optim._engine.rule import Rule
 
 _NUMBERS = {float, int, bool, type(None), list, str}  # the types that param groups hold most
@@ -19,6 +20,7 @@ class Work:
     """What a step is taken on: the rule, the param groups and the state of one optimizer.
 
     ``memory`` finds tensors that share some. ``substitutes`` holds gradients that replace ``p.grad``, by parameter.
+    ``scaling`` is what a launch has to do for a GradScaler.
     """
 
     rule: Rule
@@ -27,6 +29,7 @@ class Work:
     defaults: dict[str, Any]
     memory: Memory
     substitutes: dict[Tensor, Tensor] | None = None
+    scaling: Scaling | None = None
     steady: Any = None  # what the last eager step found
 
     def gradient(self, p: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from abc import ABCMeta
+from collections.abc import Iterable
 from contextlib import suppress
 from types import (
     BuiltinFunctionType,
@@ -63,10 +64,19 @@ def references(function: Any) -> Form:
     return _form(function, {})
 
 
-def refers_to(function: Any, form: Form) -> bool:
-    """Whether `references` of a function are still these."""
+def all_references(functions: Iterable[Any]) -> Form | None:
+    """The `references` of those functions that are not the package's own; None if all are.
+
+    Raises:
+        UnknownReferenceError: as `references`.
+    """
+    return tuple([references(function) for function in functions if not is_own(function)]) or None
+
+
+def refer_to(functions: Iterable[Any], form: Form) -> bool:
+    """Whether `all_references` are still these."""
     try:
-        return references(function) == form
+        return all_references(functions) == form
     except UnknownReferenceError:
         return False
 

@@ -22,7 +22,7 @@ from compiled_optim._engine import process, settings
 from compiled_optim._engine.cache import native
 from compiled_optim._engine.cache.store import Fact
 from compiled_optim._engine.kernels.backends import backend_named
-from compiled_optim._engine.kernels.references import UnknownReferenceError, is_own, references
+from compiled_optim._engine.kernels.references import UnknownReferenceError, all_references, is_own
 from compiled_optim._engine.kernels.trace import Signature, trace
 from compiled_optim._engine.torch_private import dynamo, inductor
 
@@ -159,7 +159,7 @@ def _library(signature: Signature, excused: bool) -> native.Library[tuple[int, o
         inductor.excuse_from_dynamo(excused)
         if len(versions) >= _MOST_VERSIONS:
             raise inductor.UntraceableError(f"what the update of {signature.name} refers to changes again and again")
-        lowered = backend.lower(trace(signature, backend.device_type))
+        lowered = backend.lower(trace(signature, backend.graph_device))
         facts: dict[str, Fact] = {"name": signature.name, "bytes_per_element": bytes_per_element(signature, lowered)}
         return native.Source(*backend.program(signature, lowered), facts)
 
@@ -214,11 +214,14 @@ def _identity(signature: Signature) -> tuple[list[str], bool]:
     form: Any
     try:
         # a rule of the package depends on its file alone, so a warm start need not look at bytecode
-        form = _source_of(cls.update) if is_own(cls.update) else signature.references or references(cls.update)
+        functions = signature.rule.frozen(signature.on_device)
+        own = [_source_of(function) for function in functions if is_own(function)]
+        form = (own, signature.references or all_references(functions))
         complete = _in_a_file(cls)
     except UnknownReferenceError:
-        form, complete = (), False
-    return [f"{cls.__module__}.{cls.__qualname__}", repr(form), repr(signature.switches), dtypes, names], complete
+        form, complete = ([], None), False
+    kind = repr((signature.switches, signature.on_device, signature.constants, signature.scaled, signature.by_rows))
+    return [f"{cls.__module__}.{cls.__qualname__}", repr(form), kind, dtypes, names], complete
 
 
 def _in_a_file(cls: type) -> bool:

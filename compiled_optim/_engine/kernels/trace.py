@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compiled_optim._engine.kernels.references import Form, is_own, refers_to
+from compiled_optim._engine.kernels.references import Form, is_own, refer_to
 from compiled_optim._engine.rule import Rule, apply, arithmetic_dtype
 from compiled_optim._engine.torch_private import dynamo, inductor
 
@@ -21,6 +21,11 @@ class Signature:
     ``buffers`` and ``scalars`` are names in the order the kernel takes them; ``dtypes`` are real, of the parameter (and
     its gradient) and of each buffer. ``references`` is what a user's rule refers to, None for a rule of the package.
     ``backend`` is the name of the one that lowers it.
+
+    For devices that the host does not wait for: ``on_device`` kernels read step counts, carried scalars and
+    hyperparameters where they lie, and ``constants`` are the options that are no numbers, as pairs of name and value.
+    ``scaled`` ones divide gradients by the scale of a GradScaler and write them back, as torch's fused optimizers do.
+    ``by_rows`` ones update the rows that a sparse gradient touches.
     """
 
     rule: Rule
@@ -30,6 +35,10 @@ class Signature:
     scalars: tuple[str, ...]
     references: Form | None = None
     backend: str = "cpu"
+    on_device: bool = False
+    constants: tuple[tuple[str, Any], ...] = ()
+    scaled: bool = False
+    by_rows: bool = False
 
     @property
     def flat(self) -> tuple[str, ...]:
@@ -38,6 +47,11 @@ class Signature:
     @property
     def flat_dtypes(self) -> tuple[torch.dtype, ...]:
         return (self.dtypes[0], *self.dtypes)
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """What the kernel reads per tensor: the scalars, and the scale of the gradients."""
+        return (*self.scalars, "grad_scale") if self.scaled else self.scalars
 
     @property
     def scalar_dtype(self) -> torch.dtype:
@@ -49,6 +63,8 @@ class Signature:
         on = ", ".join(k for k, v in self.switches._asdict().items() if v)
         dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in self.dtypes)
         device = "" if self.backend == "cpu" else f" on {self.backend}"
+        for name in ("on_device", "scaled", "by_rows"):
+            device += f", {name}" if getattr(self, name) else ""
         return f"{self.rule.name}({on})[{', '.join(dtypes)}{device}]"
 
 
@@ -63,17 +79,20 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
     Raises:
         inductor.UntraceableError: if the rule raises, or if it is a user's and its trace does something else.
     """
-    names = signature.flat + signature.scalars
-    flat = len(signature.flat)
+    names = signature.flat + signature.factors
+    flat, scaled = len(signature.flat), signature.scaled
 
     def body(*values: Any) -> list[Any]:
         p, g, *buffers = values[:flat]
         state = dict(zip(signature.buffers, buffers, strict=True))
-        scalars = dict(zip(signature.scalars, values[flat:], strict=True))
+        if scaled:
+            g = g.to(signature.scalar_dtype) / values[-1]
+        scalars = dict(zip(signature.scalars, values[flat : len(names) - scaled], strict=True))
         new, new_state = apply(signature.rule, signature.switches, p, g, state, scalars)
-        return [new, *(new_state[name] for name in signature.buffers)]
+        unscaled = [g.to(signature.dtypes[0])] if scaled else []
+        return [new, *unscaled, *(new_state[name] for name in signature.buffers)]
 
-    scalar_dtypes = [signature.scalar_dtype] * len(signature.scalars)
+    scalar_dtypes = [signature.scalar_dtype] * len(signature.factors)
     try:
         graph, mode, inputs = inductor.trace_flat(body, list(signature.flat_dtypes), scalar_dtypes, device)
     except Exception as error:  # from a user's rule, or from private parts of torch
@@ -81,18 +100,22 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
         node.meta["role"] = name
+    write(graph, [placeholders[0], *placeholders[1 if scaled else 2 : flat]])
+    traced = Traced(signature.name, graph, mode, inputs, signature)
+    if not is_own(signature.rule.update):
+        _try(traced) if device == "cpu" else trace(replace(signature, scaled=False))  # which tries it
+    return traced
+
+
+def write(graph: torch.fx.GraphModule, targets: Sequence[torch.fx.Node]) -> None:
+    """Makes a graph copy its results into these inputs instead of returning them."""
     output = next(n for n in graph.graph.nodes if n.op == "output")
-    written = [placeholders[0], *placeholders[2:flat]]
     with graph.graph.inserting_before(output):
-        for target, value in zip(written, output.args[0], strict=True):
+        for target, value in zip(targets, output.args[0], strict=True):
             node = graph.graph.call_function(torch.ops.aten.copy_.default, (target, value))
             node.meta["val"] = target.meta["val"]
     output.args = ([],)
     graph.recompile()
-    traced = Traced(signature.name, graph, mode, inputs, signature)
-    if device == "cpu" and not is_own(signature.rule.update):
-        _try(traced)
-    return traced
 
 
 # ---- whether a user's rule is elementwise: it may look at shapes or other elements, write to inputs or count its calls
@@ -125,7 +148,9 @@ def _try(traced: Traced) -> None:
             actual = [torch.cat(column) for column in columns]
             if not all(_close(a, e) for a, e in zip(actual, expected, strict=True)):
                 raise _untraceable(signature, f"does something else with a tensor of shape {shape} than with elements")
-    if signature.references is not None and not refers_to(signature.rule.update, signature.references):
+    if signature.references is not None and not refer_to(
+        signature.rule.frozen(signature.on_device), signature.references
+    ):
         raise _untraceable(signature, "changes what it refers to")
 
 

@@ -23,7 +23,7 @@ from compiled_optim._engine.torch_private import dynamo
 
 # The hint for the symbolic length. Inductor would specialise on a power of two or a small number.
 _HINT = 1_000_003
-# Inductor's state is process-wide. See `_alone`.
+# Inductor's state is process-wide. See `alone`.
 _lock = threading.RLock()
 _FORK_SECONDS = 60.0  # a lowering takes a few
 _torn = False  # whether this process was forked during a lowering all the same
@@ -75,7 +75,7 @@ def excuse_from_dynamo(excused: bool) -> None:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """One thread at a time, here and in Dynamo, outside all modes of the user.
 
     A fork waits for the end of it, for the child could not go on: neither with an import that is half done, nor with
@@ -88,6 +88,8 @@ def _alone() -> Iterator[None]:
             if _torn:
                 raise RuntimeError("this process was forked while another thread lowered a kernel")
             yield
+    except LoweringError:
+        raise
     except Exception as error:  # from a rule, a private part of torch, or a compiler that does not tell its version
         raise BuildError(f"Inductor raised {type(error).__name__}: {error}") from error
 
@@ -131,7 +133,7 @@ def trace_flat(
     body: Callable[..., list[Any]], flat: Sequence[torch.dtype], scalars: Sequence[torch.dtype], device: str
 ) -> tuple[torch.fx.GraphModule, Any, list[Any]]:
     """Traces ``body`` on fake 1-D tensors of one symbolic length, followed by 0-d tensors."""
-    with _alone():
+    with alone():
         from torch._dynamo.source import ConstantSource
         from torch._inductor.decomposition import select_decomp_table
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -163,38 +165,22 @@ def trace_flat(
         return torch.fx.GraphModule(tracer.root, tracer.graph), mode, inputs
 
 
-class _Recorder:
-    """Stands in for a compiled C++ kernel: keeps its source, and the arguments of one call."""
+class Recorder:
+    """Stands in for a compiled kernel: keeps its source, and the arguments of one call."""
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.call: tuple[Any, ...] = ()
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any, **options: Any) -> None:
         self.call = args
 
-
-def _recording(recorders: list[_Recorder]) -> Callable[..., Any]:
-    """An ``__import__`` for Inductor's wrapper that makes a `_Recorder` of each kernel, so that none is compiled."""
-
-    class AsyncCompile:
-        def cpp_pybinding(self, argtypes: Any, source: str) -> _Recorder:
-            recorders.append(_Recorder(source))
-            return recorders[-1]
-
-        def wait(self, scope: dict[str, Any]) -> None: ...
-
-    def stand_in(name: str, *args: Any) -> Any:
-        if name == "torch._inductor.async_compile":
-            return SimpleNamespace(AsyncCompile=AsyncCompile)
-        return __import__(name, *args)
-
-    return stand_in
+    run = __call__
 
 
 @contextmanager
 def _inductor(settings: dict[str, Any]) -> Iterator[None]:
-    """Inductor, with these settings and the compiler that is used: it probes what that can do. See `_alone`."""
+    """Inductor, with these settings and the compiler that is used: it probes what that can do. See `alone`."""
     import torch._inductor.config as config
     from torch._inductor import cpu_vec_isa
 
@@ -236,25 +222,52 @@ def lower_cpp(traced: FlatGraph, vector_bits: int | None = None) -> Lowered:
         "cpp.enable_kernel_profile": False,
         "cpp_wrapper": False,
     }
-    recorders: list[_Recorder] = []
-    with _alone(), _inductor(settings):
-        from torch._inductor.debug import DebugContext
-        from torch._inductor.graph import GraphLowering
-        from torch._inductor.virtualized import V
+    recorders: list[Recorder] = []
 
-        with V.set_fake_mode(traced.fake_mode), V.set_debug_handler(DebugContext()):
-            lowering = GraphLowering(
-                traced.graph, example_inputs=traced.inputs, shape_env=traced.fake_mode.shape_env, is_inference=True
-            )
-            with V.set_graph_handler(lowering):
-                lowering.run(*traced.inputs)
-                wrapper = lowering.codegen()[0].value
-        namespace: dict[str, Any] = {"__builtins__": {**vars(builtins), "__import__": _recording(recorders)}}
-        exec(compile(wrapper, "<compiled_optim wrapper>", "exec"), namespace)
-        # One call on small tensors shows which input is which argument. No generated text is parsed.
-        probes = [torch.zeros(64 if t.dim() else (), dtype=t.dtype, device="cpu") for t in traced.inputs]
-        if len(recorders) == 1:
-            namespace["call"](list(probes))
+    class AsyncCompile:
+        def cpp_pybinding(self, argtypes: Any, source: str) -> Recorder:
+            recorders.append(Recorder(source))
+            return recorders[-1]
+
+        def wait(self, scope: dict[str, Any]) -> None: ...
+
+    with alone(), _inductor(settings):
+        return single_kernel(
+            traced, recorders, {"torch._inductor.async_compile": SimpleNamespace(AsyncCompile=AsyncCompile)}
+        )
+
+
+def single_kernel(traced: FlatGraph, recorders: Sequence[Recorder], modules: dict[str, Any]) -> Lowered:
+    """The one kernel that Inductor makes of a graph; to be called `alone`, with Inductor's settings in place.
+
+    Args:
+        recorders: where the stand-ins for Inductor's compiler, among the ``modules``, put a recorder for each kernel.
+        modules: what Inductor's wrapper imports instead of modules of these names.
+
+    Raises:
+        LoweringError: when Inductor makes more than one kernel or allocates a buffer.
+    """
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    with V.set_fake_mode(traced.fake_mode), V.set_debug_handler(DebugContext()):
+        lowering = GraphLowering(
+            traced.graph, example_inputs=traced.inputs, shape_env=traced.fake_mode.shape_env, is_inference=True
+        )
+        with V.set_graph_handler(lowering):
+            lowering.run(*traced.inputs)
+            wrapper = lowering.codegen()[0].value
+
+    def import_(name: str, *args: Any) -> Any:
+        return modules[name] if name in modules else __import__(name, *args)
+
+    namespace: dict[str, Any] = {"__builtins__": {**vars(builtins), "__import__": import_}}
+    exec(compile(wrapper, "<compiled_optim wrapper>", "exec"), namespace)
+    # One call on small tensors shows which input is which argument. No generated text is parsed.
+    probes = [torch.zeros(64 if t.dim() else (), dtype=t.dtype, device="cpu") for t in traced.inputs]
+    if len(recorders) == 1:
+        namespace["call"](list(probes))
     if len(recorders) != 1:
         raise LoweringError(f"{traced.name} is not one fusible loop: Inductor made {len(recorders)} kernels")
     place = {t.data_ptr(): i for i, t in enumerate(probes)}
@@ -270,7 +283,7 @@ def lower_cpp(traced: FlatGraph, vector_bits: int | None = None) -> Lowered:
 
 def cpp_flags() -> list[str]:
     """The compiler's flags for source that `lower_cpp` returned: headers, vector instructions, semantics."""
-    with _alone(), _inductor({"cpp.vec_isa_ok": True}):
+    with alone(), _inductor({"cpp.vec_isa_ok": True}):
         from torch._inductor.cpu_vec_isa import pick_vec_isa
 
         isa = pick_vec_isa()

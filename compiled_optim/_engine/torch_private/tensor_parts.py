@@ -26,6 +26,19 @@ def check_indices(tensor: torch.Tensor) -> None:
     torch.sparse_coo_tensor(indices, values, tensor.shape, check_invariants=True)
 
 
+def touched_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values ``[nnz, ...]`` of a COO tensor on a device, and the rows ``[nnz]`` that they belong to, each once.
+
+    A row is what one index over all sparse dimensions selects. The device asserts that there are such rows.
+    """
+    values, indices = sparse_parts(tensor if tensor.is_coalesced() else tensor.coalesce())
+    rows, total = indices[0], tensor.shape[0]
+    for size, more in zip(tensor.shape[1:], indices[1:], strict=False):
+        rows, total = rows * size + more, total * size
+    torch._assert_async(((rows >= 0) & (rows < total)).all(), "a sparse gradient has an index out of range")
+    return values, rows.contiguous()
+
+
 def unflatten(flat: torch.Tensor, like: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The parts of one 1-D tensor, with the shapes of ``like``."""
     if version.missing:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compiled_optim._engine.kernels.backends import cpu
+from compiled_optim._engine.kernels.backends.cuda import Cuda
 from compiled_optim._engine.kernels.trace import Signature, Traced
 from compiled_optim._engine.torch_private.inductor import Lowered
 
@@ -18,15 +20,21 @@ class Backend(Protocol):
     """What the engine asks of a module in this folder.
 
     ``name`` is that of `Signature.backend`. Kernels take parameters on ``device_type`` in one of ``dtypes``, and the
-    rows that a sparse gradient touches if they are ``sparse``. A launch of ``long_launch`` elements takes so long that
-    other threads run Python meanwhile. A kernel on disk ends in ``suffix``, its record in graphs/ in ``record_suffix``.
-    ``compiled`` tells whether a C++ compiler makes the kernel of its program; if not, the program is kept as it is.
+    rows that a sparse gradient touches if they are ``sparse``. Rules are traced on ``graph_device``. The host does not
+    wait for the launches of an ``asynchronous`` one, and must not wait for what lies on its device. A launch of
+    ``long_launch`` elements takes so long that other threads run Python meanwhile. A kernel on disk ends in ``suffix``,
+    its record in graphs/ in ``record_suffix``. ``compiled`` tells whether a C++ compiler makes the kernel of its
+    program; if not, the program is kept as it is.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
     device_type: str
+    graph_device: str
     dtypes: frozenset[torch.dtype]
     sparse: bool
+    asynchronous: bool
     long_launch: int
     suffix: str
     record_suffix: str
@@ -55,17 +63,47 @@ class Backend(Protocol):
             OSError, ImportError, RuntimeError: when the file is no kernel of this signature.
         """
 
-    def context(self, keepalive: object, device: torch.device) -> int:
-        """The entry's last argument in the next launch of a kernel: a number, or an address."""
+    def contexts(
+        self, keepalive: object, signature: Signature, device: torch.device, tensors: int
+    ) -> Callable[[], int]:
+        """What returns the entry's last argument, a number or an address, for each step of one launch of a plan.
+
+        ``tensors``: how many it has at most.
+        """
+
+    def is_capturing(self, device: torch.device) -> bool:
+        """Whether what is launched now is only recorded, in a CUDA graph."""
 
 
+# Those that every machine can use. A GPU's is found by its compute capability.
 BACKENDS: tuple[Backend, ...] = (cpu,)
 
 
 def backend_of(tensor: Tensor) -> Backend | None:
     """The backend whose kernels can update a parameter, if there is one."""
-    return next((b for b in BACKENDS if b.device_type == tensor.device.type and tensor.dtype in b.dtypes), None)
+    device = tensor.device
+    found: Sequence[Backend] = BACKENDS
+    if device.type == Cuda.device_type and torch.version.hip is None:
+        found = (*BACKENDS, of_gpu(device))
+    return next((b for b in found if b.device_type == device.type and tensor.dtype in b.dtypes), None)
 
 
 def backend_named(name: str) -> Backend:
-    return next(b for b in BACKENDS if b.name == name)
+    """The backend of this ``name``: "cpu", or "sm_90" for GPUs of compute capability 9.0, of which there may be none.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    backend: Backend | None = next((b for b in BACKENDS if b.name == name), None)
+    if backend is None and name.startswith("sm_") and name[3:].isdecimal():
+        backend = Cuda(int(name[3:]))
+    if backend is None:
+        raise ValueError(f"a backend must be one of {[b.name for b in BACKENDS]} or as sm_90, got {name!r}")
+    return backend
+
+
+@functools.cache
+def of_gpu(device: torch.device) -> Backend:
+    """The backend of a GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return Cuda(10 * major + minor)

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +16,10 @@ from compiled_optim._engine.kernels.trace import Signature, Traced
 from compiled_optim._engine.torch_private import inductor
 from compiled_optim._engine.torch_private.inductor import Lowered
 
-name = device_type = "cpu"
+name = device_type = graph_device = "cpu"
 dtypes = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128})
 sparse = True
+asynchronous = False
 # Shorter launches do not pay for holding memory and handing over the interpreter lock.
 long_launch = 1 << 19
 suffix, record_suffix = ".so", ".cpp"
@@ -81,9 +82,14 @@ def load(path: Path, signature: Signature) -> tuple[int, object]:
     return address, library
 
 
-def context(keepalive: object, device: torch.device) -> int:
+def contexts(keepalive: object, signature: Signature, device: torch.device, tensors: int) -> Callable[[], int]:
     """How many threads a launch may use."""
-    return process.team_size()
+    return process.team_size
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Never."""
+    return False
 
 
 def driver(signature: Signature, lowered: Lowered) -> str:
