@@ -17,11 +17,12 @@ from torch.nn import Module
 from torch.optim import swa_utils
 
 from compiled_optim._engine.executions.checks import PLAIN
-from compiled_optim._engine.executions.launch import Plan, Row, make_plan
+from compiled_optim._engine.executions.launch import Counts, Plan, Row, make_plan
 from compiled_optim._engine.executions.memory import Memory, ShortStorageError, check_storage
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.fallback import COMPILE_ERRORS, Fallback
 from compiled_optim._engine.in_graph.handles import same
+from compiled_optim._engine.kernels.backends import is_capturing
 from compiled_optim._engine.torch_private import dynamo, inductor
 from compiled_optim._engine.values import lerp
 from compiled_optim.declare import number
@@ -119,21 +120,31 @@ _PLAIN = frozenset(PLAIN)
 
 
 class _Launcher:
-    """The launch that updates one set of averaged tensors."""
+    """The launch that updates one set of averaged tensors.
 
-    def __init__(self, averaged: list[Tensor], fn: Any, fallback: Fallback) -> None:
-        self.averaged, self.fn, self.fallback = averaged, fn, fallback
+    Args:
+        on_device: whether the weight of a model is a tensor on a device.
+    """
+
+    def __init__(self, averaged: list[Tensor], fn: Any, on_device: bool, fallback: Fallback) -> None:
+        self.averaged, self.fn, self.on_device, self.fallback = averaged, fn, on_device, fallback
         rule = (_Average if isinstance(fn, _Weighted) else _custom(fn)).rule
         options = rule.declaration.check({})
-        self.work = Work(rule, [{"params": averaged, **options}], defaultdict(dict), options, Memory())
+        group = {"params": averaged, **options, "capturable": on_device}
+        self.work = Work(rule, [group], defaultdict(dict), options, Memory())
+        self.counts: list[Counts] = [(0, (2.0,))]  # whose scalars a launch needs
         self.plan: Plan | None = None
         self.failed = ""
 
-    def fits(self, averaged: list[Tensor], fn: Any) -> bool:
-        return self.fn is fn and same(averaged, self.averaged)
+    def fits(self, averaged: list[Tensor], fn: Any, on_device: bool) -> bool:
+        return self.fn is fn and self.on_device == on_device and same(averaged, self.averaged)
 
     def run(
-        self, model_of: dict[Tensor, Tensor], weight: float, other: Callable[[Tensor, Tensor], Tensor], casts: bool
+        self,
+        model_of: dict[Tensor, Tensor],
+        weight: float | Tensor,
+        other: Callable[[Tensor, Tensor], Tensor],
+        casts: bool,
     ) -> None:
         """Updates the averages in place, all or none.
 
@@ -150,7 +161,7 @@ class _Launcher:
         if self.failed:
             raise inductor.LoweringError(self.failed)
         self.work.substitutes = model_of
-        rows: list[Row] = [(0, (2.0,), (weight,))]
+        self.work.groups[0]["weight"] = weight
         outcome: Any = None
         for _ in range(3):
             if self.plan is None or isinstance(outcome, str):  # there is none, or it no longer fits
@@ -162,18 +173,26 @@ class _Launcher:
                 if p.shape != model_of[p].shape or (p.dtype != model_of[p].dtype and not casts):
                     raise inductor.LoweringError("a tensor of the model is of another shape or dtype than its average")
             new = [(p, other(p, model_of[p]).expand(p.shape)) for p in others]
-            outcome = self.plan.run(self.work, rows)
+            outcome = self.plan.run(self.work, self._rows(self.plan, weight))
             if outcome is None:
                 for p, value in new:
                     p.copy_(value)
                 return
             if isinstance(outcome, list):
-                rows = [(group, counts, (weight,)) for group, counts in outcome]
+                self.counts = outcome
         raise RuntimeError(f"a launch plan that was just made does not fit: {outcome}")
+
+    def _rows(self, plan: Plan, weight: float | Tensor) -> list[Row]:
+        if not self.on_device:
+            return [(group, counts, (weight,)) for group, counts in self.counts]
+        choices = self.work.read(keep_tensors=True)
+        of_device = [pair for pair in self.counts if pair[0] < 0]
+        return [plan.device_row(self.work, code, counts, choices) for code, counts in of_device]
 
     def _make_plan(self) -> Plan:
         try:
-            return make_plan(self.work, self.work.read(), [("weight",)], self._refused)
+            choices = self.work.read(keep_tensors=self.on_device)
+            return make_plan(self.work, choices, [("weight",)], self._refused)
         except COMPILE_ERRORS as error:
             self.failed = str(error)
             raise
@@ -247,14 +266,15 @@ class AveragedModel(swa_utils.AveragedModel):
             self._update(model)
 
     def _update(self, model: Module) -> None:
-        on_host = self.n_averaged.device.type == "cpu"  # otherwise reading the count would wait for the device
-        if not (self.compiled and on_host and int(self.n_averaged)):
+        on_device = not self.n_averaged.is_cpu  # so that reading the count would wait for the device
+        known = isinstance(self._function, _Weighted) if on_device else bool(self.n_averaged)
+        if not (self.compiled and known):
             self._update_eagerly(model)
             return
         fallback = self._fallback = self._fallback or Fallback()
         if not fallback.reason():
             try:
-                self._launch(model, int(self.n_averaged), fallback)
+                self._launch(model, fallback)
                 return
             except COMPILE_ERRORS as error:
                 fallback.tell(f"the average is updated eagerly: {error}", "repair that, or set compiled=False")
@@ -283,8 +303,8 @@ class AveragedModel(swa_utils.AveragedModel):
         return next((fn for fn in (self.avg_fn, self.multi_avg_fn) if fn is not None), _EQUAL)
 
     @torch.no_grad()
-    def _launch(self, model: Module, n: int, fallback: Fallback) -> None:
-        fn = self._function
+    def _launch(self, model: Module, fallback: Fallback) -> None:
+        fn, on_device = self._function, not self.n_averaged.is_cpu
         if self.multi_avg_fn is not None and not isinstance(fn, _Weighted):
             raise inductor.LoweringError("a multi_avg_fn works on lists in place, and only an avg_fn can be compiled")
         mine, my_buffers = _tensors(self.module)
@@ -302,9 +322,20 @@ class AveragedModel(swa_utils.AveragedModel):
         if not isinstance(fn, _Weighted) and any(p.is_complex() for p in averaged):
             raise inductor.LoweringError("a kernel takes complex numbers as two, which an avg_fn may not")
         launcher = self._launcher
-        if launcher is None or not launcher.fits(averaged, fn):
-            launcher = self._launcher = _Launcher(averaged, fn, fallback)
-        weight = fn.weight(n) if isinstance(fn, _Weighted) else n
+        if launcher is None or not launcher.fits(averaged, fn, on_device):
+            launcher = self._launcher = _Launcher(averaged, fn, on_device, fallback)
+        weight: Any
+        if on_device:
+            n = self.n_averaged.double()
+            weight = torch.where(n == 0, 1.0, torch.zeros_like(n) + fn.weight(n))
+        else:
+            if averaged and is_capturing(averaged[0].device):
+                raise RuntimeError(
+                    "a CUDA graph cannot capture an average whose models are counted on the host: build the "
+                    "AveragedModel with the device of the model, so that n_averaged lies there"
+                )
+            count = int(self.n_averaged)
+            weight = fn.weight(count) if isinstance(fn, _Weighted) else count
         launcher.run(model_of, weight, self._other, casts=self.multi_avg_fn is None)
         if not self.use_buffers:
             for average, buffer in zip(my_buffers, their_buffers, strict=True):

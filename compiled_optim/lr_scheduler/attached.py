@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compiled_optim._engine import settings
+from compiled_optim._engine.kernels.backends import is_capturing
 
 _SEARCHED = 100_000  # steps among which a lost place is looked for
 
@@ -67,7 +68,7 @@ class Attached:
         schedule = self.schedule
         self._is_restored, self._was_changed = False, self._is_changed
         devices = self._devices() if self._has_tensors else set()
-        if devices and not self._is_captured and _is_capturing(devices):
+        if devices and not self._is_captured and any(map(is_capturing, devices)):
             self._look_up()
             self._is_captured = True
         if self._is_captured:
@@ -185,8 +186,3 @@ def _is_on_device(group: dict[str, Any]) -> bool:
 
 def _number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
-
-
-def _is_capturing(devices: set[torch.device]) -> bool:
-    """Whether what runs now is only recorded, in a CUDA graph."""
-    return any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing()

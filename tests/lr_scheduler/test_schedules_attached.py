@@ -146,7 +146,7 @@ def test_on_a_device_nothing_is_read_back(build: Any, captured: bool, monkeypatc
     optimizer._opt_called = True
     attached: Any = optimizer._attached
     attached.advance()
-    monkeypatch.setattr("compiled_optim.lr_scheduler.attached._is_capturing", lambda devices: captured)
+    monkeypatch.setattr("compiled_optim.lr_scheduler.attached.is_capturing", lambda device: captured)
     host = compiled_optim.AdamW(groups(), lr=0.1)
     reference = build(lr_scheduler, host)
     host.attach(reference)
@@ -174,7 +174,7 @@ def test_a_function_of_the_user_is_not_called_by_a_captured_step(monkeypatch: py
     optimizer._opt_called = True
     attached: Any = optimizer._attached
     attached.advance()
-    monkeypatch.setattr("compiled_optim.lr_scheduler.attached._is_capturing", lambda devices: True)
+    monkeypatch.setattr("compiled_optim.lr_scheduler.attached.is_capturing", lambda device: True)
     attached.advance()
     calls.clear()
     for _ in range(3):

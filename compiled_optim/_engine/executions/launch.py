@@ -18,7 +18,7 @@ from compiled_optim._engine.executions.state import Journal, counted_on_device, 
 from compiled_optim._engine.executions.survey import Member, commit, look
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.kernels import registry
-from compiled_optim._engine.kernels.backends import backend_named, backend_of
+from compiled_optim._engine.kernels.backends import backend_named, backend_of, is_capturing
 from compiled_optim._engine.kernels.references import Form, UnknownReferenceError, all_references, refer_to
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.torch_private import inductor, tensor_parts
@@ -192,6 +192,11 @@ def make_plan(
         for m in members
         if not m.reason and m.signature in found and (m.grad is not None or not m.lacks)
     }
+    if any(m.lacks and is_capturing(m.param.device) for m in members if id(m) in taken):
+        raise RuntimeError(
+            f"a CUDA graph cannot capture the first step of {work.rule.name}, which makes its state: each replay would "
+            "make it again. Take a step before the capture"
+        )
     entries: list[list[tuple[Tensor, int, bool]]] = [[] for _ in choices]
     try:
         commit(work, choices, [m for m in members if id(m) in taken], plan.journal)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -79,13 +79,22 @@ class Backend(Protocol):
 BACKENDS: tuple[Backend, ...] = (cpu,)
 
 
+def _on(device: torch.device) -> Iterator[Backend]:
+    for backend in BACKENDS:
+        if backend.device_type == device.type:
+            yield backend
+    if device.type == Cuda.device_type and torch.version.hip is None:
+        yield of_gpu(device)
+
+
 def backend_of(tensor: Tensor) -> Backend | None:
     """The backend whose kernels can update a parameter, if there is one."""
-    device = tensor.device
-    found: Sequence[Backend] = BACKENDS
-    if device.type == Cuda.device_type and torch.version.hip is None:
-        found = (*BACKENDS, of_gpu(device))
-    return next((b for b in found if b.device_type == device.type and tensor.dtype in b.dtypes), None)
+    return next((b for b in _on(tensor.device) if tensor.dtype in b.dtypes), None)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device now is only recorded, in a CUDA graph."""
+    return any(b.is_capturing(device) for b in _on(device))
 
 
 def backend_named(name: str) -> Backend:
