@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 import compiled_optim
@@ -73,15 +71,15 @@ def gradient(cls: type[torch.optim.Optimizer], p: Tensor) -> Tensor:
     g = taken(cls, torch.randn_like(p))
     if not g.is_sparse or p.dim() == 0 or len(p) == 0:
         return g
-    rows = torch.randint(len(p), (1 + len(p) // 2,)).repeat(2)
-    values = torch.randn(len(rows), *p.shape[1:], dtype=p.dtype)
+    rows = torch.randint(len(p), (1 + len(p) // 2,), device=p.device).repeat(2)
+    values = torch.randn(len(rows), *p.shape[1:], dtype=p.dtype, device=p.device)
     return torch.sparse_coo_tensor(rows[None], values, p.shape, check_invariants=True)
 
 
 # ---- options
 
 
-def _ranges(name: str, field: Number) -> list[tuple[float, float]]:
+def ranges(name: str, field: Number) -> list[tuple[float, float]]:
     """Of a number, or of each number of a tuple."""
     low = 1e-3 if field.switch or field.low is None else field.low
     high = 0.5 if field.below is None and field.high is None else 0.999
@@ -91,8 +89,9 @@ def _ranges(name: str, field: Number) -> list[tuple[float, float]]:
 
 def sample(name: str, field: Number, fraction: float = 0.6) -> Any:
     """A value that has an effect, this far into its range; the numbers of a tuple differ."""
-    ranges = enumerate(_ranges(name, field))
-    parts = tuple(round(low + (high - low) * (fraction + 0.2 * i), 4) for i, (low, high) in ranges)
+    parts = tuple(
+        round(low + (high - low) * (fraction + 0.2 * i), 4) for i, (low, high) in enumerate(ranges(name, field))
+    )
     return parts if isinstance(field.default, tuple) else parts[0]
 
 
@@ -145,21 +144,6 @@ def accepted(cls: type[compiled_optim.Optimizer], options: dict[str, Any], dtype
     except ValueError:
         return False
     return True
-
-
-def values_for(cls: type[compiled_optim.Optimizer], switches: dict[str, Any]) -> SearchStrategy[dict[str, Any]]:
-    """Values for all numbers, with the same switches on as in ``switches``."""
-    numbers = {k: v for k, v in numbers_of(cls).items() if not v.switch or k in switches}
-    flags = {k: st.just(v) for k, v in switches.items() if k not in numbers}
-    drawn = {k: _values(k, v) for k, v in numbers.items()}
-    return st.fixed_dictionaries({**drawn, **flags}).filter(lambda options: accepted(cls, options))
-
-
-def _values(name: str, field: Number) -> SearchStrategy[Any]:
-    parts = [st.floats(*bounds, exclude_min=field.above is not None) for bounds in _ranges(name, field)]
-    one = st.tuples(*parts) if isinstance(field.default, tuple) else parts[0]
-    # the default stays likely: beside nesterov torch refuses any other dampening
-    return one if field.switch else st.just(field.default) | one
 
 
 def named(options: dict[str, Any]) -> str:

@@ -8,22 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from beside_torch import SHAPES, Lockstep, parameter, state_of, tensors
+from beside_torch import SHAPES, Lockstep, tensors
 from cases import (
     ALL,
     CLASSES,
     FEW,
     NARROW,
     accepted,
-    gradient,
     named,
     oracle,
     rich_options,
     sample,
     switch_sets,
     tolerance,
-    values_for,
 )
+from drawn import values_for
+from exactness import assert_no_less_exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -70,50 +70,11 @@ def test_float64_foreach_lowering(cls: Any, options: Options) -> None:
     run.compare(tolerance(cls))
 
 
-def trajectory(
-    cls: Any, build: Any, initial: list[Tensor], gradients: list[list[Tensor]], dtype: torch.dtype
-) -> list[Tensor]:
-    """Parameters and state after steps in ``dtype``, in float64 and each as one vector."""
-    params = [parameter(t.to(dtype)) for t in initial]
-    optimizer = build(params)
-    for step in gradients:
-        for p, g in zip(params, step, strict=True):
-            p.grad = g.to(dtype)
-        optimizer.step()
-    state = [state_of(optimizer, p) for p in params]
-    columns = [params, *([s[name] for s in state] for name in state[0] if name in cls.rule.declaration.buffers)]
-    return [torch.cat([t.detach().double().flatten() for t in column]) for column in columns]
-
-
-def rms(t: Tensor) -> float:
-    return t.square().mean().sqrt().item()
-
-
 @execution
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @cases(NARROW)
 def test_no_less_exact_than_torch(cls: Any, options: Options, dtype: torch.dtype, compiled: bool) -> None:
-    """Than its loop over tensors and its fused kernel, whichever is better."""
-    initial = [torch.randn(shape).to(dtype) for shape in [(4000,), (63, 65), (1,), ()]]
-    gradients = [[gradient(cls, p) for p in initial] for _ in range(10)]
-    with_fused = [{"fused": True}] if "fused" in cls.rule.declaration.options else []
-    torch.set_default_dtype(torch.float64)  # of it is what torch carries from step to step
-    truth = trajectory(cls, lambda params: oracle(cls)(params, **options), initial, gradients, torch.float64)
-    torch.set_default_dtype(torch.float32)
-    theirs = [
-        trajectory(cls, lambda params, how=how: oracle(cls)(params, **options, **how), initial, gradients, dtype)
-        for how in ({}, *with_fused)
-    ]
-    ours = trajectory(cls, lambda params: cls(params, **options, compiled=compiled), initial, gradients, dtype)
-    for expected, actual, *references in zip(truth, ours, *theirs, strict=True):
-        assert actual.isfinite().all()
-        # in float16 SparseAdam of torch divides by an eps that is zero there, and its fused SGD makes values infinite
-        kept = references[0].isfinite()
-        error = min(rms((reference - expected)[kept]) for reference in references)
-        # the floor: what rounding the truth itself once would cost
-        floor = rms(expected.to(dtype).double() - expected)
-        assert rms((actual - expected)[kept]) <= 1.5 * max(error, floor)
-        assert kept.double().mean() > 0.9
+    assert_no_less_exact(cls, options, dtype, compiled=compiled)
 
 
 def complex_run(cls: Any, options: Options, dtype: torch.dtype, compiled: bool) -> Lockstep:
