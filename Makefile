@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lines test test-torch lint graphs bench fuzz clean
+.PHONY: help venv demo lines test test-torch gpu lint graphs bench bench-gpu fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -39,6 +39,15 @@ $(OTHER)/.stamp: pyproject.toml constraints.txt
 		-c $(OTHER)/constraints.txt torch==$(TORCH) -e '.[test,demo,notebooks]'
 	@touch $@
 
+# A machine with a GPU may have torch, triton and pytest but no way to install more: then PYTHON is used as it is.
+ifneq ($(filter gpu bench-gpu,$(MAKECMDGOALS)),)
+HAS_TORCH := $(shell $(PYTHON) -c "import pytest, torch, triton" 2>/dev/null && echo yes)
+endif
+ON_GPU = PYTHONPATH=. $(if $(HAS_TORCH),$(PYTHON),$(BIN)/python)
+
+gpu: $(if $(HAS_TORCH),,.venv/.stamp) ## run the tests that need a GPU; elsewhere they are skipped
+	$(ON_GPU) -m pytest -m gpu tests/gpu
+
 lint: .venv/.stamp ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,6 +69,11 @@ bench: .venv/.stamp ## time optimizer steps; raw numbers go to benchmark.json, t
 		--benchmark-sort=name --benchmark-json=benchmark.json
 	$(BIN)/python bench/table.py benchmark.json README.md
 
+PARTS ?=
+bench-gpu: $(if $(HAS_TORCH),,.venv/.stamp) ## time steps on a GPU; numbers go to benchmark-gpu.json, tables to the README
+	$(ON_GPU) bench/on_gpu.py benchmark-gpu.json $(PARTS)
+	$(ON_GPU) bench/gpu_table.py benchmark-gpu.json README.md
+
 clean: ## remove build artefacts, caches and demo output, but no .venv
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmark.json demo.png
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmark.json benchmark-gpu.json demo.png
 	find . -path "./.venv*" -prune -o -type d -name __pycache__ -exec rm -rf {} +
