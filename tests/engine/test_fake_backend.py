@@ -21,7 +21,7 @@ from compiled_optim._engine.torch_private.inductor import Lowered
 Entry = ctypes.CFUNCTYPE(
     None,
     ctypes.c_int64,
-    *(ctypes.POINTER(t) for t in (ctypes.c_size_t, ctypes.c_int64, ctypes.c_int32, ctypes.c_double)),
+    *(ctypes.POINTER(t) for t in (ctypes.c_size_t, ctypes.c_int64, ctypes.c_int32, ctypes.c_double, ctypes.c_size_t)),
     ctypes.c_int64,
     ctypes.c_size_t,
 )
@@ -59,7 +59,9 @@ class FakeBackend:
         exec(path.read_text(), namespace)
         flat, names = signature.flat_dtypes, signature.scalars
 
-        def entry(tensors: int, table: Any, begins: Any, rows: Any, scalars: Any, columns: int, context: int) -> None:
+        def entry(
+            tensors: int, table: Any, begins: Any, rows: Any, scalars: Any, addresses: Any, columns: int, context: int
+        ) -> None:
             self.launched.append((tensors, context))
             for t in range(tensors):
                 length = begins[t + 1] - begins[t]

@@ -30,7 +30,7 @@ _PORTABLE_VECTOR_BITS = 256
 _C_TYPES = {torch.float32: "float", torch.float64: "double"}
 _ENTRY = """
 extern "C" void entry(int64_t tensors, void* const* table, const int64_t* begins, const int32_t* rows,
-                      const double* scalars, int64_t columns, void* context) {
+                      const double* scalars, const void* const*, int64_t columns, void* context) {
   // Below this many elements, starting a team of threads costs more than it saves.
   const int threads = begins[tensors] < (1 << 13) ? 1 : static_cast<int>(reinterpret_cast<intptr_t>(context));
   launch(tensors, table, begins, rows, scalars, columns, threads);

@@ -44,13 +44,15 @@ PyObject* make(PyObject*, PyObject* args) {
   });
 }
 
-// add_launch(plan, kernel, parameter, buffers by slot, elements of a long launch): the device and the dtypes are those of
-// the given tensors.
+// add_launch(plan, kernel, parameter, buffers by slot, elements of a long launch[, on_device, by_rows, scaled]): the device
+// and the dtypes are those of the given tensors; for the rest see plan.h.
 PyObject* add_launch(PyObject*, PyObject* args) {
   PyObject *capsule, *param, *buffers;
   unsigned long long kernel;
   long long long_elements;
-  if (!PyArg_ParseTuple(args, "OKOO!L", &capsule, &kernel, &param, &PyDict_Type, &buffers, &long_elements))
+  int on_device = 0, by_rows = 0, scaled = 0;
+  if (!PyArg_ParseTuple(args, "OKOO!L|ppp", &capsule, &kernel, &param, &PyDict_Type, &buffers, &long_elements, &on_device,
+                        &by_rows, &scaled))
     return nullptr;
   return guarded([&]() -> PyObject* {
     auto* plan = plan_of(capsule);
@@ -62,6 +64,9 @@ PyObject* add_launch(PyObject*, PyObject* args) {
     launch.param_type = tensor->scalar_type();
     launch.itemsize = static_cast<int64_t>(tensor->itemsize());
     launch.width = c10::isComplexType(launch.param_type) ? 2 : 1;
+    launch.off_host = !launch.plain.device.is_cpu();
+    launch.on_device = on_device, launch.by_rows = by_rows, launch.scaled = scaled;
+    launch.refused = refused_sharing(launch.off_host, on_device);
     PyObject *slot, *sample;
     Py_ssize_t at = 0;
     while (PyDict_Next(buffers, &at, &slot, &sample)) {
@@ -74,6 +79,7 @@ PyObject* add_launch(PyObject*, PyObject* args) {
       launch.types.push_back(buffer->scalar_type());
       launch.itemsizes.push_back(static_cast<int64_t>(buffer->itemsize()));
     }
+    launch.cells = 2 + launch.roles.size() + (by_rows ? 3 : 0) + (on_device ? plan->counts : 0);
     plan->launches.push_back(std::move(launch));
     Py_RETURN_NONE;
   });
@@ -174,6 +180,12 @@ PyObject* conflicts(PyObject*, PyObject* args) {
         tensors.back().push_back(in_memory(PyTuple_GET_ITEM(slots, s)));
       slots_at_most = std::max(slots_at_most, static_cast<size_t>(PyTuple_GET_SIZE(slots)));
     }
+    auto off_host = [&](size_t e, size_t cell) {
+      return cell < tensors[e].size() && tensors[e][cell] && !tensors[e][cell]->is_cpu();
+    };
+    auto refused = [&](size_t e) {
+      return refused_sharing(off_host(e, Memory::kParam), counts && off_host(e, Memory::kCounts0));
+    };
     Memory memory(std::move(eager), slots_at_most, static_cast<size_t>(counts));
     for (size_t e = 0; e < tensors.size(); e++)
       for (size_t c = 0; c < tensors[e].size(); c++)
@@ -184,8 +196,8 @@ PyObject* conflicts(PyObject*, PyObject* args) {
       found = false;
       const auto sharing = memory.sharing();
       for (size_t e = 0; e < tensors.size(); e++) {
-        if (memory.is_eager(e) || !(sharing[e] & kRefused)) continue;
-        reasons[e] = why_refused(sharing[e]);
+        if (memory.is_eager(e) || !(sharing[e] & refused(e))) continue;
+        reasons[e] = why_refused(sharing[e] & refused(e));
         memory.make_eager(e);
         found = true;
       }
@@ -213,9 +225,9 @@ bool is_long(const Plan* plan) {
 
 void launch_all(Plan* plan, const PredictedScalars& scalars) {
   auto call = [&](const Launch& launch, const Table& table) {
-    if (table.rows.empty()) return;
+    if (table.is_idle) return;
     launch.kernel(static_cast<int64_t>(table.rows.size()), table.cells.data(), table.begins.data(), table.rows.data(),
-                  scalars.table.data(), scalars.columns, launch.context);
+                  scalars.table.data(), scalars.addresses.data(), scalars.columns, launch.context);
   };
   for (const auto& launch : plan->launches) call(launch, launch.table);
   for (auto& turn : plan->turns) {
@@ -242,12 +254,20 @@ class Held {
   std::vector<std::pair<c10::Storage, bool>> held_;
 };
 
+// Lets other threads run Python, and has the lock again when it goes, also where a launch throws.
+struct Unlocked {
+  PyThreadState* thread = PyEval_SaveThread();
+  ~Unlocked() { PyEval_RestoreThread(thread); }
+};
+
 // run(plan, lists of parameters, state, rows, substitutes, contexts): one step. It returns None if it was done. Otherwise
 // nothing was written: a string says why the plan no longer fits; a list names the (group, counts) whose scalars are
 // needed; False says that a row holds objects that are no numbers, because converting them would run Python.
-// `rows` lists (group, counts, scalars followed by the new recurrent scalars) as predicted. `substitutes` lists
-// (parameter, gradient) for gradients that are not taken from the parameter, and (parameter, values, indices) for sparse
-// ones. `contexts` has the last argument of the kernel of each launch, as a number.
+// `rows` lists (group, counts, scalars followed by the new recurrent scalars) as predicted; and for a launch `on_device`
+// (code, zeros, hyperparameters followed by found_inf), each a number or a tensor of one on the launch's device, float32
+// or float64. `substitutes` lists (parameter, gradient) for gradients that are not taken from the parameter, and
+// (parameter, values, indices) for sparse ones, where the indices are numbers of rows, each once, if the launch is
+// `by_rows`. `contexts` has the last argument of the kernel of each launch, as a number.
 // No Python runs from the first look at a tensor to the last write, except in a long launch, for which memory is held.
 // Holding it in every step would cost 15 us for 100 tensors.
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -259,7 +279,7 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return PyErr_Format(PyExc_TypeError, "run takes a sealed plan, a tuple, a dict, two lists and a tuple");
   return guarded([&]() -> PyObject* {
     FoundCounts found{std::max<size_t>(1, plan->counts)};
-    PredictedScalars scalars;
+    PredictedScalars scalars{*plan};
     if (!scalars.read(args[3], found.width)) return nullptr;
     if (!scalars.are_numbers) Py_RETURN_FALSE;
     const int64_t recurrent = plan->counts ? static_cast<int64_t>(plan->counts) - 1 : 0;
@@ -279,7 +299,6 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!why) why = tabulate(plan, found, counters);
     if (why) return PyUnicode_FromString(why);
     if (!scalars.fits(found)) return needed(found);
-    if (!counters.empty() && scalars.columns < recurrent) throw std::invalid_argument("a row lacks recurrent scalars");
     const bool release_lock = is_long(plan);
     Held held;  // destroyed after `busy` is reset, because freeing memory may run Python
     struct Busy {
@@ -287,27 +306,30 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
       ~Busy() { flag = false; }
     } busy{plan->busy};
     auto each_tensor = [&](auto action) {
-      for (const size_t e : plan->updated)
+      for (const size_t e : plan->listed) {
+        if (plan->entries[e].idle) continue;
+        const bool reads_gradient = !plan->launches[plan->entries[e].launch].scaled;
         for (size_t c = 0; c < plan->cells(); c++)
-          if (const auto* t = plan->tensors[e * plan->cells() + c]) action(const_cast<c10::TensorImpl*>(t), c);
+          if (const auto* t = plan->tensors[e * plan->cells() + c])
+            action(const_cast<c10::TensorImpl*>(t), c == Memory::kGradient && reads_gradient);
+      }
     };
-    if (release_lock) each_tensor([&](auto* t, size_t) { held.hold(t); });
+    if (release_lock) each_tensor([&](auto* t, bool) { held.hold(t); });
     plan->busy = true;
-    for (const auto& c : counters) {
-      const double* last = scalars.table.data() + (c.row + 1) * scalars.columns - recurrent;
-      c.write(c.slot ? last[c.slot - 1] : found.of(c.row)[0]);
-    }
-    each_tensor([](auto* t, size_t cell) {
-      if (cell != Memory::kGradient) t->bump_version();  // gradients are only read
+    each_tensor([](auto* t, bool only_read) {
+      if (!only_read) t->bump_version();
     });
     if (release_lock) {
-      Py_BEGIN_ALLOW_THREADS;
+      const Unlocked unlocked;
       launch_all(plan, scalars);
-      Py_END_ALLOW_THREADS;
     } else {
       launch_all(plan, scalars);
     }
-    for (const size_t e : plan->updated) plan->entries[e].fresh = false;
+    for (const auto& c : counters) {  // not before: a launch may throw
+      const double* last = scalars.table.data() + scalars.ends[c.row] - recurrent;
+      c.write(c.slot ? last[c.slot - 1] : found.of(c.row)[0]);
+    }
+    for (const size_t e : plan->listed) plan->entries[e].fresh &= plan->entries[e].idle;
     Py_RETURN_NONE;
   });
 }

@@ -44,6 +44,11 @@ enum Sharing : uint8_t {
 };
 constexpr uint8_t kRefused = kOwnState | kCounts | kEager;
 
+// Off the host gradients are not copied, and counts that lie there are all advanced at once.
+uint8_t refused_sharing(bool off_host, bool counts_off_host) {
+  return kRefused | (off_host ? kCopied : 0) | (counts_off_host ? kCounted : 0);
+}
+
 // Where the tensors of all parameters were last seen. They are compared again only after one that is written has moved.
 // A gradient that has moved, and may share its memory, is looked up among the ranges that are written: 3 us for 100.
 class Memory {
@@ -138,7 +143,9 @@ class Memory {
 const char* why_refused(uint8_t sharing) {
   if (sharing & kOwnState) return "its memory is also that of its own state";
   if (sharing & kCounts) return "its step count, or what is carried beside it, is also the memory of another parameter";
-  return "it shares memory with a parameter that is updated eagerly";
+  if (sharing & kEager) return "it shares memory with a parameter that is updated eagerly";
+  if (sharing & kCopied) return "its update writes to its gradient, and only gradients in host memory are copied first";
+  return "its step count is also that of another parameter, and only counts in host memory advance one after the other";
 }
 
 }  // namespace

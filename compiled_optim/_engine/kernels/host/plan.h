@@ -2,31 +2,45 @@
 #pragma once
 #include "memory.h"
 #include "rows.h"
-#include "steps.h"
 
 namespace {
 
-// What every backend compiles a rule to: one call updates all tensors of a table.
-//   table: addresses by [tensor][parameter, gradient, buffers...].
-//   begins: where each tensor begins if all are laid end to end, in elements; and the end.
-//   rows: which row of `scalars` each tensor takes. A row is `columns` wide and may hold more than the kernel reads.
+// What every backend compiles a rule to: one call updates all tensors of a table, or throws.
+//   table: by [tensor][cell] the addresses of parameter, gradient and buffers. The cells of a launch `by_rows` go on with
+//     the address of the int64 numbers of the rows that the gradient has, the elements of a row, and the rows that the
+//     parameter has; those of a launch `on_device` end in the tagged addresses of the counts.
+//   begins: where each tensor begins if all are laid end to end, in elements; and the end. By rows it has the elements of
+//     its gradient.
+//   rows: which row each tensor takes of `scalars` and `addresses`; ~row for one that is idle, whose cells are null.
+//   scalars, addresses: both are `columns` wide, and a row may be longer than what the kernel reads of it. Where there
+//     is an address, which is tagged, the number lies there and not in `scalars`. Only rows of launches `on_device` have
+//     any: these hold the hyperparameters, then found_inf.
 //   context: whatever else the backend needs, such as a number of threads, or a stream and the kernel's own memory.
+// A tagged address is that of a float32 if its lowest bit is set, otherwise that of a float64.
 using Kernel = void (*)(int64_t tensors, void* const* table, const int64_t* begins, const int32_t* rows,
-                        const double* scalars, int64_t columns, void* context);
+                        const double* scalars, const void* const* addresses, int64_t columns, void* context);
 
 struct Table {  // the arguments of one call
   std::vector<void*> cells;
   std::vector<int64_t> begins;
   std::vector<int32_t> rows;
+  bool is_idle;  // whether nothing is updated
 
   void clear() {
     cells.clear();
     begins.assign(1, 0);
     rows.clear();
+    is_idle = true;
   }
   void end_tensor(int64_t elements, int32_t row) {
     begins.push_back(begins.back() + elements);
     rows.push_back(row);
+    is_idle = false;
+  }
+  void add_idle(size_t width, int64_t elements, int32_t row) {
+    cells.resize(cells.size() + width);
+    begins.push_back(begins.back() + elements);
+    rows.push_back(~row);
   }
 };
 
@@ -40,6 +54,12 @@ struct Launch {
   std::vector<size_t> roles;          // the slot that each buffer comes from
   int64_t itemsize;                   // of a parameter, in bytes
   int width;                          // 2 for complex parameters, which the kernel sees as pairs of reals
+  bool off_host;                      // its table should seldom change: parameters without gradient keep their places
+  bool on_device;                     // the kernel reads and advances the counts, which lie where the parameters do
+  bool by_rows;                       // all gradients are sparse, and the kernel takes their rows as they are
+  bool scaled;                        // the kernel writes to the gradients, too
+  uint8_t refused;                    // `Sharing` that it does not take
+  size_t cells;                       // of a tensor in its table
   Table table;                        // filled in each step
   void* context = nullptr;            // set in each step
 };
@@ -59,6 +79,7 @@ struct Entry {
   PyObject* param;
   int group, launch;
   bool fresh;
+  bool idle = false;                         // in this step, in which it has no gradient but a place in a table
   int64_t elements = 0;                      // in this step
   const c10::TensorImpl* indices = nullptr;  // of a gradient that is sparse in this step
 };
@@ -88,11 +109,24 @@ struct Plan {
   // filled in each step
   std::vector<PyObject*> slots;                // [entry][slot]
   std::vector<const c10::TensorImpl*> tensors;  // [entry][cell] with the cells of `Memory`
-  std::vector<size_t> updated;                 // entries
+  std::vector<size_t> listed;                  // entries that have a place in a table
   std::vector<Turn> turns;                     // in the order of the entries
   TouchedRows touched;                         // by sparse gradients
 
   size_t cells() const { return Memory::kCounts0 + slot_names.size(); }
+
+  // What stands for the param group in the rows of a launch `on_device`: (code, counts, numbers and tensors), where the
+  // counts are zeros. If the state has none, there is the step instead, 1 or 2 as on the host.
+  int code(const Entry& entry) const {
+    return -1 - (entry.launch * static_cast<int>(group_sizes.size()) + entry.group);
+  }
+  // The launch of such a row; nullptr for a row of a param group, whose counts the host reads.
+  const Launch* launch_of(int code) const {
+    if (code >= 0) return nullptr;
+    const auto launch = group_sizes.empty() ? launches.size() : static_cast<size_t>(-1 - int64_t{code}) / group_sizes.size();
+    if (launch >= launches.size()) throw std::invalid_argument("a row names a launch that there is not");
+    return &launches[launch];
+  }
   ~Plan() {
     for (auto& known : state_keys)
       for (auto* key : known.keys) Py_DECREF(key);

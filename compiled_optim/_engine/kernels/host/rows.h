@@ -12,15 +12,22 @@
 
 namespace {
 
-// Whether these are the indices [sparse dimensions, nnz] and the contiguous values [nnz, ...] of a gradient of a
-// contiguous parameter.
+// How many dimensions of a parameter the numbers of its rows stand for, if these are the contiguous values [nnz, ...].
+int64_t sparse_dims(const c10::TensorImpl* values, const c10::TensorImpl* param) {
+  return param->dim() - values->dim() + 1;
+}
+
+// Whether these are the contiguous values [nnz, ...] of a gradient of a contiguous parameter, and their indices: [sparse
+// dimensions, nnz], or contiguous numbers of rows [nnz] if they are `flat`.
 bool rows_fit(const Plain& plain, const c10::TensorImpl* indices, const c10::TensorImpl* values, at::ScalarType type,
-              const c10::TensorImpl* param) {
-  return plain(indices) && plain(values) && indices->dim() == 2 && values->dim() >= 1 &&
-         c10::typeMetaToScalarType(indices->dtype()) == at::kLong &&
+              const c10::TensorImpl* param, bool flat) {
+  if (!plain(indices) || !plain(values) || indices->dim() != (flat ? 1 : 2) || values->dim() < 1) return false;
+  const int64_t dims = sparse_dims(values, param);
+  return c10::typeMetaToScalarType(indices->dtype()) == at::kLong &&
          c10::typeMetaToScalarType(values->dtype()) == type && values->is_contiguous() && param->is_contiguous() &&
-         indices->size(0) + values->dim() - 1 == param->dim() && indices->size(1) == values->size(0) &&
-         std::equal(values->sizes().begin() + 1, values->sizes().end(), param->sizes().begin() + indices->size(0));
+         (flat ? dims > 0 && indices->is_contiguous() : dims == indices->size(0)) &&
+         indices->sizes().back() == values->size(0) &&
+         std::equal(values->sizes().begin() + 1, values->sizes().end(), param->sizes().begin() + dims);
 }
 
 class TouchedRows {

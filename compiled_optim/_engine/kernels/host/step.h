@@ -1,7 +1,7 @@
 // What a step does before it writes: it takes every tensor from where Python keeps it now, checks it, and fills the
 // tables.
 #pragma once
-#include "plan.h"
+#include "steps.h"
 
 namespace {
 
@@ -63,15 +63,15 @@ bool read_substitutes(PyObject* list, SubstituteGrads& found) {
 // Notes where a tensor lies, and throws if its storage does not hold it. Resizing a storage moves it, so a tensor that
 // has not moved is not asked again; only a gradient is, because it may be another tensor in each step.
 [[gnu::always_inline]] inline void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t,
-                                        int64_t elements, int64_t itemsize) {
-  const Range now = range(t, elements, itemsize, cell == Memory::kGradient);
+                                        int64_t elements, int64_t itemsize, bool only_read) {
+  const Range now = range(t, elements, itemsize, only_read);
   if (cell != Memory::kGradient && now == plan->memory.at(entry, cell)) return;
   if (!is_whole(t, elements, itemsize)) throw_short(plan, entry, t, cell);
   plan->memory.note(entry, cell, now, cell == Memory::kGradient && is_sole_owner(const_cast<c10::TensorImpl*>(t)));
 }
 
 void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t) {
-  note(plan, entry, cell, t, reach(t), static_cast<int64_t>(t->itemsize()));
+  note(plan, entry, cell, t, reach(t), static_cast<int64_t>(t->itemsize()), cell == Memory::kGradient);
 }
 
 // Notes where the tensors lie of a parameter that is updated after the launch.
@@ -96,7 +96,7 @@ const char* odd_gradient(const Plan* plan, size_t entry, const c10::TensorImpl* 
 const char* collect(Plan* plan, PyObject* state, const SubstituteGrads& substitutes) {
   if (!collect_state(plan, state)) return "the optimizer's state changed";
   const size_t slot_count = plan->slot_names.size(), cells = plan->cells();
-  plan->updated.clear();
+  plan->listed.clear();
   for (size_t e = 0; e < plan->entries.size(); e++) {
     auto& entry = plan->entries[e];
     PyObject* substitute = nullptr;
@@ -119,32 +119,38 @@ const char* collect(Plan* plan, PyObject* state, const SubstituteGrads& substitu
       grad = values->unsafeGetTensorImpl();
       if (sparse) entry.indices = indices->unsafeGetTensorImpl();
     }
+    entry.idle = !grad;
     if (!grad) {
       plan->memory.skip(e);
+      if (entry.launch >= 0 && plan->launches[entry.launch].off_host) plan->listed.push_back(e);
       continue;
     }
     if (entry.launch == kNoState) return "a parameter received its first gradient";
     const auto& launch = plan->launches[entry.launch];
+    if (!entry.indices && launch.by_rows) return "a gradient became dense";
+    if (entry.indices && !launch.by_rows && launch.off_host) return "a gradient became sparse";
     if (!launch.plain(param) || !param->is_non_overlapping_and_dense() ||
         c10::typeMetaToScalarType(param->dtype()) != launch.param_type)
       return "a parameter changed";
-    if (!(entry.indices ? rows_fit(launch.plain, entry.indices, grad, launch.param_type, param)
+    if (!(entry.indices ? rows_fit(launch.plain, entry.indices, grad, launch.param_type, param, launch.by_rows)
                         : fits(launch.plain, grad, launch.param_type, param)))
       return odd_gradient(plan, e, grad);
     // An entry fills the same cells in each step. Its tensors have no gaps, so their reach is their number of elements.
     const auto** tensors = plan->tensors.data() + e * cells;
-    auto take = [&](size_t cell, const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
+    auto take = [&](size_t cell, const c10::TensorImpl* t, int64_t elements, int64_t itemsize, bool only_read = false) {
       tensors[cell] = t;
-      note(plan, e, cell, t, elements, itemsize);
+      note(plan, e, cell, t, elements, itemsize, only_read);
     };
-    const int64_t elements = entry.elements = param->numel(), itemsize = launch.itemsize;
+    const int64_t elements = param->numel(), itemsize = launch.itemsize;
+    const int64_t given = entry.indices ? grad->numel() : elements;
+    entry.elements = launch.by_rows ? given : elements;
     take(Memory::kParam, param, elements, itemsize);
-    take(Memory::kGradient, grad, entry.indices ? grad->numel() : elements, itemsize);
+    take(Memory::kGradient, grad, given, itemsize, !launch.scaled);
     if (entry.indices && !is_whole(entry.indices)) throw_short(plan, e, entry.indices, Memory::kGradient, "gradient's index");
     PyObject** slots = plan->slots.data() + e * slot_count;
     for (size_t c = 0; c < plan->counts; c++) {
       const auto* count = slots[c] ? unpack(slots[c]) : nullptr;
-      if (!is_count(count)) return "a step count changed";
+      if (!is_number(count, launch.on_device ? launch.plain : on_host)) return "a step count changed";
       take(Memory::kCounts0 + c, count->unsafeGetTensorImpl(), 1, count->scalar_type() == at::kFloat ? 4 : 8);
     }
     for (size_t b = 0; b < launch.roles.size(); b++) {
@@ -153,7 +159,7 @@ const char* collect(Plan* plan, PyObject* state, const SubstituteGrads& substitu
       if (!buffer || !fits(launch.plain, buffer->unsafeGetTensorImpl(), launch.types[b], param)) return "a state tensor changed";
       take(Memory::kCounts0 + launch.roles[b], buffer->unsafeGetTensorImpl(), elements, launch.itemsizes[b]);
     }
-    plan->updated.push_back(e);
+    plan->listed.push_back(e);
   }
   return nullptr;
 }
@@ -182,6 +188,26 @@ double counted(const std::vector<HostCount>& counters, const FoundCounts& found,
   return count.read();
 }
 
+// The row that an entry takes. `counts` has room for those of one row; what the host reads is added to the counters.
+inline int32_t row_of(const Plan* plan, size_t e, bool shares_count, std::vector<double>& counts, FoundCounts& found,
+                      std::vector<HostCount>& counters) {
+  const auto& entry = plan->entries[e];
+  counts[0] = entry.fresh ? 1 : 2;
+  if (plan->launches[entry.launch].on_device) {
+    if (plan->counts) std::fill(counts.begin(), counts.end(), 0);
+    return found.row(plan->code(entry), counts.data());
+  }
+  if (entry.idle) return 0;  // any: a launch of which nothing is updated is left out
+  for (size_t c = 0; c < plan->counts; c++) {
+    const HostCount count{plan->memory.at(e, Memory::kCounts0 + c), 0, c};
+    counts[c] = shares_count && c == 0 ? counted(counters, found, count) : count.read();
+    counts[c] += c == 0;
+  }
+  const int32_t row = found.row(entry.group, counts.data());
+  for (size_t c = 0; c < plan->counts; c++) counters.push_back({plan->memory.at(e, Memory::kCounts0 + c), row, c});
+  return row;
+}
+
 // Fills the tables of all launches. Returns nullptr, or why the plan no longer fits.
 const char* tabulate(Plan* plan, FoundCounts& found, std::vector<HostCount>& counters) {
   std::vector<double> counts(found.width);
@@ -189,18 +215,15 @@ const char* tabulate(Plan* plan, FoundCounts& found, std::vector<HostCount>& cou
   plan->turns.clear();
   for (auto& launch : plan->launches) launch.table.clear();
   const auto& sharing = plan->memory.sharing();
-  for (const size_t e : plan->updated) {
+  for (const size_t e : plan->listed) {
     const auto& entry = plan->entries[e];
     const auto& launch = plan->launches[entry.launch];
-    if (sharing[e] & kRefused) return "tensors came to share memory";
-    counts[0] = entry.fresh ? 1 : 2;
-    for (size_t c = 0; c < plan->counts; c++) {
-      const HostCount count{plan->memory.at(e, Memory::kCounts0 + c), 0, c};
-      counts[c] = sharing[e] & kCounted && c == 0 ? counted(counters, found, count) : count.read();
-      counts[c] += c == 0;
+    if (!entry.idle && sharing[e] & launch.refused) return "tensors came to share memory";
+    const int32_t row = row_of(plan, e, sharing[e] & kCounted, counts, found, counters);
+    if (entry.idle) {
+      plan->launches[entry.launch].table.add_idle(launch.cells, entry.elements * launch.width, row);
+      continue;
     }
-    const int32_t row = found.row(entry.group, counts.data());
-    for (size_t c = 0; c < plan->counts; c++) counters.push_back({plan->memory.at(e, Memory::kCounts0 + c), row, c});
     Range gradient = plan->memory.at(e, Memory::kGradient);
     const bool in_turn = sharing[e] & (kInTurn | kCopied);
     if (in_turn) {
@@ -217,14 +240,24 @@ const char* tabulate(Plan* plan, FoundCounts& found, std::vector<HostCount>& cou
     table.cells.push_back(plan->memory.address(e, Memory::kParam));
     table.cells.push_back(const_cast<char*>(gradient.begin));
     for (const size_t role : launch.roles) table.cells.push_back(plan->memory.address(e, Memory::kCounts0 + role));
-    if (!entry.indices) {
+    const auto** tensors = plan->tensors.data() + e * plan->cells();
+    const auto *values = tensors[Memory::kGradient], *param = tensors[Memory::kParam];
+    if (launch.by_rows) {
+      const auto split = param->sizes().begin() + sparse_dims(values, param);
+      table.cells.push_back(const_cast<void*>(entry.indices->data()));
+      for (const auto sizes : {at::IntArrayRef(split, param->sizes().end()), at::IntArrayRef(param->sizes().begin(), split)})
+        table.cells.push_back(reinterpret_cast<void*>(c10::multiply_integers(sizes)));
+    }
+    for (size_t c = 0; launch.on_device && c < plan->counts; c++) {
+      const Range count = plan->memory.at(e, Memory::kCounts0 + c);
+      table.cells.push_back(const_cast<void*>(tagged(count.begin, count.is_float())));
+    }
+    if (!entry.indices || launch.by_rows) {
       table.end_tensor(entry.elements * launch.width, row);
       continue;
     }
     const std::vector<void*> whole(table.cells.begin() + first, table.cells.end());
     table.cells.resize(first);
-    const auto** tensors = plan->tensors.data() + e * plan->cells();
-    const auto *values = tensors[Memory::kGradient], *param = tensors[Memory::kParam];
     for (const auto& span : plan->touched.gather(entry.indices, values, static_cast<char*>(whole[1]), param)) {
       for (size_t c = 0; c < whole.size(); c++) {  // each span is a tensor of the table
         const int64_t itemsize = c < 2 ? launch.itemsize : launch.itemsizes[c - 2];

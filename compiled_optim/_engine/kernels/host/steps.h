@@ -1,17 +1,14 @@
 // The scalars of a step: one row for each distinct (param group, counts). The counts of a parameter are its step count
-// and its recurrent scalars.
+// and its recurrent scalars. A launch on a device has a row for each of its param groups (see `Plan::code`).
 #pragma once
-#include <Python.h>
-
-#include <cstdint>
 #include <cstring>
-#include <string>
 #include <unordered_map>
-#include <vector>
+
+#include "plan.h"
 
 namespace {
 
-// The distinct (param group, counts) that are found in a step.
+// The distinct (param group or code, counts) that are found in a step.
 struct FoundCounts {
   size_t width;                 // of one row: the step count after this step, then the recurrent scalars before it
   std::vector<int> groups;      // [row]
@@ -36,10 +33,14 @@ struct FoundCounts {
   }
 };
 
-// The scalars that Python evaluated for the counts it expects. The new recurrent scalars are at the end of each row.
+// The scalars that Python evaluated for the counts it expects. The new recurrent scalars are at the end of each row that
+// the host counts. Rows are padded to the width of the longest.
 struct PredictedScalars {
+  const Plan& plan;
   std::vector<int> groups;
   std::vector<double> counts, table;
+  std::vector<const void*> addresses;  // instead of numbers in the table
+  std::vector<size_t> ends;            // of rows in the table, without padding
   int64_t columns = 0;
 
   bool are_numbers = true;  // if not, reading stopped there
@@ -47,8 +48,12 @@ struct PredictedScalars {
   // False on a Python error. Runs no Python.
   bool read(PyObject* rows, size_t width) {
     for (Py_ssize_t r = 0; r < PyList_GET_SIZE(rows); r++) {
-      if (!read_row(PyList_GET_ITEM(rows, r), width)) return false;
+      PyObject* row = PyList_GET_ITEM(rows, r);
+      if (PyTuple_Check(row) && PyTuple_GET_SIZE(row) == 3 && PyTuple_Check(PyTuple_GET_ITEM(row, 2)))
+        columns = std::max<int64_t>(columns, PyTuple_GET_SIZE(PyTuple_GET_ITEM(row, 2)));
     }
+    for (Py_ssize_t r = 0; r < PyList_GET_SIZE(rows); r++)
+      if (!read_row(PyList_GET_ITEM(rows, r), width)) return false;
     return true;
   }
 
@@ -58,15 +63,27 @@ struct PredictedScalars {
   }
 
  private:
-  bool append(std::vector<double>& out, PyObject* tuple) {
+  bool append(std::vector<double>& out, PyObject* tuple, const Launch* launch = nullptr) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++) {
       PyObject* value = PyTuple_GET_ITEM(tuple, i);
+      if (const void* there = launch ? address_of(unpack(value), launch->plain) : nullptr) {
+        addresses.resize(out.size() + 1);
+        addresses.back() = there;
+        out.push_back(0);
+        continue;
+      }
       are_numbers = are_numbers && (PyFloat_Check(value) || PyLong_CheckExact(value) || PyBool_Check(value));
       if (!are_numbers) return true;
       out.push_back(PyFloat_AsDouble(value));
       if (out.back() == -1.0 && PyErr_Occurred()) return false;
     }
     return true;
+  }
+
+  // Tagged; nullptr for anything but a number that lies on the device.
+  static const void* address_of(const at::TensorBase* t, const Plain& plain) {
+    if (!is_number(t, plain) || !is_whole(t->unsafeGetTensorImpl())) return nullptr;
+    return tagged(t->const_data_ptr(), t->scalar_type() == at::kFloat);
   }
 
   bool read_row(PyObject* row, size_t width) {
@@ -82,18 +99,22 @@ struct PredictedScalars {
       PyErr_Format(PyExc_ValueError, "a row must have %zu counts, got %zd", width, PyTuple_GET_SIZE(given));
       return false;
     }
-    if (!groups.empty() && columns != found) {
-      PyErr_SetString(PyExc_ValueError, "scalars must return as many values for every param group and step");
+    const Launch* launch = plan.launch_of(group);
+    if (!launch && found < static_cast<Py_ssize_t>(width) - 1) {
+      PyErr_Format(PyExc_ValueError, "a row must have %zu recurrent scalars, got %zd values", width - 1, found);
       return false;
     }
-    columns = found;
     groups.push_back(group);
     if (!append(counts, given)) return false;
     if (!are_numbers) {
       PyErr_SetString(PyExc_TypeError, "counts must be numbers");
       return false;
     }
-    return append(table, values);
+    if (!append(table, values, launch)) return false;
+    ends.push_back(table.size());
+    table.resize(groups.size() * columns);
+    addresses.resize(table.size());
+    return true;
   }
 };
 

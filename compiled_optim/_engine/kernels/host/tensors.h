@@ -42,6 +42,8 @@ struct Plain {
   bool operator()(const c10::TensorImpl* t) const { return t->key_set() == keys && t->device() == device; }
 };
 
+const Plain on_host;
+
 // Whether a tensor, which may have a lazy conjugate or be an inference tensor, has memory of its own.
 bool in_memory(const c10::TensorImpl* t) {
   const auto plain = plain_keys(t->key_set().highestBackendKey());
@@ -99,10 +101,13 @@ bool is_whole(const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
 
 bool is_whole(const c10::TensorImpl* t) { return is_whole(t, reach(t), static_cast<int64_t>(t->itemsize())); }
 
-// Whether this is a step count, which a launch reads and writes on the host, whatever the device of its parameter.
-bool is_count(const at::TensorBase* t) {
-  return t && Plain()(t->unsafeGetTensorImpl()) && t->numel() == 1 &&
+// Whether this is a number where it has to lie: most step counts lie on the host, whatever the device of the parameter.
+bool is_number(const at::TensorBase* t, const Plain& plain) {
+  return t && plain(t->unsafeGetTensorImpl()) && t->numel() == 1 &&
          (t->scalar_type() == at::kFloat || t->scalar_type() == at::kDouble);
 }
+
+// The address of such a number; its lowest bit tells that it is a float32.
+const void* tagged(const void* data, bool is_float) { return static_cast<const char*>(data) + is_float; }
 
 }  // namespace
