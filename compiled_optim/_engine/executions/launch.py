@@ -341,7 +341,8 @@ def _launch_of(plan: Plan, slots: tuple[str, ...], m: Member, kernel: registry.K
         backend = backend_named(signature.backend)
         plan.launches.append(Launch(kernel, m.param.dtype, device))
         samples = {slots.index(name): m.state[name] for name in signature.buffers}
-        plan.host.add_launch(plan.native, kernel.entry, m.param, samples, backend.long_launch)
+        differs = (signature.on_device, signature.by_rows, signature.scaled)
+        plan.host.add_launch(plan.native, kernel.entry, m.param, samples, backend.long_launch, *differs)
     launch = plan.launches[index]
     launch.tensors += 1
     launch.elements += m.param.numel() * (2 if m.param.is_complex() else 1)
