@@ -27,7 +27,7 @@ _WATCHED = 'exec 3<&0; { read -r _ <&3; kill -KILL 0; } >/dev/null 2>&1 & exec "
 
 
 class BuildError(RuntimeError):
-    """The C++ compiler made no library. The message has its command and the first lines that it printed."""
+    """A compiler made no library, or the driver of a device takes none. The message is that of the one that failed."""
 
 
 @dataclass(frozen=True)

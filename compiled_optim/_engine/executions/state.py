@@ -47,7 +47,7 @@ def count_tensor(p: Tensor, group: dict[str, Any], value: float) -> Tensor:
     fused = group.get("fused")
     double = torch.get_default_dtype() == torch.float64 and not fused
     device = p.device if group.get("capturable") or fused else "cpu"
-    return torch.tensor(value, dtype=torch.float64 if double else torch.float32, device=device)
+    return torch.full((), value, dtype=torch.float64 if double else torch.float32, device=device)
 
 
 def counted_on_device(group: dict[str, Any]) -> bool:

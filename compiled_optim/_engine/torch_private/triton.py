@@ -5,7 +5,9 @@ Nothing here needs a GPU. Inductor and Triton are imported by the functions that
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,10 +114,11 @@ def _some_gpu(capability: int) -> Iterator[None]:
 
 
 def versions() -> tuple[str, ...]:
-    """What a program depends on beside its text: the version of Triton, which brings its own assembler."""
-    import importlib.metadata
-
-    return (importlib.metadata.version("triton"),)
+    """What a program depends on beside its text: Triton, and an assembler that is not the one that it brings."""
+    # Its first file has the version, under whatever name it was installed, and to read it takes no import.
+    found = importlib.util.find_spec("triton")
+    first = Path(found.origin).read_text() if found is not None and found.origin else "none"
+    return (first, *(f"{k}={v}" for k, v in sorted(os.environ.items()) if "PTXAS" in k))
 
 
 def build(

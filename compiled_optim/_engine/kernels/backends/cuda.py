@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from compiled_optim._engine.cache.compiler import BuildError
 from compiled_optim._engine.kernels.backends import cuda_launch
 from compiled_optim._engine.kernels.backends.triton_text import (
     PROLOGUE_ARGUMENTS,
@@ -95,7 +96,7 @@ class Cuda:
         driver = self.open_driver()
         loaded = cuda_launch.load(path, driver)
         if len(loaded) != 1 + signature.on_device:
-            raise RuntimeError(f"{path.name} holds {len(loaded)} kernels for {signature.name}")
+            raise BuildError(f"{path.name} holds {len(loaded)} kernels for {signature.name}")
         address = ctypes.cast(driver.functions.entry, ctypes.c_void_p).value
         assert address is not None
         return address, loaded

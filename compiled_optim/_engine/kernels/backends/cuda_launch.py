@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from compiled_optim._engine.cache import native
+from compiled_optim._engine.cache.compiler import BuildError
 from compiled_optim._engine.torch_private.triton import Program
 
 _HOST = Path(__file__).parents[1] / "host"
@@ -30,11 +31,11 @@ class Driver:
         """Calls a function whose last argument takes a handle, and returns that.
 
         Raises:
-            RuntimeError: with the driver's message.
+            BuildError: with the driver's message.
         """
         result = ctypes.c_void_p()
         if message := getattr(self.functions, function)(*arguments, ctypes.byref(result)):
-            raise RuntimeError(message.decode())
+            raise BuildError(message.decode())
         return result.value or 0
 
 
@@ -66,7 +67,7 @@ def driver(name: str) -> Driver:
     """The driver of this file name.
 
     Raises:
-        RuntimeError: if it cannot be opened. What `native.Future.result` raises.
+        BuildError: if it cannot be opened. What `native.Future.result` raises.
     """
     begin()
     return Driver(_library_ahead[0].result().value, name)
@@ -94,7 +95,7 @@ def load(path: Path, driver: Driver) -> list[Loaded]:
     """Hands the programs of a file to the driver.
 
     Raises:
-        RuntimeError: with the driver's message, or if the file is none of `pack`.
+        BuildError: with the driver's message, or if the file is none of `pack`.
     """
     head, _, images = path.read_bytes().partition(b"\n")
     loaded, at = [], 0
@@ -108,7 +109,7 @@ def load(path: Path, driver: Driver) -> list[Loaded]:
             )
             loaded.append(Loaded(handle, program["threads"], program["shared"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise RuntimeError(f"{path.name} is no kernel: {error}") from error
+        raise BuildError(f"{path.name} is no kernel: {error}") from error
     return loaded
 
 
