@@ -131,7 +131,7 @@ def explain(optimizer: torch.optim.Optimizer, *, bandwidth: float | None = None)
         for launch in execution.plan.launches:
             k = launch.kernel
             where = ("multi_tensor", str(launch.device), _dtype(launch.dtype))
-            size = (launch.tensors, launch.elements, 1, k.bytes_per_element)
+            size = (launch.tensors, launch.elements, 1 + k.signature.on_device, k.bytes_per_element)
             row = Row(*where, *size, k.signature.name, k.origin, k.seconds, "")
             rows.append(row if bandwidth is None else _with_cost(row, k.signature, bandwidth))
         for reason in dict.fromkeys(why for _, _, why in execution.plan.elsewhere):
