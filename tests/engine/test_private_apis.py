@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.trace import Signature, trace
-from compiled_optim._engine.torch_private import dynamo, inductor, optim, tensor_parts, version
+from compiled_optim._engine.torch_private import absent_gpu, dynamo, inductor, optim, tensor_parts, version
 from compiled_optim.algorithms import AdamW
 from compiled_optim.testing import assert_compiles
 
@@ -194,6 +194,14 @@ def test_lowering_compiles_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(AsyncCompile, "__init__", lambda self: pytest.fail("Inductor's own compiler is used"))
     assert "AsyncCompile" in inspect.getsource(inspect.getmodule(AsyncCompile))  # type: ignore[arg-type]
     inductor.lower_cpp(trace(signature()))
+
+
+def test_a_gpu_is_pretended_although_inductor_knows_that_there_is_none() -> None:
+    triton = pytest.importorskip("torch.utils._triton")
+    known = triton.has_triton()
+    with absent_gpu.pretend(90):
+        assert triton.has_triton()
+    assert triton.has_triton() == known
 
 
 def test_line_search_takes_and_returns_what_lbfgs_expects() -> None:

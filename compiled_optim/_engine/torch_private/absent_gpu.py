@@ -17,6 +17,7 @@ import torch
 def pretend(capability: int) -> Iterator[None]:
     """Within it, ``torch.cuda`` and Triton's driver describe one GPU of this compute capability, such as 90."""
     from torch._dynamo import device_interface
+    from torch.utils._triton import has_triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -71,9 +72,11 @@ def pretend(capability: int) -> Iterator[None]:
             device_interface.register_interface_for_device(name, interface)
         vars(torch.cuda).update(stand_ins)
         driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
+        has_triton.cache_clear()  # Inductor asks it for every device, and it keeps the first answer
         yield
     finally:
         driver._active = active
         vars(torch.cuda).update(before)
         device_interface.device_interfaces.clear()
         device_interface.device_interfaces.update(registered)
+        has_triton.cache_clear()
