@@ -32,3 +32,16 @@ def without_waiting(device: torch.device) -> Callable[[], AbstractContextManager
             torch.cuda.set_sync_debug_mode("default")
 
     return forbid
+
+
+@pytest.fixture
+def capture(device: torch.device) -> Callable[[], AbstractContextManager[torch.cuda.CUDAGraph]]:
+    """A context that records what is launched in it, into a graph that can be replayed."""
+
+    @contextmanager
+    def record() -> Iterator[torch.cuda.CUDAGraph]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            yield graph
+
+    return record
