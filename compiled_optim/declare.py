@@ -74,10 +74,12 @@ class Buffer(Field):
     when: str | None
     initial: float | str
 
-    def first(self, group: dict[str, Any]) -> float:
-        """Its initial value in a param group."""
+    def first(self, group: dict[str, Any]) -> float | Tensor:
+        """Its initial value in a param group: a 0-d tensor where reading it would make the host wait for a device."""
         value = group[self.initial] if isinstance(self.initial, str) else self.initial
-        return float(value.item() if isinstance(value, Tensor) else value)
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            return value.detach().reshape(())
+        return float(value)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ class Lockstep:
 
     @staticmethod
     def _agree(actual: Any, expected: Any, rtol: float, infinite_is_nan: bool, what: str) -> None:
-        values = [torch.as_tensor(v).detach() for v in (actual, expected)]
+        reference = torch.as_tensor(expected).detach()
+        values = [torch.as_tensor(actual).detach().to(reference.device), reference]  # torch may count on the host
         if infinite_is_nan:
             values = [v.where(v.isfinite(), torch.nan) for v in values]
         assert_same(*values, rtol, what)

@@ -127,7 +127,6 @@ def test_other_dtypes(cls: Any, dtype: torch.dtype) -> None:
 def test_a_tensor_lr(cls: Any) -> None:
     torch.set_default_dtype(torch.float64)
     start, gradients = given(torch.float64)
-    # state that begins with the learning rate reads it once, before there is a graph
     capturable = train(cls, {"lr": torch.tensor(0.05), "capturable": True}, start, gradients, watched=1)
     agree(capturable, train(cls, {"lr": 0.05}, start, gradients), 1e-12)
 

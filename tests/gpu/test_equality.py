@@ -29,8 +29,9 @@ def on(device: torch.device, values: list[Tensor]) -> list[Tensor]:
 
 
 def assert_one_launch(optimizer: Optimizer, tensors: int | None = None) -> None:
+    """And one before it, where steps are counted on the device."""
     (row,) = explain(optimizer)
-    assert (row.execution, row.launches) == ("multi_tensor", 1)
+    assert (row.execution, row.launches) == ("multi_tensor", 1 + ("on_device" in row.kernel))
     assert tensors is None or row.tensors == tensors
 
 
@@ -77,18 +78,17 @@ def test_equals_torch_fused(cls: Any, options: dict[str, Any], device: torch.dev
     )
     for missing in ((), (2, 7), ()):
         run.step(missing=missing)
-        run.compare(1e-5)
+        run.compare(5e-5)
     assert_one_launch(run.ours)
 
 
 @cases(CAPTURABLE)
 def test_capturable(cls: Any, options: dict[str, Any], device: torch.device, without_waiting: Any) -> None:
-    """Nothing is read from the device, from the first step on."""
-    lr = {"lr": torch.tensor(sample("lr", cls.rule.declaration.options["lr"]), device=device)}
-    options = {**options, "capturable": True}
+    """Nothing is read from the device; what depends on the count is in float64 there, as on the host."""
+    lr = sample("lr", cls.rule.declaration.options["lr"])
     run = Lockstep(
-        lambda params: oracle(cls)(params, **options, lr=lr["lr"].clone(), foreach=True),
-        lambda params: cls(params, **options, lr=lr["lr"].clone(), compiled=True),
+        lambda params: oracle(cls)(params, **options, lr=lr),
+        lambda params: cls(params, **options, lr=torch.tensor(lr, device=device), capturable=True, compiled=True),
         on(device, tensors([(7,), (3, 5), *LARGE], torch.float32)),
     )
     for missing in ((), (1,), (), ()):
@@ -96,7 +96,7 @@ def test_capturable(cls: Any, options: dict[str, Any], device: torch.device, wit
         with without_waiting():
             run.ours.step()
         run.optimizers[0].step()
-        run.compare(1e-4)  # torch too evaluates what depends on the count in float32
+        run.compare(5e-5)
     assert_one_launch(run.ours)
 
 
@@ -220,12 +220,13 @@ def test_a_grad_scaler(device: torch.device, without_waiting: Any) -> None:
     )
     scalers = [torch.amp.GradScaler(device.type, init_scale=1024.0, growth_interval=3) for _ in run.params]
     for i in range(7):
-        factors = [torch.randn_like(p) for p in run.params[0]]
+        gradients = [torch.randn_like(p) for p in run.params[0]]
         if i in (2, 4):
-            factors[1][5] = torch.inf
-        for scaler, optimizer, params in zip(scalers, run.optimizers, run.params, strict=True):
-            optimizer.zero_grad()
-            scaler.scale(sum((p * f).sum() for p, f in zip(params, factors, strict=True))).backward()
+            gradients[1][5] = torch.inf
+        for scaler, params in zip(scalers, run.params, strict=True):
+            scale = scaler.scale(torch.ones((), device=device))
+            for p, g in zip(params, gradients, strict=True):
+                p.grad = g * scale
         scalers[0].step(run.optimizers[0])
         if i < 1:  # it makes its own tensors in its first step
             scalers[1].step(run.ours)

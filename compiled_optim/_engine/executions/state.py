@@ -36,18 +36,24 @@ def make_state(work: Work, p: Tensor, group: dict[str, Any], on: Any, *, allocat
             if allocate:
                 # torch.optim takes the constructor's value where state is made there, whatever a group says
                 values = work.defaults if work.rule.state_at_construction else group
-                value = declaration.buffers[name].first(values)
-                both = complex(value, value) if p.is_complex() else value  # real and imaginary part are two numbers
-                made[name] = torch.full_like(p, both, memory_format=torch.preserve_format)
+                made[name] = torch.empty_like(p, requires_grad=False, memory_format=torch.preserve_format)
+                _fill(made[name], declaration.buffers[name].first(values))
     return made
 
 
-def count_tensor(p: Tensor, group: dict[str, Any], value: float) -> Tensor:
+def _fill(buffer: Tensor, value: float | Tensor) -> None:
+    buffer = dtensors.local(buffer)
+    # the real and the imaginary part are two numbers
+    (torch.view_as_real(buffer) if buffer.is_complex() else buffer).fill_(value)
+
+
+def count_tensor(p: Tensor, group: dict[str, Any], value: float | Tensor) -> Tensor:
     """A 0-d state tensor with torch.optim's dtype and device."""
     fused = group.get("fused")
     double = torch.get_default_dtype() == torch.float64 and not fused
     device = p.device if group.get("capturable") or fused else "cpu"
-    return torch.full((), value, dtype=torch.float64 if double else torch.float32, device=device)
+    # filled on its device: a copy from the host would make that wait, and a CUDA graph cannot capture one
+    return torch.empty((), dtype=torch.float64 if double else torch.float32, device=device).fill_(value)
 
 
 def counted_on_device(group: dict[str, Any]) -> bool:
