@@ -63,15 +63,15 @@ bool read_substitutes(PyObject* list, SubstituteGrads& found) {
 // Notes where a tensor lies, and throws if its storage does not hold it. Resizing a storage moves it, so a tensor that
 // has not moved is not asked again; only a gradient is, because it may be another tensor in each step.
 [[gnu::always_inline]] inline void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t,
-                                        int64_t elements, int64_t itemsize, bool only_read) {
-  const Range now = range(t, elements, itemsize, only_read);
+                                        int64_t elements, int64_t itemsize) {
+  const Range now = range(t, elements, itemsize, cell == Memory::kGradient);
   if (cell != Memory::kGradient && now == plan->memory.at(entry, cell)) return;
   if (!is_whole(t, elements, itemsize)) throw_short(plan, entry, t, cell);
   plan->memory.note(entry, cell, now, cell == Memory::kGradient && is_sole_owner(const_cast<c10::TensorImpl*>(t)));
 }
 
 void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t) {
-  note(plan, entry, cell, t, reach(t), static_cast<int64_t>(t->itemsize()), cell == Memory::kGradient);
+  note(plan, entry, cell, t, reach(t), static_cast<int64_t>(t->itemsize()));
 }
 
 // Notes where the tensors lie of a parameter that is updated after the launch.
@@ -137,15 +137,16 @@ const char* collect(Plan* plan, PyObject* state, const SubstituteGrads& substitu
       return odd_gradient(plan, e, grad);
     // An entry fills the same cells in each step. Its tensors have no gaps, so their reach is their number of elements.
     const auto** tensors = plan->tensors.data() + e * cells;
-    auto take = [&](size_t cell, const c10::TensorImpl* t, int64_t elements, int64_t itemsize, bool only_read = false) {
+    auto take = [&](size_t cell, const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
       tensors[cell] = t;
-      note(plan, e, cell, t, elements, itemsize, only_read);
+      note(plan, e, cell, t, elements, itemsize);
     };
     const int64_t elements = param->numel(), itemsize = launch.itemsize;
     const int64_t given = entry.indices ? grad->numel() : elements;
     entry.elements = launch.by_rows ? given : elements;
     take(Memory::kParam, param, elements, itemsize);
-    take(Memory::kGradient, grad, given, itemsize, !launch.scaled);
+    if (launch.scaled) address(grad);  // memory of its own, because it is written to
+    take(Memory::kGradient, grad, given, itemsize);
     if (entry.indices && !is_whole(entry.indices)) throw_short(plan, e, entry.indices, Memory::kGradient, "gradient's index");
     PyObject** slots = plan->slots.data() + e * slot_count;
     for (size_t c = 0; c < plan->counts; c++) {

@@ -60,11 +60,10 @@ const c10::TensorImpl* in_memory(PyObject* object) {
 
 // Same memory order for the same sizes; a dimension of size one may have any stride.
 bool same_layout(const c10::TensorImpl* a, const c10::TensorImpl* b) {
-  auto sizes = a->sizes();
-  if (sizes != b->sizes()) return false;
-  auto x = a->strides(), y = b->strides();
+  const auto sizes = a->sizes(), others = b->sizes(), x = a->strides(), y = b->strides();
+  if (sizes.size() != others.size()) return false;
   for (size_t d = 0; d < sizes.size(); d++)
-    if (x[d] != y[d] && sizes[d] != 1) return false;
+    if (sizes[d] != others[d] || (x[d] != y[d] && sizes[d] != 1)) return false;
   return true;
 }
 
