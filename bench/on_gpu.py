@@ -29,6 +29,7 @@ from shapes import SMALL, Shapes, gpt2_small, resnet50
 
 import compiled_optim
 from compiled_optim import AdamW
+from compiled_optim._engine.kernels.backends import cuda
 
 DEVICE = "cuda"
 MODELS: dict[str, Shapes] = {
@@ -150,8 +151,6 @@ def steps() -> list[Result]:
 
 def blocks() -> list[Result]:
     """Launches of other blocks of threads than those that the library chooses."""
-    from compiled_optim._engine.kernels.backends import cuda
-
     results = []
     for result, memory in each_model():
         rivals, size = {}, 0

@@ -17,9 +17,11 @@ _SHARED = {
     "foreach": "False updates one tensor at a time in eager steps; otherwise lists of tensors are updated",
     "differentiable": "record the step with autograd; excludes compiled",
     "capturable": "keep step counts on the device of the parameters, so that a CUDA graph can capture the step",
-    "fused": "True is compiled=True under torch.optim's name, and lets torch.amp.GradScaler unscale within the step",
+    "fused": "True is compiled=True under torch.optim's name; keeps step counts on the device of the parameters, and "
+    "lets torch.amp.GradScaler unscale within the step",
     "compiled": "False steps eagerly. True takes the best execution for the device of the parameters. "
-    '"multi_tensor" is one launch of a native kernel for all tensors of a dtype, the choice of True on the CPU. '
+    '"multi_tensor" is one launch of a native kernel for all tensors of a device and dtype, the choice of True on the CPU '
+    "and on CUDA. "
     '"foreach" is a graph over lists of tensors from torch.compile. '
     "What cannot be compiled steps eagerly, with a CompileFallbackWarning",
 }
