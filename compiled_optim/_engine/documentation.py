@@ -20,8 +20,8 @@ _SHARED = {
     "fused": "True is compiled=True under torch.optim's name; keeps step counts on the device of the parameters, and "
     "lets torch.amp.GradScaler unscale within the step",
     "compiled": "False steps eagerly. True takes the best execution for the device of the parameters. "
-    '"multi_tensor" is one launch of a native kernel for all tensors of a device and dtype, the choice of True on the CPU '
-    "and on CUDA. "
+    '"multi_tensor" is one launch of a native kernel for all tensors of a device and a dtype, '
+    "the choice of True on the CPU and on CUDA. "
     '"foreach" is a graph over lists of tensors from torch.compile. '
     "What cannot be compiled steps eagerly, with a CompileFallbackWarning",
 }
