@@ -61,7 +61,7 @@ STEPS ?= 20000
 fuzz: .venv/.stamp ## change optimizers at random beside torch.optim, C++ under sanitizers (SEED=0 STEPS=20000)
 	$(BIN)/python -m fuzz --sanitize --seed $(SEED) --steps $(STEPS)
 
-graphs: .venv/.stamp ## write the graph and source of every kernel to graphs/
+graphs: .venv/.stamp ## write the graph, the sources and the cost of every kernel to graphs/
 	$(BIN)/python -m compiled_optim.graphs graphs
 
 bench: .venv/.stamp ## time optimizer steps; raw numbers go to benchmark.json, tables to the README

@@ -34,7 +34,7 @@ class FakeBackend:
     dtypes = frozenset({torch.float64})
     sparse = asynchronous = False
     long_launch = 1
-    suffix, record_suffix = ".fake", ".py"
+    suffix, language = ".fake", "python"
     compiled = False
 
     def __init__(self, identity: str) -> None:
@@ -157,8 +157,7 @@ def test_it_may_take_no_sparse_gradients(fake: FakeBackend, lenient: None) -> No
 
 
 def test_its_kernels_are_recorded(fake: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = dict(graphs.signatures())
-    monkeypatch.setattr(graphs, "signatures", lambda: [("AdamW", names["AdamW"])])
-    records = graphs.records()
-    assert records.keys() == {"AdamW.fx.txt", "AdamW.cpp", "AdamW.py"}
-    assert "def forward" in records["AdamW.py"]
+    (selection,) = [s for s in graphs.selections() if s.name == "AdamW"]
+    text = graphs.record(selection, {})
+    assert "\n## fake\n\n```python\n" in text
+    assert "def forward" in text

@@ -25,7 +25,7 @@ def test_no_file_over_400_lines(file: Path) -> None:
 
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
-    "compiled_optim": 930,
+    "compiled_optim": 1170,
     "compiled_optim/_engine": 610,
     "compiled_optim/_engine/cache": 640,
     "compiled_optim/_engine/executions": 1830,

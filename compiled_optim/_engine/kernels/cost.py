@@ -24,7 +24,7 @@ class Cost:
     Attributes:
         read, written: bytes of one element by the name of its parameter, gradient or buffer.
         minimum: the bytes of one element that the declaration implies: the parameter and each kept buffer are read and
-            written, the gradient is read.
+            written, the gradient is read, and written where it is `Signature.scaled`.
         per_tensor: the bytes that tell a launch about one tensor: addresses, sizes and scalars.
         operations: how many of each kind one element takes.
         tensor_operations: how many of each kind act on scalars alone, once for a tensor.
@@ -74,7 +74,7 @@ def of(signature: Signature) -> Cost:
     Raises:
         UntraceableError, BuildError: as `trace`.
     """
-    return of_traced(trace(signature, backend_named(signature.backend).device_type))
+    return of_traced(trace(signature, backend_named(signature.backend).graph_device))
 
 
 def of_traced(traced: Traced) -> Cost:
@@ -92,8 +92,8 @@ def of_traced(traced: Traced) -> Cost:
         elif node.op == "call_function" and (kind := _kind(node)) not in _FREE:
             counted = per_element if node.meta["val"].dim() else per_tensor
             counted[_KINDS.get(kind, kind)] += 1
-    minimum = 2 * sum(widths.values()) - widths["grad"]
-    told = 8 * len(widths) + 16 + 8 * len(signature.scalars)  # addresses, where it begins and its row, scalars
+    minimum = 2 * sum(widths.values()) - (0 if signature.scaled else widths["grad"])
+    told = backend_named(signature.backend).bytes_per_tensor(signature)
     return Cost(read, written, minimum, told, dict(sorted(per_element.items())), dict(sorted(per_tensor.items())))
 
 

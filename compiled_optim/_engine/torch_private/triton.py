@@ -113,6 +113,13 @@ def _some_gpu(capability: int) -> Iterator[None]:
         yield
 
 
+def version() -> str:
+    """The version of Triton."""
+    import triton
+
+    return str(triton.__version__)
+
+
 def versions() -> tuple[str, ...]:
     """What a program depends on beside its text: Triton, and an assembler that is not the one that it brings."""
     # Its first file has the version, under whatever name it was installed, and to read it takes no import.

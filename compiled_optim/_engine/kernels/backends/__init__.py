@@ -22,9 +22,9 @@ class Backend(Protocol):
     ``name`` is that of `Signature.backend`. Kernels take parameters on ``device_type`` in one of ``dtypes``, and the
     rows that a sparse gradient touches if they are ``sparse``. Rules are traced on ``graph_device``. The host does not
     wait for the launches of an ``asynchronous`` one, and must not wait for what lies on its device. A launch of
-    ``long_launch`` elements takes so long that other threads run Python meanwhile. A kernel on disk ends in ``suffix``,
-    its record in graphs/ in ``record_suffix``. ``compiled`` tells whether a C++ compiler makes the kernel of its
-    program; if not, the program is kept as it is.
+    ``long_launch`` elements takes so long that other threads run Python meanwhile. A kernel on disk ends in ``suffix``.
+    Sources are in ``language``. ``compiled`` tells whether a C++ compiler makes the kernel of its program; if not, the
+    program is kept as it is.
     """
 
     @property
@@ -37,7 +37,7 @@ class Backend(Protocol):
     asynchronous: bool
     long_launch: int
     suffix: str
-    record_suffix: str
+    language: str
     compiled: bool
 
     def identity(self) -> Sequence[str]:
@@ -52,6 +52,9 @@ class Backend(Protocol):
 
     def driver(self, signature: Signature, lowered: Lowered) -> str:
         """Adds what walks the kernel over many tensors."""
+
+    def bytes_per_tensor(self, signature: Signature) -> int:
+        """What a launch reads to know one tensor: addresses, its size, its scalars."""
 
     def program(self, signature: Signature, lowered: Lowered) -> tuple[str | bytes, Sequence[str]]:
         """The whole program, with an entry as host/plan.h declares it, and the compiler's flags."""

@@ -22,7 +22,7 @@ sparse = True
 asynchronous = False
 # Shorter launches do not pay for holding memory and handing over the interpreter lock.
 long_launch = 1 << 19
-suffix, record_suffix = ".so", ".cpp"
+suffix, language = ".so", "cpp"
 compiled = True
 
 # The width of AVX2, which every x86-64 machine that runs the tests has.
@@ -60,6 +60,11 @@ def _processor() -> str:
 def lower(traced: Traced, *, portable: bool = False) -> Lowered:
     """One serial loop with the widest vectors of this machine, or those of AVX2 if it has to be portable."""
     return inductor.lower_cpp(traced, vector_bits=_PORTABLE_VECTOR_BITS if portable else None)
+
+
+def bytes_per_tensor(signature: Signature) -> int:
+    """An address of each tensor, where the elements begin and the scalars stand, and the scalars."""
+    return 8 * len(signature.flat) + 8 + 4 + 8 * len(signature.scalars)
 
 
 def program(signature: Signature, lowered: Lowered) -> tuple[str, Sequence[str]]:

@@ -52,7 +52,7 @@ class Cuda:
     sparse = True
     asynchronous = True
     long_launch = 1 << 62  # the host does not wait for a launch, so other threads need not run meanwhile
-    suffix, record_suffix = ".cubin", ".triton.py"
+    suffix, language = ".cubin", "python"
     compiled = False
 
     @property
@@ -68,6 +68,10 @@ class Cuda:
 
     def driver(self, signature: Signature, lowered: Lowered) -> str:
         return update_text(signature, lowered)
+
+    def bytes_per_tensor(self, signature: Signature) -> int:
+        """Of an update: a row of words, the size and the first chunk, whose tensor a chunk is, and the scalars."""
+        return 8 * Words.of(signature).stride + 16 + 4 + signature.scalar_dtype.itemsize * len(signature.factors)
 
     def program(self, signature: Signature, lowered: Lowered) -> tuple[bytes, Sequence[str]]:
         cuda_launch.begin()
