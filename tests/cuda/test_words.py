@@ -94,9 +94,8 @@ class Run:
 
     @staticmethod
     def _kernel(native: cuda_launch.Driver, name: str) -> int:
-        image, library = json.dumps([name, "", BLOCK]).encode(), ctypes.c_void_p()
-        handle = ctypes.c_void_p(native.handle)
-        return native.call("kernel_load", handle, image, name.encode(), ctypes.byref(library))
+        image = json.dumps([name, "", BLOCK]).encode()
+        return native.call("kernel_load", ctypes.c_void_p(native.handle), image, name.encode())
 
     def capacity(self, tensors: int) -> int:
         return int(self.functions.launch_capacity(self.handle, ctypes.c_int64(tensors)))
@@ -271,6 +270,36 @@ def test_parameters_that_share_memory_take_turns() -> None:
         updates = [launch for launch in launches if launch.kernel == "update"]
         assert [numbers(u.values["sizes"], ctypes.c_int64, 2)[0] for u in updates] == [3, 6, 6]
         assert run.rows()[0]["flat"][0] == params[2].data_ptr()
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU], ids=["host", "device"])
+def test_what_shares_memory_is_refused_where_it_cannot_be_updated_in_order(device: Any) -> None:
+    host = registry.host_module()
+    base, step = torch.zeros(8, device=device), torch.zeros((), device=device)
+    own_gradient = (False, base[:4], base[2:6], (step.clone(), torch.zeros(4, device=device)))
+    counted = [(False, p, torch.ones_like(p), (step, torch.zeros_like(p))) for p in (base[:4], base[4:])]
+    on_host = torch.zeros(())
+    counted_on_host = [(*m[:3], (on_host, m[3][1])) for m in counted]
+    copied, twice, *others = (host.conflicts(members, 1) for members in ([own_gradient], counted, counted_on_host))
+    assert others == [[None, None]]
+    if device == "cpu":
+        assert (copied, twice) == ([None], [None, None])
+    else:
+        assert "only gradients in host memory are copied first" in copied[0]
+        assert all("its step count is also that of another parameter" in reason for reason in twice)
+
+
+@pytest.mark.parametrize("share", ["gradient", "count"])
+def test_a_plan_is_stale_when_memory_comes_to_be_shared(share: str) -> None:
+    params = [parameter(4, device=ON_GPU) for _ in range(2)]
+    run = Run(params, hypers=1)
+    run((0.1, 0.0))
+    if share == "gradient":
+        params[0].grad = params[0].detach()
+    else:
+        run.state[params[1]]["step"] = run.state[params[0]]["step"]
+    with pytest.raises(AssertionError, match="tensors came to share memory"):
+        run((0.1, 0.0))
 
 
 # ---- chunks

@@ -32,7 +32,7 @@ BUDGETS = {
     "compiled_optim/_engine/in_graph": 460,
     "compiled_optim/_engine/kernels": 610,
     "compiled_optim/_engine/kernels/backends": 510,
-    "compiled_optim/_engine/kernels/host": 1430,
+    "compiled_optim/_engine/kernels/host": 1420,
     "compiled_optim/_engine/torch_private": 600,
     "compiled_optim/algorithms": 430,
     "compiled_optim/lbfgs": 620,

@@ -103,10 +103,7 @@ def load(path: Path, driver: Driver) -> list[Loaded]:
         for program in json.loads(head):
             image = images[at : at + program["bytes"]]
             at += program["bytes"]
-            library = ctypes.c_void_p()
-            handle = driver.call(
-                "kernel_load", ctypes.c_void_p(driver.handle), image, program["name"].encode(), ctypes.byref(library)
-            )
+            handle = driver.call("kernel_load", ctypes.c_void_p(driver.handle), image, program["name"].encode())
             loaded.append(Loaded(handle, program["threads"], program["shared"]))
     except (ValueError, KeyError, TypeError) as error:
         raise BuildError(f"{path.name} is no kernel: {error}") from error

@@ -266,22 +266,10 @@ const char* driver_open(const char* name, void** driver) {
   });
 }
 
-int driver_version(const void* driver) { return driver_of(driver).version; }
-
-// Loads a cubin or the text of a PTX program, and finds a kernel in it.
-const char* kernel_load(const void* driver, const void* image, const char* name, void** library, void** kernel) {
-  return guarded([&] {
-    *library = driver_of(driver).load(image);
-    try {
-      *kernel = driver_of(driver).kernel_of(*library, name);
-    } catch (...) {
-      driver_of(driver).unload.function(*library);
-      throw;
-    }
-  });
+// A kernel in a cubin, which stays loaded: a CUDA graph may hold it for ever.
+const char* kernel_load(const void* driver, const void* image, const char* name, void** kernel) {
+  return guarded([&] { *kernel = driver_of(driver).load(image, name); });
 }
-
-void kernel_unload(const void* driver, void* library) { driver_of(driver).unload.function(library); }
 
 const char* launch_make(const void* driver, const void* form, void** launch) {
   return guarded([&] { *launch = new Launch(driver_of(driver), *static_cast<const Form*>(form)); });

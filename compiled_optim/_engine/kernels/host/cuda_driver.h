@@ -77,15 +77,11 @@ struct Driver {
     init(0);
     get_version(&version);
     for (auto& writer : writers)
-      if (writer.driver <= version) writer.kernel = kernel_of(load(writer.source().c_str()), "write");
+      if (writer.driver <= version) writer.kernel = load(writer.source().c_str(), "write");
   }
-  Handle load(const void* image) const {  // a cubin, or the text of a PTX program
-    Handle loaded = nullptr;
+  Handle load(const void* image, const char* name) const {  // a kernel in a cubin, or in the text of a PTX program
+    Handle loaded = nullptr, kernel = nullptr;
     load_data(&loaded, image, nullptr, nullptr, 0, nullptr, nullptr, 0);
-    return loaded;
-  }
-  Handle kernel_of(Handle loaded, const char* name) const {
-    Handle kernel = nullptr;
     get_kernel(&kernel, loaded, name);
     return kernel;
   }
@@ -101,7 +97,6 @@ struct Driver {
   Call<unsigned> init{library, "cuInit"};
   Call<int*> get_version{library, "cuDriverGetVersion"};
   Call<Handle*, const void*, int*, void**, unsigned, int*, void**, unsigned> load_data{library, "cuLibraryLoadData"};
-  Call<Handle> unload{library, "cuLibraryUnload"};
   Call<Handle*, Handle, const char*> get_kernel{library, "cuLibraryGetKernel"};
   Call<Handle*, Handle> get_function{library, "cuKernelGetFunction"};
   Call<int*, int> get_device{library, "cuDeviceGet"};
