@@ -55,6 +55,7 @@ class Plan:
     that a graph over lists updates. ``copied``: those whose
     gradient is laid out otherwise than they are, and ``sparse``: those of which it touches some rows only;
     ``sharded``: those that are DTensors, in whose stead the host module is shown the shards of this process.
+    ``scaled``: whether a launch divides gradients by a scale.
     ``journal``: the state that was made for it, until it has run; ``frozen``: the functions that kernels were traced
     from; ``references``: what these refer to, None if that cannot change.
     """
@@ -72,6 +73,7 @@ class Plan:
     sharded: list[Tensor] = field(default_factory=list)
     launch_of: dict[Any, int] = field(default_factory=dict)
     journal: Journal = field(default_factory=list)
+    scaled: bool = False
 
     def is_current(self, work: Work) -> bool:
         """Whether the rule is still the one that was compiled, and still refers to the same values."""
@@ -82,10 +84,6 @@ class Plan:
         """The launch and the param group that a negative number in `Counts` stands for, as in host/plan.h."""
         launch, group = divmod(-1 - code, len(self.switches))
         return self.launches[launch], group
-
-    @property
-    def scaled(self) -> bool:
-        return any(launch.kernel.signature.scaled for launch in self.launches)
 
     @property
     def scales(self) -> bool:
@@ -341,6 +339,7 @@ def _launch_of(plan: Plan, slots: tuple[str, ...], m: Member, kernel: registry.K
         backend = backend_named(signature.backend)
         plan.launches.append(Launch(kernel, m.param.dtype, device))
         samples = {slots.index(name): m.state[name] for name in signature.buffers}
+        plan.scaled = plan.scaled or signature.scaled
         differs = (signature.on_device, signature.by_rows, signature.scaled)
         plan.host.add_launch(plan.native, kernel.entry, m.param, samples, backend.long_launch, *differs)
     launch = plan.launches[index]
