@@ -16,7 +16,12 @@ Step = Callable[[], Any]
 
 
 def compare(steps: dict[str, Step], rounds: int, warmup: int = 3) -> dict[str, float]:
-    """The median seconds of each rival. Each timed call follows an untimed one, which brings its own data to cache."""
+    """The median seconds of each rival."""
+    return {name: median(times) for name, times in rotate(steps, rounds, warmup).items()}
+
+
+def rotate(steps: dict[str, Step], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+    """The seconds of each rival by round. A timed call follows an untimed one, which brings its own data to cache."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         for _ in range(warmup):
@@ -27,7 +32,7 @@ def compare(steps: dict[str, Step], rounds: int, warmup: int = 3) -> dict[str, f
             begun = perf_counter()
             step()
             times[name].append(perf_counter() - begun)
-    return {name: median(samples) for name, samples in times.items()}
+    return times
 
 
 def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:

@@ -113,7 +113,7 @@ def costs(results: Results) -> Iterator[str]:
     for label, info in results:
         if times := info.get("cost_milliseconds"):
             counts = [str(info[f"{what}_per_element"]) for what in ("bytes", "operations")]
-            ratios = [ratio(times["predicted"] / times[k]) for k in ("traffic alone", "step")]
+            ratios = [ratio(info["predicted_over"][k]) for k in ("traffic alone", "step")]
             rows.append([", ".join(reversed(label.split("-"))), *counts, *map(number, times.values()), *ratios])
     names = ["bytes an element", "operations an element", "ms predicted", "traffic alone", "step"]
     yield from table(["33.6M elements", *names, "predicted / traffic alone", "predicted / step"], rows)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from launch_entry import Entry
 from torch.nn import Parameter
 
 import compiled_optim
@@ -18,6 +17,14 @@ from compiled_optim._engine import settings
 from compiled_optim._engine.kernels import backends
 from compiled_optim._engine.kernels.trace import Signature, Traced
 from compiled_optim._engine.torch_private.inductor import Lowered
+
+Entry = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_int64,
+    *(ctypes.POINTER(t) for t in (ctypes.c_size_t, ctypes.c_int64, ctypes.c_int32, ctypes.c_double, ctypes.c_size_t)),
+    ctypes.c_int64,
+    ctypes.c_size_t,
+)
 
 
 class FakeBackend:

@@ -7,10 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from launch_entry import Entry
 from torch import Tensor
 
 from compiled_optim._engine.kernels import registry
+
+Entry = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_int64,
+    *(ctypes.POINTER(t) for t in (ctypes.c_size_t, ctypes.c_int64, ctypes.c_int32, ctypes.c_double, ctypes.c_size_t)),
+    ctypes.c_int64,
+    ctypes.c_size_t,
+)
 
 
 class Recorder:

@@ -5,16 +5,16 @@
 // The words of a launch have 64 bits each and lie in one buffer on the device:
 //
 //   constants   one word: the float32 numbers 0 and 1
-//   rows        [row]: the scalars in the dtype of the kernel's arithmetic, padded to whole words. A launch with a
-//               prologue has the tagged addresses of the hyperparameters instead, then one float64 for each: an address
-//               points there if the host has the number
-//   table       [tensor]: the addresses of parameter, gradient and buffers; of the tensor's scalars; of a float32 that is
-//               zero unless the tensor is skipped; the remaining cells of plan.h, which describe the rows of a sparse
-//               gradient and hold the tagged addresses of counts; with a prologue, the address of the tensor's row
-//   sizes       [tensor]: number of elements, index of the first chunk
+//   rows        [row]: the scalars in the dtype of the kernel's arithmetic, padded to whole words. Of a launch with a
+//               prologue: the tagged addresses of the hyperparameters, then a float64 for each, which is where the
+//               address points if the host has the number
+//   table       [tensor]: addresses of parameter, gradient and buffers; of its scalars; of the float32 that is not zero if
+//               the tensor is to be skipped; the other cells of plan.h, which are the rows that a sparse gradient touches
+//               and tagged addresses of counts; with a prologue, the address of its row
+//   sizes       [tensor]: elements, first chunk
 //   tensor_of   [chunk]: int32. A chunk is `repeat` blocks of one tensor
 //   scalars     [tensor], padded to whole words: written by the prologue
-//   numbers     [tensor][counts and hyperparameters]: float64, scratch memory of the prologue
+//   numbers     [tensor][counts and hyperparameters]: float64, the prologue's own
 //
 // A tagged address is that of a float32 if its lowest bit is set, otherwise that of a float64.
 #include "cuda_driver.h"
@@ -25,16 +25,17 @@
 
 namespace {
 
-// Set by Python when it makes a launch.
+// What Python says once of a launch.
 struct Form {
-  Handle update, prologue;        // kernels; the prologue is null if the host counts the steps
-  int64_t device;                 // index of the device
-  int64_t flat;                   // cells of a tensor that are addresses of parameter, gradient and buffers
-  int64_t cells;                  // all cells of a tensor in the table of plan.h
-  int64_t scalars, scalar_bytes;  // scalars of a tensor, and the size of one
-  int64_t counts, hypers;         // numbers that the prologue reads, or 0
-  int64_t block, threads;         // elements that one block of `update` handles at a time, and its threads
-  int64_t shared, prologue_shared;  // bytes of shared memory
+  Handle update, prologue;  // kernels; no prologue if the host counts the steps
+  int64_t device;           // its index
+  int64_t flat;             // addresses of a tensor: parameter, gradient and buffers
+  int64_t cells;            // of a tensor in the table of plan.h
+  int64_t scalars, scalar_bytes;
+  int64_t counts, hypers;   // that the prologue reads, or 0
+  int64_t block;            // elements that a block of `update` updates at a time
+  int64_t threads;          // of such a block
+  int64_t shared, prologue_shared;  // bytes of memory that the threads of a block share
 };
 
 class Launch;
@@ -43,14 +44,14 @@ class Launch;
 struct Step {
   Launch* launch;
   Handle stream;
-  int64_t buffer;     // address of the words
-  int64_t capacity;   // size of the buffer in words
-  int64_t capturing;  // whether a graph is captured; all words are sent then, because a replay sends these and no others
+  int64_t buffer;     // where the words are
+  int64_t capacity;   // of the buffer, in words
+  int64_t capturing;  // A graph replays what is sent while it is captured. So that is everything, to a new buffer.
 };
 
-constexpr int64_t kMostChunks = 16384;  // a launch has at most as many, and one more for each tensor
-constexpr int64_t kMostBlocks = 65535;  // limit of a grid along its second and third axis
-constexpr int64_t kLanes = 32;          // a block of `prologue` has as many threads, one for each tensor
+constexpr int64_t kMostChunks = 16384;  // besides one for each tensor
+constexpr int64_t kMostBlocks = 65535;  // along one axis of a grid
+constexpr int64_t kLanes = 32;          // tensors, and threads, of a block of `prologue`
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -68,7 +69,7 @@ class Launch {
     });
   }
 
-  // The size of a buffer, in words, that holds any launch of this many tensors.
+  // Words that are enough for any launch of so many tensors.
   int64_t capacity(int64_t tensors) const { return places(tensors, tensors, kMostChunks + tensors).end; }
 
   void run(const Step& step, int64_t tensors, void* const* table, const int64_t* begins, const int32_t* rows,
@@ -119,7 +120,7 @@ class Launch {
   }
   int64_t address(int64_t place) const { return buffer_ + 8 * place; }
 
-  // Numbers the rows of these tensors. Other launches of the same step use other rows of the host's table.
+  // Numbers the rows that these tensors take: the tables of a step also have those of other launches.
   void number(const int32_t* rows, int64_t tensors) {
     for (const int32_t row : used_) numbers_[row] = -1;
     used_.clear();
@@ -132,7 +133,7 @@ class Launch {
     }
   }
 
-  // Cuts the tensors into chunks. The more elements there are, the more blocks a chunk has.
+  // Cuts the tensors into chunks, so few that a chunk of one large tensor is several blocks.
   void cut(const int64_t* begins, int64_t tensors) {
     begins_.assign(begins, begins + tensors + 1);
     repeat_ = std::max<int64_t>(1, divide_up(begins[tensors], form_.block * kMostChunks));
@@ -183,7 +184,7 @@ class Launch {
     }
   }
 
-  // The address of the float32 that tells whether the tensors of a row are skipped; with a prologue, found_inf tells it.
+  // The address of the float32 that tells whether the tensors of a row are skipped. A prologue's row ends in it.
   int64_t skip(const double* values, const void* const* addresses) const {
     if (!form_.prologue) return address(0);
     const auto found_inf = reinterpret_cast<int64_t>(addresses[form_.hypers]);
@@ -205,7 +206,7 @@ class Launch {
     }
   }
 
-  // Starts a Triton kernel. Its last two parameters are scratch memory, which these kernels do not need.
+  // Starts a kernel of Triton. The last two parameters of each are scratch memory, which none of ours needs.
   void start(Handle stream, Handle function, int64_t blocks, int64_t threads, int64_t shared,
              std::array<int64_t, 7> given) const {
     std::array<void*, 7> parameters;
@@ -221,7 +222,7 @@ class Launch {
   std::array<Handle, 3> writers_{};
   int64_t scalar_words_, row_words_, stride_;
 
-  // what the buffer holds since the last launch
+  // what the buffer holds
   bool is_sent_ = false;
   int64_t buffer_ = 0;
   int64_t capacity_ = 0, chunks_ = 0, repeat_ = 1;
@@ -230,13 +231,13 @@ class Launch {
   Places places_{};
   std::vector<int64_t> words_;
 
-  // used within one launch
+  // of the step under way
   std::vector<int32_t> used_;     // [row of the words]: its row in the tables of all launches
   std::vector<int32_t> numbers_;  // [row of the tables]: its row of the words, or -1
   size_t at_ = 0, first_ = 0, last_ = 0;
 };
 
-// Returns the message of what a function throws, valid until the next call in this thread; or nullptr.
+// What a function throws, until the next call in this thread; or nullptr.
 template <class Body>
 const char* guarded(Body body) {
   static thread_local std::string message;
@@ -253,7 +254,7 @@ const Driver& driver_of(const void* driver) { return *static_cast<const Driver*>
 
 }  // namespace
 
-// Called from Python. What returns text returns the message of an error, or null.
+// For Python. What returns text says what went wrong, or nothing did if it is null.
 extern "C" {
 
 // Opens the driver for the rest of the process.

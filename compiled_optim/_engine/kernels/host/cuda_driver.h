@@ -16,7 +16,7 @@ using Handle = void*;  // the driver's opaque pointers: contexts, libraries, ker
 struct Writer {
   int64_t words;
   const char* ptx;  // the version of the language
-  int driver;       // the oldest version of the driver that takes this many parameters, such as 12010
+  int driver;       // the oldest that takes so many parameters, such as 12010
   Handle kernel = nullptr;
 
   std::string source() const {
@@ -50,7 +50,7 @@ struct Writer {
 constexpr int64_t kMostWords = 4093;  // a kernel takes 32,764 bytes of parameters, 4,096 before CUDA 12.1
 constexpr unsigned kWriterThreads = 128;
 
-// A function of the driver. If it returns an error, this throws.
+// A function of the driver; what it returns is thrown.
 template <class... Parameters>
 struct Call {
   Call(Handle library, const char* name)

@@ -254,7 +254,7 @@ class Held {
   std::vector<std::pair<c10::Storage, bool>> held_;
 };
 
-// Releases the interpreter lock for as long as it lives, also if a launch throws.
+// Lets other threads run Python, and has the lock again when it goes, also where a launch throws.
 struct Unlocked {
   PyThreadState* thread = PyEval_SaveThread();
   ~Unlocked() { PyEval_RestoreThread(thread); }

@@ -58,7 +58,7 @@ struct Launch {
   bool on_device;                     // the kernel reads and advances the counts, which lie where the parameters do
   bool by_rows;                       // all gradients are sparse, and the kernel takes their rows as they are
   bool scaled;                        // the kernel writes to the gradients, too
-  uint8_t refused;                    // bits of `Sharing` with which no step can be taken
+  uint8_t refused;                    // `Sharing` that it does not take
   size_t cells;                       // of a tensor in its table
   Table table;                        // filled in each step
   void* context = nullptr;            // set in each step
@@ -115,12 +115,12 @@ struct Plan {
 
   size_t cells() const { return Memory::kCounts0 + slot_names.size(); }
 
-  // The number that replaces the param group in a row of a launch `on_device`, which is (code, counts, hyperparameters and
-  // found_inf). The counts are zeros, because the host does not know them. A state without counts has the step, 1 or 2.
+  // What stands for the param group in the rows of a launch `on_device`: (code, counts, numbers and tensors), where the
+  // counts are zeros. If the state has none, there is the step instead, 1 or 2 as on the host.
   int code(const Entry& entry) const {
     return -1 - (entry.launch * static_cast<int>(group_sizes.size()) + entry.group);
   }
-  // The launch of a row with such a code; nullptr for a row of a param group, whose counts the host reads.
+  // The launch of such a row; nullptr for a row of a param group, whose counts the host reads.
   const Launch* launch_of(int code) const {
     if (code >= 0) return nullptr;
     const auto launch = group_sizes.empty() ? launches.size() : static_cast<size_t>(-1 - int64_t{code}) / group_sizes.size();

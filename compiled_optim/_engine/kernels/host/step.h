@@ -189,7 +189,7 @@ double counted(const std::vector<HostCount>& counters, const FoundCounts& found,
   return count.read();
 }
 
-// The row of an entry. Counts that the host has to write later are added to `counters`; `counts` is scratch memory.
+// The row that an entry takes. `counts` has room for those of one row; what the host reads is added to the counters.
 inline int32_t row_of(const Plan* plan, size_t e, bool shares_count, std::vector<double>& counts, FoundCounts& found,
                       std::vector<HostCount>& counters) {
   const auto& entry = plan->entries[e];

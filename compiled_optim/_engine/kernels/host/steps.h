@@ -80,7 +80,7 @@ struct PredictedScalars {
     return true;
   }
 
-  // The tagged address of a number on this device; nullptr for any other object.
+  // Tagged; nullptr for anything but a number that lies on the device.
   static const void* address_of(const at::TensorBase* t, const Plain& plain) {
     if (!is_number(t, plain) || !is_whole(t->unsafeGetTensorImpl())) return nullptr;
     return tagged(t->const_data_ptr(), t->scalar_type() == at::kFloat);

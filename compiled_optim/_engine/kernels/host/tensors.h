@@ -100,7 +100,7 @@ bool is_whole(const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
 
 bool is_whole(const c10::TensorImpl* t) { return is_whole(t, reach(t), static_cast<int64_t>(t->itemsize())); }
 
-// Whether this is a number in the memory where it has to be. Most step counts are on the host, wherever the parameter is.
+// Whether this is a number where it has to lie: most step counts lie on the host, whatever the device of the parameter.
 bool is_number(const at::TensorBase* t, const Plain& plain) {
   return t && plain(t->unsafeGetTensorImpl()) && t->numel() == 1 &&
          (t->scalar_type() == at::kFloat || t->scalar_type() == at::kDouble);
