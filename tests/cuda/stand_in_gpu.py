@@ -101,6 +101,11 @@ class Driver:
     def kernels(self) -> list[str]:
         return [launch.kernel for launch in self.launches]
 
+    def check(self) -> None:
+        """Raises what a launch raised."""
+        if self.error is not None:
+            raise self.error
+
     def fail(self, function: str, error: int) -> None:
         """Makes the next call of a function of the driver return this error."""
         self._library.stand_in_fail(function.encode(), error)

@@ -32,6 +32,8 @@ def touched_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     A row is what one index over all sparse dimensions selects. The device asserts that there are such rows.
     """
     values, indices = sparse_parts(tensor if tensor.is_coalesced() else tensor.coalesce())
+    if not len(indices):  # there is no sparse dimension, so the whole tensor is one row
+        return values, indices.new_zeros(len(values))
     rows, total = indices[0], tensor.shape[0]
     for size, more in zip(tensor.shape[1:], indices[1:], strict=False):
         rows, total = rows * size + more, total * size

@@ -25,7 +25,7 @@ bool rows_fit(const Plain& plain, const c10::TensorImpl* indices, const c10::Ten
   const int64_t dims = sparse_dims(values, param);
   return c10::typeMetaToScalarType(indices->dtype()) == at::kLong &&
          c10::typeMetaToScalarType(values->dtype()) == type && values->is_contiguous() && param->is_contiguous() &&
-         (flat ? dims > 0 && indices->is_contiguous() : dims == indices->size(0)) &&
+         (flat ? dims >= 0 && indices->is_contiguous() : dims == indices->size(0)) &&
          indices->sizes().back() == values->size(0) &&
          std::equal(values->sizes().begin() + 1, values->sizes().end(), param->sizes().begin() + dims);
 }
