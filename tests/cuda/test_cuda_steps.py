@@ -10,10 +10,11 @@ import pytest
 import torch
 from cases import CLASSES, FEW, named, rich_options, tolerance, with_all_numbers
 
-from compiled_optim import SGD, AdamW, cache_info, explain
+from compiled_optim import SGD, AdamW, cache_clear, cache_info, explain
+from compiled_optim._engine.kernels.backends import cuda_launch
 
 on_device = pytest.importorskip("on_device", exc_type=ImportError)
-stand_in = on_device.stand_in
+stand_in, stand_in_gpu = on_device.stand_in, pytest.importorskip("stand_in_gpu", exc_type=ImportError)
 Beside, GPU, OTHER_GPU = on_device.Beside, on_device.GPU, on_device.OTHER_GPU
 
 STEPS = 7  # RAdam rectifies from the sixth
@@ -221,3 +222,18 @@ def test_a_step_that_the_driver_refuses_is_none(gpu: Any, options: dict[str, Any
             run.optimizer.step()
         run.step()
         run.compare()
+
+
+def test_a_machine_without_a_driver(gpu: Any, lenient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are eager, and the reason is told once."""
+    monkeypatch.setattr(stand_in_gpu.Gpu, "open_driver", lambda self: cuda_launch.driver("/nowhere/libcuda.so.1"))
+    cache_clear()
+    run = Beside(gpu, SGD, {"lr": 0.1})
+    run.give()
+    with pytest.warns(UserWarning, match=r"the CUDA driver cannot be opened: /nowhere/libcuda\.so\.1"):
+        run.optimizer.step()
+    run.reference.step()
+    run.give()
+    assert run.step() == []
+    run.compare(1e-6)
+    assert {row.execution for row in explain(run.optimizer)} == {"eager"}
