@@ -246,8 +246,9 @@ const char* tabulate(Plan* plan, FoundCounts& found, std::vector<HostCount>& cou
     if (launch.by_rows) {
       const auto split = param->sizes().begin() + sparse_dims(values, param);
       table.cells.push_back(const_cast<void*>(entry.indices->data()));
-      for (const auto sizes : {at::IntArrayRef(split, param->sizes().end()), at::IntArrayRef(param->sizes().begin(), split)})
-        table.cells.push_back(reinterpret_cast<void*>(c10::multiply_integers(sizes)));
+      const int64_t width = c10::multiply_integers(split, param->sizes().end()) * launch.width;
+      table.cells.push_back(reinterpret_cast<void*>(width));
+      table.cells.push_back(reinterpret_cast<void*>(c10::multiply_integers(param->sizes().begin(), split)));
     }
     for (size_t c = 0; launch.on_device && c < plan->counts; c++) {
       const Range count = plan->memory.at(e, Memory::kCounts0 + c);
