@@ -130,6 +130,7 @@ def _native() -> Any:
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
+        del module.__file__  # as in the registry
         return module
 
     return build(Path(__file__).with_name("stand_in_device.cpp"), flags, load)

@@ -22,7 +22,7 @@ from test_equality import (  # noqa: E402, F401
     test_parameters_on_the_host_beside_those_on_the_device,
     test_sparse_gradients,
 )
-from test_graphs import (  # noqa: E402, F401
+from test_gpu_graphs import (  # noqa: E402, F401
     test_a_first_step_in_a_graph,
     test_a_grad_scaler_in_the_graph,
     test_a_graph_brings_its_words_again,

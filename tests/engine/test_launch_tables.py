@@ -210,7 +210,7 @@ def test_touched_rows_are_handed_over_as_they_are() -> None:
         (torch.ones(2, 3, 4), torch.tensor([1])),
         (torch.ones(2, 3, 4), torch.tensor([1.0, 0.0])),
         (torch.ones(2, 4, 3), torch.tensor([1, 0])),
-        (torch.ones(1, 2, 3, 4), torch.tensor([0])),
+        (torch.ones(1, 1, 2, 3, 4), torch.tensor([0])),
         (torch.ones(2, 3, 8)[..., ::2], torch.tensor([1, 0])),
         (torch.ones(2, 3, 4), torch.tensor([1, 5, 0, 5])[::2]),
     ):

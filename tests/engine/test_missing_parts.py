@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import compiled_optim
+from compiled_optim import graphs
+from compiled_optim._engine.cache.compiler import BuildError
 from compiled_optim._engine.kernels import registry
+from compiled_optim._engine.kernels.backends import backend_named
+from compiled_optim._engine.kernels.trace import trace
 from compiled_optim._engine.torch_private import version
 
 PACKAGE = Path(compiled_optim.__file__).parent
 
 
-def private_imports() -> list[tuple[str, str]]:
+FOR_GPUS = {"triton.py", "absent_gpu.py"}  # whose imports only the lowering for a GPU needs
+WITH_ANOTHER_WAY = {"streams.py"}
+
+
+def private_imports(for_gpus: bool = False) -> list[tuple[str, str]]:
     """Each module, and each name in it, that is private to torch, as torch_private/ imports them."""
     found: dict[tuple[str, str], None] = {}
     for file in sorted((PACKAGE / "_engine" / "torch_private").glob("*.py")):
+        if (file.name in FOR_GPUS) != for_gpus or file.name in WITH_ANOTHER_WAY:
+            continue
         for node in ast.walk(ast.parse(file.read_text())):
             for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
                 module, name = (alias.name, "") if isinstance(node, ast.Import) else (node.module or "", alias.name)
@@ -111,3 +124,20 @@ def test_a_missing_part_is_the_reason(module: str, name: str, outcomes: dict) ->
     assert asked, "no step needs this: take it out, or a step that does in here"
     assert not [m for m in messages if m.startswith("raised")]
     assert [m for m in messages if module in m], messages
+
+
+@pytest.mark.parametrize(("module", "name"), private_imports(for_gpus=True), ids="-".join)
+def test_a_part_that_gpus_need_is_named(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    signature = replace(dict(graphs.signatures())["SGD"], backend="sm_90")
+    traced = trace(signature, "cuda")
+    stock = builtins.__import__
+
+    def lacking(wanted: str, scope: Any = None, *args: Any) -> Any:
+        if str((scope or {}).get("__name__")).startswith("compiled_optim.") and wanted == module:
+            raise ImportError(f"No module named {module!r}")
+        return stock(wanted, scope, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", lacking)
+        with pytest.raises(BuildError, match=module):
+            backend_named("sm_90").lower(traced)

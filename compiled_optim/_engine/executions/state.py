@@ -12,8 +12,9 @@ from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.checks import is_count, number_of
 from compiled_optim._engine.executions.work import Work
 
-# A parameter, what it had of the state that was made (None: it had no state at all), and what was made.
-Journal = list[tuple[Tensor, dict[str, Any] | None, dict[str, Any]]]
+# A parameter, what it had of the state that was made (None: it had no state at all), and what was made, with the version
+# of each tensor then.
+Journal = list[tuple[Tensor, dict[str, Any] | None, dict[str, tuple[Tensor, int]]]]
 
 
 def make_state(work: Work, p: Tensor, group: dict[str, Any], on: Any, *, allocate: bool = True) -> dict[str, Any]:
@@ -66,7 +67,8 @@ def publish(work: Work, made: Iterable[tuple[Tensor, dict[str, Any]]], journal: 
     """Gives the optimizer the state that was made, and notes in ``journal`` what `withdraw` needs to take it back."""
     for p, values in made:
         had = work.state.get(p)
-        journal.append((p, None if had is None else {name: had[name] for name in values if name in had}, values))
+        kept = None if had is None else {name: had[name] for name in values if name in had}
+        journal.append((p, kept, {name: (value, _version_of(value)) for name, value in values.items()}))
         work.state[p].update(values)
 
 
@@ -79,11 +81,16 @@ def withdraw(work: Work, journal: Journal) -> None:
         state = work.state.get(p)
         if state is None:
             continue
-        for name, value in made.items():
-            written = dtensors.local(value)
-            if state.get(name) is value and (written.is_inference() or not written._version):
+        for name, (value, version) in made.items():
+            if state.get(name) is value and _version_of(value) == version:
                 del state[name]
                 state.update({name: had[name]} if had and name in had else {})
         if had is None and not state:
             del work.state[p]
     journal.clear()
+
+
+def _version_of(value: Tensor) -> int:
+    """Counts what was written to a tensor; 0 for one in inference mode, which does not count."""
+    value = dtensors.local(value)
+    return 0 if value.is_inference() else value._version

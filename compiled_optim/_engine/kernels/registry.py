@@ -197,6 +197,8 @@ def _host_library() -> native.Library[ModuleType]:
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
+        # It was loaded through an open file, whose number is soon another one's; tools read the files of all modules.
+        del module.__file__
         with dynamo.outside_modes():
             sample = torch.empty(5, 7, dtype=torch.float64, device="cpu")
         module.start(torch.Tensor, torch.nn.Parameter, sample, sample.data_ptr())
