@@ -12,8 +12,8 @@ from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.checks import is_count, number_of
 from compiled_optim._engine.executions.work import Work
 
-# A parameter, what it had of the state that was made (None: it had no state at all), and what was made, with the version
-# of each tensor then.
+# A parameter, what it had of the state that was made (None: it had no state at all), and what was made, with the
+# version of each tensor then.
 Journal = list[tuple[Tensor, dict[str, Any] | None, dict[str, tuple[Tensor, int]]]]
 
 
