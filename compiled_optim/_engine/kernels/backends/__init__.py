@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from compiled_optim._engine.kernels.backends import cpu
-from compiled_optim._engine.kernels.backends.cuda import Cuda
 from compiled_optim._engine.kernels.trace import Signature, Traced
 from compiled_optim._engine.torch_private.inductor import Lowered
 
@@ -86,7 +85,7 @@ def _on(device: torch.device) -> Iterator[Backend]:
     for backend in BACKENDS:
         if backend.device_type == device.type:
             yield backend
-    if device.type == Cuda.device_type and torch.version.hip is None:
+    if device.type == "cuda" and torch.version.hip is None:
         yield of_gpu(device)
 
 
@@ -108,7 +107,7 @@ def backend_named(name: str) -> Backend:
     """
     backend: Backend | None = next((b for b in BACKENDS if b.name == name), None)
     if backend is None and name.startswith("sm_") and name[3:].isdecimal():
-        backend = Cuda(int(name[3:]))
+        backend = _cuda(int(name[3:]))
     if backend is None:
         raise ValueError(f"a backend must be one of {[b.name for b in BACKENDS]} or as sm_90, got {name!r}")
     return backend
@@ -118,4 +117,11 @@ def backend_named(name: str) -> Backend:
 def of_gpu(device: torch.device) -> Backend:
     """The backend of a GPU."""
     major, minor = torch.cuda.get_device_capability(device)
-    return Cuda(10 * major + minor)
+    return _cuda(10 * major + minor)
+
+
+def _cuda(capability: int) -> Backend:
+    # imported here, because a process without a GPU would pay for it in its first step
+    from compiled_optim._engine.kernels.backends.cuda import Cuda
+
+    return Cuda(capability)
