@@ -56,8 +56,7 @@ def signature_of(
     buffers, scalars = declaration.kept(switches), tuple(first_scalars(cls.rule, hyper))
     dtypes = (dtype, *[state_dtype or dtype] * len(buffers))
     signature = Signature(cls.rule, switches, dtypes, buffers, scalars, backend=target)
-    constants = tuple((k, v) for k, v in hyper._asdict().items() if k not in declaration.numbers)
-    return replace(signature, on_device=True, constants=constants) if on_device else signature
+    return replace(signature, on_device=True, constants=declaration.constants(hyper)) if on_device else signature
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Inspection:
     @property
     def sources(self) -> list[str]:
         """What is compiled: the update over all tensors, and the prologue if there is one."""
-        update = self.backend.driver(self.signature, self.lowered)
+        update = self.backend.full_source(self.signature, self.lowered)
         if isinstance(self.backend, Cuda) and self.signature.on_device:
             return [update, self.backend.prologue(self.signature)]
         return [update]

@@ -132,7 +132,7 @@ class _Launcher:
         options = rule.declaration.check({})
         group = {"params": averaged, **options, "capturable": on_device}
         self.work = Work(rule, [group], defaultdict(dict), options, Memory())
-        self.counts: list[Counts] = [(0, (2.0,))]  # whose scalars a launch needs
+        self.counts: list[Counts] = [] if on_device else [(0, (2.0,))]  # whose scalars a launch needs
         self.plan: Plan | None = None
         self.failed = ""
 
@@ -186,8 +186,11 @@ class _Launcher:
         if not self.on_device:
             return [(group, counts, (weight,)) for group, counts in self.counts]
         choices = self.work.read(keep_tensors=True)
-        of_device = [pair for pair in self.counts if pair[0] < 0]
-        return [plan.device_row(self.work, code, counts, choices) for code, counts in of_device]
+        return [
+            # a weight on a device that an average on the host needs is waited for
+            plan.device_row(self.work, group, counts, choices) if group < 0 else (group, counts, (float(weight),))
+            for group, counts in self.counts
+        ]
 
     def _make_plan(self) -> Plan:
         try:

@@ -133,7 +133,7 @@ class Gpu(cuda.Cuda):
     device_type = stand_in.TYPE
 
     def programs(self, signature: Signature, lowered: Lowered) -> list[Program]:
-        texts = [("update", self.driver(signature, lowered), cuda.block_of(signature))]
+        texts = [("update", self.full_source(signature, lowered), cuda.block_of(signature))]
         if signature.on_device:
             texts.append(("prologue", self.prologue(signature), 32))
         return [Program(text[0], json.dumps(text).encode(), "", 128, 0) for text in texts]

@@ -134,7 +134,7 @@ class Launch:
         tensor_of = torch.arange(len(chunks), dtype=torch.int32).repeat_interleave(torch.tensor(chunks))
         table = self.table()
         places = {"table": table.data_ptr(), "sizes": sizes.data_ptr(), "tensor_of": tensor_of.data_ptr()}
-        text = BACKEND.driver(self.signature, BACKEND.lower(trace(self.signature, "cuda")))
+        text = BACKEND.full_source(self.signature, BACKEND.lower(trace(self.signature, "cuda")))
         grid = (1, 4, -(-len(tensor_of) // 4))  # some blocks have nothing to do
         values = {**places, "chunks": len(tensor_of), "repeat": REPEAT}
         interpreted.run(text, "update", grid, UPDATE_ARGUMENTS, values, self.block)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from cases import CLASSES, FEW, named, rich_options, tolerance, with_all_numbers
 
-from compiled_optim import SGD, AdamW, cache_clear, cache_info, explain
+from compiled_optim import SGD, AdamW, CompileFallbackWarning, cache_clear, cache_info, explain
+from compiled_optim._engine.cache.compiler import BuildError
+from compiled_optim._engine.executions import dispatch, lists
 from compiled_optim._engine.kernels.backends import cuda_launch
+from compiled_optim.swa_utils import AveragedModel
 
 on_device = pytest.importorskip("on_device", exc_type=ImportError)
 stand_in, stand_in_gpu = on_device.stand_in, pytest.importorskip("stand_in_gpu", exc_type=ImportError)
@@ -152,6 +156,80 @@ def test_a_grad_scaler(gpu: Any, cls: Any, options: dict[str, Any], scaled: bool
         for p, q, g in zip(run.params, run.theirs, given, strict=True):
             assert torch.equal(p.grad.cpu(), g if overflow else q.grad)
     assert run.is_compiled()
+
+
+def another_layout(run: Any, patch: pytest.MonkeyPatch) -> None:
+    p = run.params[3]
+    p.grad = p.grad.t().contiguous().t()
+
+
+def gaps(run: Any, patch: pytest.MonkeyPatch) -> None:
+    p = run.params[4]
+    p.data = torch.stack([p.detach(), p.detach()], 1)[:, 0]
+
+
+def graphs_over_lists(run: Any, patch: pytest.MonkeyPatch) -> None:
+    """Eager steps in their stead: the stand-in has no compiler of graphs."""
+    run.optimizer._compiled = "foreach"
+
+    def prepare(work: Any, fallback: Any, only: Any = None) -> Any:
+        return lambda: (lists.step(work), ([], "eager"))[1]
+
+    patch.setattr(dispatch, "_prepare_graphs", prepare)
+
+
+def no_driver(run: Any, patch: pytest.MonkeyPatch) -> None:
+    def raises(*arguments: Any) -> None:
+        raise BuildError("there is none")
+
+    patch.setattr(cuda_launch, "load", raises)
+    cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("way", "begins"),
+    [*((w, i) for w in (another_layout, gaps) for i in (0, 1, 2)), (graphs_over_lists, 0), (no_driver, 0)],
+)
+def test_a_grad_scaler_where_launches_do_not_divide(
+    gpu: Any, way: Any, begins: int, monkeypatch: pytest.MonkeyPatch, lenient: None
+) -> None:
+    """Gradients are divided once, and a step that overflows is skipped, whichever way a step takes."""
+    cache_clear()
+    run = Beside(gpu, AdamW, {"lr": 0.01}, {"fused": True}, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompileFallbackWarning)
+        for i, overflow in enumerate((0.0, 1.0, 0.0, 1.0, 0.0)):
+            run.give()
+            for p in run.params:
+                p.grad.mul_(64.0)
+            if i == begins:
+                way(run, monkeypatch)
+            given = [p.grad.cpu() for p in run.params]
+            run.optimizer.found_inf, run.optimizer.grad_scale = on_device.on(GPU, overflow), on_device.on(GPU, 64.0)
+            run.optimizer.step()
+            if not overflow:
+                run.reference.step()
+            run.compare(1e-5)
+            for p, q, g in zip(run.params, run.theirs, given, strict=True):
+                assert torch.equal(p.grad.cpu(), g if overflow else q.grad)
+
+
+def test_an_average_of_tensors_on_the_host_and_on_a_device(gpu: Any) -> None:
+    """Models are counted on the device, which only the tensors on the host wait for."""
+    model = torch.nn.ParameterList([torch.randn(7, device=GPU), torch.randn(5)])
+    average = AveragedModel(model, compiled=True)
+    average.n_averaged = average.n_averaged.to(GPU)
+    seen = []
+    for _ in range(4):
+        with torch.no_grad():
+            for p in model:
+                p.add_(on_device.on(p.device, 1.0))
+        seen.append([p.detach().cpu().clone() for p in model])
+        average.update_parameters(model)
+        for p, values in zip(average.module, zip(*seen, strict=True), strict=True):
+            torch.testing.assert_close(p.detach().cpu(), torch.stack(values).mean(0))
+    assert gpu.kernels.count("update") == 4
+    assert average.n_averaged.item() == 4
 
 
 # ---- graphs

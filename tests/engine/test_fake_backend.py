@@ -48,11 +48,11 @@ class FakeBackend:
     def lower(self, traced: Traced, *, portable: bool = False) -> Lowered:
         return Lowered(traced.graph.code, tuple(range(len(traced.inputs))))
 
-    def driver(self, signature: Signature, lowered: Lowered) -> str:
+    def full_source(self, signature: Signature, lowered: Lowered) -> str:
         return f"# {signature.name}\n{lowered.source}"
 
     def program(self, signature: Signature, lowered: Lowered) -> tuple[bytes, list[str]]:
-        return self.driver(signature, lowered).encode(), []
+        return self.full_source(signature, lowered).encode(), []
 
     def load(self, path: Path, signature: Signature) -> tuple[int, object]:
         namespace: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": torch.inf, "nan": torch.nan}

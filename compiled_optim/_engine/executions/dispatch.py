@@ -107,12 +107,19 @@ class Execution:
 
     def unscale(self, work: Work, scaling: Scaling) -> bool:
         """Divides the gradients by their scale, or leaves that to the launches; False if the step must be skipped."""
-        if self._compiled and (self._are_counted_on_device(work) if self.plan is None else self.plan.scales):
+        if self._may_scale(work) if self.plan is None else self.plan.scales:
             work.scaling = scaling
             return True
         return unscale(work.groups, scaling)
 
-    def _are_counted_on_device(self, work: Work) -> bool:
+    def _may_scale(self, work: Work) -> bool:
+        """Whether the step is likely to be nothing but launches that can divide gradients."""
+        if (
+            not self._compiled
+            or (self._lowering or self._choose_lowering(work)) == "foreach"
+            or self._fallback.reason()
+        ):
+            return False
         backends = [backend_of(p) for group in work.groups for p in group["params"]]
         return all(b is not None and b.asynchronous for b in backends) and all(map(counted_on_device, work.groups))
 
@@ -165,12 +172,6 @@ class Execution:
         if not why and self.plan is not None and self.plan.scaled != scaled:
             why = "a GradScaler came or went"
         plan = self._make_plan(work, why) if why else self.plan
-        if plan is not None and work.scaling is not None and not plan.scales:
-            scaling, work.scaling = work.scaling, None
-            if not unscale(work.groups, scaling):
-                self._drop_plan(work)
-                return
-            plan = self._make_plan(work, "gradients are divided by their scale before the launch")
         rest: list[Callable[[], Any]] = []
         foreseen = True
         try:
@@ -269,7 +270,7 @@ class Execution:
         return rows
 
     def _make_plan(self, work: Work, why: str) -> Plan | None:
-        """None if the step was done otherwise."""
+        """None if the step was done otherwise, or is skipped."""
         self._drop_plan(work)
         self.plan, self.graphs = None, []
         refuse(work, self._choices)
@@ -292,6 +293,12 @@ class Execution:
         except COMPILE_ERRORS as error:
             self.reason = self._fallback.give_up(str(error), "repair that, or build the optimizer with compiled=False")
             self._step_otherwise(work, lambda: lists.step(work))
+            return None
+        if work.scaling is not None and not plan.scales:
+            scaling, work.scaling = work.scaling, None
+            if unscale(work.groups, scaling):
+                return self._make_plan(work, "gradients are divided by their scale before the launch")
+            self._drop_plan(work)
             return None
         self.rebuilt = [*self.rebuilt[-_KEPT_REASONS:], why]
         for launch in plan.launches:  # explain tells where a kernel came from when it was first used

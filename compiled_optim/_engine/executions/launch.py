@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -171,8 +172,7 @@ def make_plan(
         What `look`, `registry.get` and ``refused`` raise.
     """
     members = _sorted_by_kernel(work, choices, scalar_names)
-    signatures = [m.signature for m in members if m.signature]
-    on_device = any(s.on_device for s in signatures)
+    on_device = any(m.signature.on_device for m in members if m.signature)
     host, found = registry.get([m.signature for m in members if m.grad is not None and m.signature])
     frozen = work.rule.frozen(on_device)
     declaration = work.rule.declaration
@@ -233,6 +233,7 @@ def _sorted_by_kernel(work: Work, choices: list[Group], scalar_names: list[tuple
     This needs no host module, so that it and the kernels can be compiled side by side.
     """
     form = _references(work, on_device=False)
+    form_on_device = functools.cache(lambda: _references(work, on_device=True))
     members = look(work, choices, idle=True)
     occurrences = Counter(id(m.param) for m in members)
     for m in members:
@@ -246,21 +247,25 @@ def _sorted_by_kernel(work: Work, choices: list[Group], scalar_names: list[tuple
             names = (m.buffers, scalar_names[m.group])
             m.signature = Signature(work.rule, choice.switches, dtypes, *names, form, backend.name)
             if backend.asynchronous:
-                m.signature = _for_device(work, choice, m, m.signature)
+                m.signature = _for_device(work, choice, m, m.signature, form_on_device)
     return members
 
 
-def _for_device(work: Work, choice: Group, m: Member, signature: Signature) -> Signature:
-    """The signature of a kernel for which the host need not wait, if the counts of a parameter lie beside it."""
+def _for_device(
+    work: Work, choice: Group, m: Member, signature: Signature, references: Callable[[], Form | None]
+) -> Signature:
+    """The signature of a kernel for which the host need not wait, if the counts of a parameter lie beside it.
+
+    ``references``: what the rule and its scalars refer to.
+    """
     by_rows = m.grad is not None and m.grad.is_sparse
     if not _is_counted_there(work, m):
         return replace(signature, by_rows=by_rows)
-    numbers = work.rule.declaration.numbers
     return replace(
         signature,
-        references=_references(work, on_device=True),
+        references=references(),
         on_device=True,
-        constants=tuple((name, v) for name, v in choice.hyper._asdict().items() if name not in numbers),
+        constants=work.rule.declaration.constants(choice.hyper),
         scaled=work.scaling is not None and work.scaling.grad_scale is not None,
         by_rows=by_rows,
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from compiled_optim._engine.kernels.trace import Signature, write
+from compiled_optim._engine.kernels.trace import Signature, brief, write
 from compiled_optim._engine.rule import evaluate
 from compiled_optim._engine.torch_private import inductor
 from compiled_optim._engine.torch_private.inductor import FlatGraph
@@ -50,9 +50,8 @@ def trace_prologue(signature: Signature) -> FlatGraph:
     try:
         graph, mode, inputs = inductor.trace_flat(body, dtypes, (), "cuda")
     except Exception as error:  # from a user's rule, or from private parts of torch
-        text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         name = f"the scalars of {signature.name}"
-        raise inductor.UntraceableError(f"{name} cannot be computed on the device: {text}") from error
+        raise inductor.UntraceableError(f"{name} cannot be computed on the device: {brief(error)}") from error
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, (*declaration.counts, *hypers, *signature.factors), strict=True):
         node.meta["role"] = name

@@ -96,7 +96,7 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
     try:
         graph, mode, inputs = inductor.trace_flat(body, list(signature.flat_dtypes), scalar_dtypes, device)
     except Exception as error:  # from a user's rule, or from private parts of torch
-        raise _untraceable(signature, f"raised {_brief(error)} while it was traced") from error
+        raise _untraceable(signature, f"raised {brief(error)} while it was traced") from error
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
         node.meta["role"] = name
@@ -139,7 +139,7 @@ def _try(traced: Traced) -> None:
             try:
                 expected = _run_rule(signature, _sample(signature, shape), scalars)
             except Exception as error:
-                raise _untraceable(signature, f"raised {_brief(error)} when it was tried") from error
+                raise _untraceable(signature, f"raised {brief(error)} when it was tried") from error
             if expected is None:
                 raise _untraceable(signature, "writes to its inputs in place")
             # Element by element, because in a launch an update sees one element only.
@@ -198,5 +198,6 @@ def _untraceable(signature: Signature, what: str) -> inductor.UntraceableError:
     return inductor.UntraceableError(f"the update of {signature.name} {what}")
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """The kind of an error, and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -49,7 +49,7 @@ class Backend(Protocol):
             LoweringError: when the rule is not one fusible loop.
         """
 
-    def driver(self, signature: Signature, lowered: Lowered) -> str:
+    def full_source(self, signature: Signature, lowered: Lowered) -> str:
         """Adds what walks the kernel over many tensors."""
 
     def bytes_per_tensor(self, signature: Signature) -> int:

@@ -1,4 +1,4 @@
-"""The CPU: Inductor's loop in C++, and a driver that walks it over many tensors in one call."""
+"""The CPU: Inductor's loop in C++, and what walks it over many tensors in one call."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def bytes_per_tensor(signature: Signature) -> int:
 
 
 def program(signature: Signature, lowered: Lowered) -> tuple[str, Sequence[str]]:
-    """The driver and the entry, whose context is how many threads a launch may use."""
-    return driver(signature, lowered) + _ENTRY, inductor.cpp_flags()
+    """The whole source and the entry, whose context is how many threads a launch may use."""
+    return full_source(signature, lowered) + _ENTRY, inductor.cpp_flags()
 
 
 def load(path: Path, signature: Signature) -> tuple[int, object]:
@@ -97,7 +97,7 @@ def is_capturing(device: torch.device) -> bool:
     return False
 
 
-def driver(signature: Signature, lowered: Lowered) -> str:
+def full_source(signature: Signature, lowered: Lowered) -> str:
     """Adds ``launch`` to the kernel's source: an entry as host/plan.h declares it, but for the number of threads.
 
     The elements of all tensors are laid end to end and cut into one equal span for each thread, so a span may begin and

@@ -66,7 +66,7 @@ class Cuda:
     def lower(self, traced: Traced, *, portable: bool = False) -> Lowered:
         return triton.lower_triton(traced, self.capability)
 
-    def driver(self, signature: Signature, lowered: Lowered) -> str:
+    def full_source(self, signature: Signature, lowered: Lowered) -> str:
         return update_text(signature, lowered)
 
     def bytes_per_tensor(self, signature: Signature) -> int:
@@ -89,7 +89,7 @@ class Cuda:
             LoweringError: if the scalars are not one fusible loop.
         """
         name, build = signature.rule.name, functools.partial(triton.build, capability=self.capability)
-        text, block = self.driver(signature, lowered), block_of(signature)
+        text, block = self.full_source(signature, lowered), block_of(signature)
         built = [build(text, "update", UPDATE_ARGUMENTS, block=block, warps=_WARPS, title=f"{name}_update")]
         if signature.on_device:
             title, text = f"{name}_prologue", self.prologue(signature)
