@@ -12,6 +12,7 @@ import torch
 from compiled_optim._engine.kernels import cost
 from compiled_optim._engine.kernels.backends import Backend, backend_named
 from compiled_optim._engine.kernels.backends.cuda import Cuda
+from compiled_optim._engine.kernels.prologue import constants_of
 from compiled_optim._engine.kernels.trace import Signature, Traced, trace
 from compiled_optim._engine.rule import first_scalars
 from compiled_optim._engine.torch_private import triton
@@ -56,7 +57,7 @@ def signature_of(
     buffers, scalars = declaration.kept(switches), tuple(first_scalars(cls.rule, hyper))
     dtypes = (dtype, *[state_dtype or dtype] * len(buffers))
     signature = Signature(cls.rule, switches, dtypes, buffers, scalars, backend=target)
-    return replace(signature, on_device=True, constants=declaration.constants(hyper)) if on_device else signature
+    return replace(signature, on_device=True, constants=constants_of(signature, hyper)) if on_device else signature
 
 
 @dataclass(frozen=True)

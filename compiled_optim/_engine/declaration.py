@@ -227,10 +227,6 @@ class Declaration:
             return Group(Unreadable(error), self.switch_type._make([False] * len(self._switches_at)), True)
         return Group(hyper, self.switch_type._make(on), has_tensors)
 
-    def constants(self, hyper: Any) -> tuple[tuple[str, Any], ...]:
-        """The names and values of the options of `Group.hyper` that are no numbers."""
-        return tuple((name, value) for name, value in hyper._asdict().items() if name not in self.numbers)
-
     def kept(self, switches: Any) -> tuple[str, ...]:
         """The names of the buffers that exist under these switches."""
         return tuple(k for k, b in self.buffers.items() if b.when is None or getattr(switches, b.when))

@@ -296,10 +296,9 @@ class Execution:
             return None
         if work.scaling is not None and not plan.scales:
             scaling, work.scaling = work.scaling, None
-            if unscale(work.groups, scaling):
-                return self._make_plan(work, "gradients are divided by their scale before the launch")
             self._drop_plan(work)
-            return None
+            taken = unscale(work.groups, scaling)
+            return self._make_plan(work, "gradients are divided by their scale before a launch") if taken else None
         self.rebuilt = [*self.rebuilt[-_KEPT_REASONS:], why]
         for launch in plan.launches:  # explain tells where a kernel came from when it was first used
             launch.kernel = self._kernels.setdefault(launch.kernel.signature, launch.kernel)

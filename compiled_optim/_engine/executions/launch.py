@@ -20,6 +20,7 @@ from compiled_optim._engine.executions.survey import Member, commit, look
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.backends import backend_named, backend_of, is_capturing
+from compiled_optim._engine.kernels.prologue import constants_of
 from compiled_optim._engine.kernels.references import Form, UnknownReferenceError, all_references, refer_to
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.torch_private import inductor, tensor_parts
@@ -232,8 +233,7 @@ def _sorted_by_kernel(work: Work, choices: list[Group], scalar_names: list[tuple
 
     This needs no host module, so that it and the kernels can be compiled side by side.
     """
-    form = _references(work, on_device=False)
-    form_on_device = functools.cache(lambda: _references(work, on_device=True))
+    references = functools.cache(functools.partial(_references, work))
     members = look(work, choices, idle=True)
     occurrences = Counter(id(m.param) for m in members)
     for m in members:
@@ -245,27 +245,23 @@ def _sorted_by_kernel(work: Work, choices: list[Group], scalar_names: list[tuple
             backend = backend_of(p)
             assert backend is not None
             names = (m.buffers, scalar_names[m.group])
-            m.signature = Signature(work.rule, choice.switches, dtypes, *names, form, backend.name)
+            m.signature = Signature(work.rule, choice.switches, dtypes, *names, references(False), backend.name)
             if backend.asynchronous:
-                m.signature = _for_device(work, choice, m, m.signature, form_on_device)
+                m.signature = _for_device(work, choice, m, m.signature)
+            if m.signature.on_device:
+                m.signature = replace(m.signature, references=references(True))
     return members
 
 
-def _for_device(
-    work: Work, choice: Group, m: Member, signature: Signature, references: Callable[[], Form | None]
-) -> Signature:
-    """The signature of a kernel for which the host need not wait, if the counts of a parameter lie beside it.
-
-    ``references``: what the rule and its scalars refer to.
-    """
+def _for_device(work: Work, choice: Group, m: Member, signature: Signature) -> Signature:
+    """The signature of a kernel for which the host need not wait, if the counts of a parameter lie beside it."""
     by_rows = m.grad is not None and m.grad.is_sparse
     if not _is_counted_there(work, m):
         return replace(signature, by_rows=by_rows)
     return replace(
         signature,
-        references=references(),
         on_device=True,
-        constants=work.rule.declaration.constants(choice.hyper),
+        constants=constants_of(signature, choice.hyper),
         scaled=work.scaling is not None and work.scaling.grad_scale is not None,
         by_rows=by_rows,
     )

@@ -22,6 +22,12 @@ def hypers_of(signature: Signature) -> tuple[str, ...]:
     return (*declaration.numbers, *step, *(("grad_scale",) if signature.scaled else ()))
 
 
+def constants_of(signature: Signature, hyper: Any) -> tuple[tuple[str, Any], ...]:
+    """`Signature.constants`: the names and values of the options of a param group that are no numbers."""
+    numbers = signature.rule.declaration.numbers
+    return tuple((name, value) for name, value in hyper._asdict().items() if name not in numbers)
+
+
 def trace_prologue(signature: Signature) -> FlatGraph:
     """Traces ``scalars`` on the device, in float64.
 
