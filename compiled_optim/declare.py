@@ -83,6 +83,14 @@ class Buffer(Field):
 
 
 @dataclass(frozen=True)
+class Copy(Buffer):
+    """Begins as a copy of its parameter, in the dtype of arithmetic."""
+
+    when: str | None = None
+    initial: float | str = 0.0
+
+
+@dataclass(frozen=True)
 class Carried(Buffer):
     pass
 

@@ -54,7 +54,7 @@ def signature_of(
             raise ValueError(f"{target} has no kernel for {str(given).removeprefix('torch.')}")
     if on_device and not backend.asynchronous:
         raise ValueError(f"{target} has no kernel that counts steps on the device: there the host counts")
-    buffers, scalars = declaration.kept(switches), tuple(first_scalars(cls.rule, hyper))
+    buffers, scalars = declaration.kept(switches, dtype), tuple(first_scalars(cls.rule, hyper))
     dtypes = (dtype, *[state_dtype or dtype] * len(buffers))
     signature = Signature(cls.rule, switches, dtypes, buffers, scalars, backend=target)
     return replace(signature, on_device=True, constants=constants_of(signature, hyper)) if on_device else signature

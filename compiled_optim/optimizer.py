@@ -18,8 +18,10 @@ from compiled_optim._engine.executions.scaling import Scaling
 from compiled_optim._engine.executions.state import count_tensor, make_state
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.in_graph import operators
+from compiled_optim._engine.one_pass import OnePass
 from compiled_optim._engine.rule import Rule
 from compiled_optim._engine.torch_private import dynamo, optim
+from compiled_optim.around_step import AroundStep
 from compiled_optim.declare import Compiled, Flag, Hyper, Number, Switches, Value, flag, number
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ _OF_A_RULE = {"update", "scalars", "elementwise", "accepts_sparse", "accepts_den
 
 
 @dataclass_transform(field_specifiers=(number, flag))  # state is no argument
-class _Attributes:
+class _Attributes(AroundStep):
     """Attributes that are no fields. Type checkers take those of a subclass for arguments of its constructor."""
 
     # torch.amp.GradScaler sets these around a step if `_step_supports_amp_scaling`
@@ -86,6 +88,14 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     if TYPE_CHECKING:  # arguments of every constructor that are no options of a param group
         params: ParamsT
         compiled: Compiled = flag(default=False, kw_only=True)
+        max_grad_norm: float | None = flag(default=None, kw_only=True)
+        norm_type: float = flag(default=2.0, kw_only=True)
+        error_if_nonfinite: bool = flag(default=False, kw_only=True)
+        skip_nonfinite: bool = flag(default=False, kw_only=True)
+        ema_decay: float | Callable[[int], float] | None = flag(default=None, kw_only=True)
+        state_dtype: torch.dtype | None = flag(default=None, kw_only=True)
+        master_weights: bool = flag(default=False, kw_only=True)
+        stochastic_rounding: bool | int = flag(default=False, kw_only=True)
 
     maximize: bool = flag(default=False, switch=True, kw_only=True)
     foreach: bool | None = flag(default=None, kw_only=True)
@@ -108,7 +118,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                 cls.__init__ = cls.rule.declaration.constructor(cls.__qualname__)  # type: ignore[method-assign]
                 cls.__doc__ = Documentation(cls.rule.declaration, cls.__doc__)  # type: ignore[assignment]
 
-    def _construct(self, params: Any, options: dict[str, Any], compiled: bool | str) -> None:
+    def _construct(self, params: Any, options: dict[str, Any], compiled: bool | str, around: dict[str, Any]) -> None:
         missing = [name for name in ("scalars", "update") if not hasattr(self, name)]
         if missing:
             raise TypeError(f"{type(self).__name__}: a rule needs `scalars` and `update`, and {missing} is not defined")
@@ -122,9 +132,12 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         if fused and defaults.get("foreach"):
             raise RuntimeError("fused=True and foreach=True cannot be combined")
         self.validate(self.rule.declaration.read(defaults).hyper)
+        self._surround(OnePass(**around))
+        if self.rule.extras.any and defaults.get("differentiable"):
+            raise RuntimeError(f"differentiable=True does not go with {sorted(around)}: their updates record no graph")
         torch.optim.Optimizer.__init__(self, params, defaults)
         self._compiled = compiled or fused
-        if fused:
+        if fused or self.rule.extras.factor:
             self._step_supports_amp_scaling = True
         if self.rule.state_at_construction:
             work = self._work()
@@ -190,10 +203,12 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._averages_are_in:
+            raise RuntimeError("step() must not be called within averaged(), where parameters hold their averages")
         work, execution = self._work(), self._execution
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         scaling = None if scale is None and found_inf is None else Scaling(scale, found_inf)
-        if scaling is None or execution.unscale(work, scaling):  # type: ignore[union-attr]
+        if execution.surround(work, self._one_pass, scaling):  # type: ignore[union-attr]
             if self._attached is not None:
                 self._attached.check()
             execution.step(work)  # type: ignore[union-attr]
@@ -262,10 +277,13 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         amp = {k: v for k, v in self.__dict__.items() if k == "_step_supports_amp_scaling"}
-        return {**super().__getstate__(), "_compiled": self._compiled, **amp}
+        around = {} if self._one_pass is None else {"_one_pass": self._one_pass.but()}
+        return {**super().__getstate__(), "_compiled": self._compiled, **amp, **around}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if self._one_pass is not None:
+            self._surround(self._one_pass)
         for group in self.param_groups:
             for name, field in self.rule.declaration.options.items():
                 if isinstance(field, Flag):

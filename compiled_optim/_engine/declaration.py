@@ -9,13 +9,16 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Sized
 from contextlib import suppress
 from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from compiled_optim.declare import Buffer, Carried, Compiled, Counter, Field, Flag, Number
+from compiled_optim._engine.one_pass import ARGUMENTS, Extras, OnePass, arithmetic_dtype
+from compiled_optim.declare import Buffer, Carried, Compiled, Copy, Counter, Field, Flag, Number
 
+_HINTS = get_type_hints(OnePass)
 _PLAIN = {float, int, bool, type(None)}  # types whose values are read as they stand: 2 us for AdamW instead of 4
 
 
@@ -56,7 +59,8 @@ class Group(NamedTuple):
 class Declaration:
     """Everything that follows from the fields of one optimizer class, worked out once per class."""
 
-    def __init__(self, cls: type) -> None:
+    def __init__(self, cls: type, extras: Extras = Extras()) -> None:  # noqa: B008
+        self._extras = extras
         fields: dict[str, Any] = {}
         for base in reversed(cls.__mro__):
             for name, value in {**vars(base), **vars(base).get("_declared", {})}.items():
@@ -69,7 +73,15 @@ class Declaration:
         state: dict[str, Buffer] = {k: v for k, v in fields.items() if isinstance(v, Buffer)}
         self.carried = {k: v for k, v in state.items() if isinstance(v, Carried)}
         self.buffers = {k: v for k, v in state.items() if k not in self.carried}
-        counted = any(isinstance(v, Counter) for v in fields.values())
+        self.copies: dict[str, Buffer] = {
+            **({"master": Copy(help="the parameter before it was rounded")} if extras.master else {}),
+            **({"ema": Copy(help="average of the parameter")} if extras.ema else {}),
+        }
+        taken = [*self.copies.keys() & state.keys()]
+        if taken:
+            raise TypeError(f"{self.name}: the state {taken[0]!r} is declared, so this option cannot keep one")
+        self.buffers |= self.copies
+        counted = extras.counts or any(isinstance(v, Counter) for v in fields.values())
         if self.carried and not counted:
             raise TypeError(f"{self.name}: what `scalars` carries, {list(self.carried)}, needs a counter() beside it")
         self._annotations = _annotations(cls, self.options)
@@ -107,6 +119,7 @@ class Declaration:
             if v.init
         ]
         options.append(P("compiled", P.KEYWORD_ONLY, default=False, annotation=Compiled))
+        options += [P(k, P.KEYWORD_ONLY, default=default, annotation=_HINTS[k]) for k, default in ARGUMENTS.items()]
         required = [P("self", kinds[0]), P("params", kinds[0], annotation=ParamsT)]
         return inspect.Signature([*required, *sorted(options, key=attrgetter("kind"))])
 
@@ -119,7 +132,8 @@ class Declaration:
             bound.apply_defaults()
             options = dict(bound.arguments)
             del options["self"]
-            optimizer._construct(options.pop("params"), options, options.pop("compiled"))
+            around = {name: options.pop(name) for name in ARGUMENTS}
+            optimizer._construct(options.pop("params"), options, options.pop("compiled"), around)
 
         __init__.__signature__ = signature  # type: ignore[attr-defined]
         __init__.__qualname__ = f"{qualname}.__init__"
@@ -227,9 +241,18 @@ class Declaration:
             return Group(Unreadable(error), self.switch_type._make([False] * len(self._switches_at)), True)
         return Group(hyper, self.switch_type._make(on), has_tensors)
 
-    def kept(self, switches: Any) -> tuple[str, ...]:
-        """The names of the buffers that exist under these switches."""
-        return tuple(k for k, b in self.buffers.items() if b.when is None or getattr(switches, b.when))
+    def kept(self, switches: Any, dtype: torch.dtype) -> tuple[str, ...]:
+        """The names of the buffers of a parameter of ``dtype`` that exist under these switches."""
+        whole = arithmetic_dtype(dtype) == dtype  # and needs no master
+        return tuple(
+            k
+            for k, b in self.buffers.items()
+            if (b.when is None or getattr(switches, b.when)) and not (whole and k == "master" and k in self.copies)
+        )
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a buffer of a parameter of ``dtype``."""
+        return arithmetic_dtype(dtype) if name in self.copies else self._extras.dtype_of_state(dtype)
 
 
 class Unreadable:

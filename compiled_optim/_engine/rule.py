@@ -7,13 +7,14 @@ sees plain arithmetic on values; what all algorithms share, the width of the ari
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from compiled_optim._engine.declaration import Declaration
-
-_WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+from compiled_optim._engine.one_pass import Extras, arithmetic_dtype
+from compiled_optim._engine.values import lerp, where
 
 
 class Namespace:
@@ -27,13 +28,22 @@ class Namespace:
 class Rule:
     """An optimizer class as the engine sees it: what it declares, and its two functions.
 
-    The functions are looked up in the class each time, because a user may assign other ones.
+    The functions are looked up in the class each time, because a user may assign other ones. ``extras``: what is done
+    beside the update, the same way for all algorithms.
     """
 
-    def __init__(self, owner: Any) -> None:
+    def __init__(self, owner: Any, extras: Extras = Extras()) -> None:  # noqa: B008
         self.owner = owner
-        self.declaration = Declaration(owner)
+        self.extras = extras
+        self.declaration = Declaration(owner, extras)
         self.name: str = owner.__name__
+        self._extended = {extras: self}
+
+    def extended(self, extras: Extras) -> Rule:
+        """The rule with these extras, always the same object, so that optimizers share kernels."""
+        if extras not in self._extended:
+            self._extended[extras] = Rule(self.owner, extras)
+        return self._extended[extras]
 
     def __repr__(self) -> str:
         return f"<rule of {self.owner.__module__}.{self.owner.__qualname__}>"
@@ -55,7 +65,8 @@ class Rule:
 
     @property
     def keeps_untouched_rows(self) -> Callable[[Any], bool]:
-        return self.owner.keeps_untouched_rows  # type: ignore[no-any-return]
+        # the average of a row moves on also where the row itself stays
+        return (lambda on: False) if self.extras.ema else self.owner.keeps_untouched_rows
 
     @property
     def elementwise(self) -> bool:
@@ -74,17 +85,15 @@ class Rule:
         return bool(self.owner.state_at_construction)
 
 
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that an update of parameters of ``dtype`` is computed in."""
-    return _WIDER.get(dtype, dtype)
-
-
-def evaluate(rule: Rule, h: Any, counts: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+def evaluate(
+    rule: Rule, h: Any, counts: Sequence[Any], given: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """The scalars of one step, and what the rule carries on to the next.
 
     Args:
         h: the hyperparameters of the param group.
         counts: the step count after this step, and the values that were carried here; numbers or tensors.
+        given: the `Extras.numbers` of this step.
     """
     step, *carried = counts
     names = rule.declaration.carried
@@ -96,12 +105,24 @@ def evaluate(rule: Rule, h: Any, counts: Sequence[Any]) -> tuple[dict[str, Any],
         raise
     if not isinstance(values, dict):
         raise TypeError(f"{rule.name}: `scalars` must return a dict of numbers, got {values!r}")
+    if rule.extras.numbers:
+        values = {**values, **_extra_scalars(rule.extras, step, given)}
     return values, _read_all(s, names, rule, "scalars") if names else ()
+
+
+def _extra_scalars(extras: Extras, step: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    scalars = {"grad_factor": given["grad_factor"]} if extras.factor else {}
+    if extras.ema:
+        decay = given["ema_decay"]
+        # the first average is the parameter
+        scalars["ema_weight"] = where(step == 1, 1.0, 1 - (decay(int(step)) if callable(decay) else decay))
+    return scalars
 
 
 def first_scalars(rule: Rule, h: Any) -> dict[str, Any]:
     """The scalars of a first step; raises TypeError if one of them is no number."""
-    values, _ = evaluate(rule, h, (1.0, *(c.first(h._asdict()) for c in rule.declaration.carried.values())))
+    given = dict.fromkeys(rule.extras.numbers, 1.0)
+    values, _ = evaluate(rule, h, (1.0, *(c.first(h._asdict()) for c in rule.declaration.carried.values())), given)
     check_numbers(rule, values)
     return values
 
@@ -121,19 +142,39 @@ def apply(
     """
     width = arithmetic_dtype(p.dtype)
     g = g.to(width)
+    k: Any = Namespace(scalars)
+    if rule.extras.factor:
+        g = g * k.grad_factor
     if on.maximize:
         g = -g
-    s = Namespace({name: value.to(width) for name, value in state.items()})
-    k = Namespace(scalars)
+    own = {name: value.to(width) for name, value in state.items() if name not in rule.declaration.copies}
+    s = Namespace(own)
+    start = p.to(width)
+    if "master" in rule.declaration.copies and "master" in state:
+        start = _unrounded(start, state["master"], p.dtype)
     try:
-        new = rule.update(p.to(width), g, s, k, on)
+        new = rule.update(start, g, s, k, on)
     except (AttributeError, TypeError) as error:
         _explain(error, rule, "update", s=s, k=k, on=on)
         raise
     if new is None:
         raise TypeError(f"{rule.name}: `update` must return the new parameter, got None")
-    written = _read_all(s, state, rule, "update")
-    return new.to(p.dtype), {name: v.to(state[name].dtype) for name, v in zip(state, written, strict=True)}
+    written = dict(zip(own, _read_all(s, own, rule, "update"), strict=True))
+    for name in rule.declaration.copies:
+        if name == "master" and name in state:
+            written[name] = new
+        elif name == "ema":
+            written[name] = lerp(state[name], new, k.ema_weight)
+    return new.to(p.dtype), {name: written[name].to(value.dtype) for name, value in state.items()}
+
+
+def _unrounded(p: Any, master: Any, dtype: torch.dtype) -> Any:
+    """The master, but the parameter where that has been changed since: it is further away than rounding can take it.
+
+    A comparison with the rounded master would be exact, but Inductor leaves out conversions to a dtype and back.
+    """
+    about = torch.finfo(dtype)
+    return where((p - master).abs() < p.abs() * (about.eps * 0.501) + about.smallest_normal * about.eps, master, p)
 
 
 # ---- errors in the words of a rule

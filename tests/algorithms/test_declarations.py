@@ -12,6 +12,7 @@ import torch
 from cases import ALL, CLASSES, IDS, accepted, named, numbers_of, oracle, sample
 
 from compiled_optim import AdamW, Optimizer
+from compiled_optim._engine.one_pass import ARGUMENTS
 from compiled_optim.algorithms import SGD, Adam
 from compiled_optim.declare import Number
 
@@ -51,10 +52,13 @@ def test_signature_is_that_of_torch_plus_compiled(cls: type[Optimizer]) -> None:
         return [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
 
     ours, stock = plain(cls.__init__), plain(oracle(cls).__init__)
-    assert ours[-1] == inspect.Parameter("compiled", inspect.Parameter.KEYWORD_ONLY, default=False)
+    around = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=d) for name, d in ARGUMENTS.items()]
+    compiled = inspect.Parameter("compiled", inspect.Parameter.KEYWORD_ONLY, default=False)
+    own = len(around) + 1
+    assert ours[-own:] == [compiled, *around]
     # signatures compare positional arguments in their order, and keyword-only ones as a set
-    assert inspect.Signature(ours[:-1]) == inspect.Signature(stock)
-    assert list(inspect.signature(cls).parameters)[-1] == "compiled"
+    assert inspect.Signature(ours[:-own]) == inspect.Signature(stock)
+    assert list(inspect.signature(cls).parameters)[-own] == "compiled"
 
 
 @pytest.mark.parametrize(("cls", "options"), ALL, ids=IDS)

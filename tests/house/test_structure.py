@@ -25,10 +25,10 @@ def test_no_file_over_400_lines(file: Path) -> None:
 
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
-    "compiled_optim": 1170,
-    "compiled_optim/_engine": 610,
+    "compiled_optim": 1300,
+    "compiled_optim/_engine": 800,
     "compiled_optim/_engine/cache": 640,
-    "compiled_optim/_engine/executions": 1830,
+    "compiled_optim/_engine/executions": 2000,
     "compiled_optim/_engine/in_graph": 460,
     "compiled_optim/_engine/kernels": 610,
     "compiled_optim/_engine/kernels/backends": 510,

@@ -71,7 +71,8 @@ def check_gradient(work: Work, choice: Group, grad: Tensor) -> Tensor:
 def check_whole(work: Work, p: Tensor, state: dict[str, Any]) -> None:
     """Raises KeyError if a part of the state is missing. All of it is made at once, except what a switch adds later."""
     declaration = work.rule.declaration
-    needed = [*declaration.counts, *(name for name, b in declaration.buffers.items() if b.when is None)]
+    own = [name for name, b in declaration.buffers.items() if b.when is None and name not in declaration.copies]
+    needed = [*(() if work.rule.extras.counts else declaration.counts), *own]
     missing = [name for name in needed if state.get(name) is None]
     if missing and len(missing) < len(needed):
         there = [name for name in needed if name not in missing]

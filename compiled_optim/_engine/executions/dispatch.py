@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from compiled_optim._engine.declaration import Group
-from compiled_optim._engine.executions import dtensors, lists
+from compiled_optim._engine.executions import clipping, dtensors, lists
 from compiled_optim._engine.executions.checks import refuse
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, expected, make_plan
 from compiled_optim._engine.executions.memory import Memory
@@ -21,7 +21,8 @@ from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.backends import backend_of
 from compiled_optim._engine.kernels.registry import Kernel
 from compiled_optim._engine.kernels.trace import Signature
-from compiled_optim._engine.rule import Rule, evaluate, first_scalars
+from compiled_optim._engine.one_pass import OnePass
+from compiled_optim._engine.rule import Rule, first_scalars
 from compiled_optim._engine.torch_private import inductor, version
 
 if TYPE_CHECKING:
@@ -105,7 +106,14 @@ class Execution:
         if scaling is None or unscale(work.groups, scaling):
             step()
 
-    def unscale(self, work: Work, scaling: Scaling) -> bool:
+    def surround(self, work: Work, one_pass: OnePass | None, scaling: Scaling | None) -> bool:
+        """Does what comes before the update, and says what goes into its launch; False if the step must be skipped."""
+        if one_pass is None or not work.rule.extras.factor:
+            return scaling is None or self._unscale(work, scaling)
+        waits = not (self._may_scale(work) if self.plan is None else self.plan.scales and self.plan.launches)
+        return clipping.begin(work, one_pass, scaling, waits=waits, compiled=bool(self._compiled))
+
+    def _unscale(self, work: Work, scaling: Scaling) -> bool:
         """Divides the gradients by their scale, or leaves that to the launches; False if the step must be skipped."""
         if self._may_scale(work) if self.plan is None else self.plan.scales:
             work.scaling = scaling
@@ -258,7 +266,7 @@ class Execution:
                 h = self._choices[group].hyper
                 if self._choices[group].has_tensors:
                     h = h._make([v.item() if isinstance(v, Tensor) else v for v in h])
-                values, after = evaluate(work.rule, h, counts)
+                values, after = work.evaluate(h, counts)
             except Exception:
                 if foreseen:  # perhaps nothing is updated in this group
                     return []

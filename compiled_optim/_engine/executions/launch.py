@@ -100,6 +100,7 @@ class Plan:
         values = [getattr(h, name) for name in work.rule.declaration.numbers]
         if not work.rule.declaration.counts:
             values.append(counts[0])
+        values += [work.given[name] for name in work.rule.extras.numbers]
         if launch.kernel.signature.scaled and scaling is not None:
             values.append(scaling.grad_scale)
         values.append(0.0 if scaling is None or scaling.found_inf is None else scaling.found_inf)
@@ -240,8 +241,9 @@ def _sorted_by_kernel(work: Work, choices: list[Group], scalar_names: list[tuple
         p, choice = m.param, choices[m.group]
         m.reason = "it is listed more than once" if occurrences[id(p)] > 1 else _reason(work, choice, m)
         if not m.reason:
-            tensors = [p, *(p if m.state[name] is None else m.state[name] for name in m.buffers)]
-            dtypes = tuple(t.dtype.to_real() for t in tensors)
+            default = work.rule.declaration.dtype_of
+            of_state = [default(n, p.dtype) if (t := m.state[n]) is None else t.dtype for n in m.buffers]
+            dtypes = tuple(dtype.to_real() for dtype in (p.dtype, *of_state))
             backend = backend_of(p)
             assert backend is not None
             names = (m.buffers, scalar_names[m.group])

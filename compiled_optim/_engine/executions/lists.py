@@ -26,7 +26,8 @@ from compiled_optim._engine.executions.survey import (
     touch_listed,
 )
 from compiled_optim._engine.executions.work import Work
-from compiled_optim._engine.rule import Rule, apply, arithmetic_dtype, check_numbers, evaluate
+from compiled_optim._engine.one_pass import arithmetic_dtype
+from compiled_optim._engine.rule import Rule, apply, check_numbers
 from compiled_optim._engine.values import TensorList
 
 # Of the lists that are updated at once: it bounds the temporaries of a step on CPU, and keeps them in cache.
@@ -56,7 +57,7 @@ def step(work: Work) -> None:
         return
 
     def scalars(group: int, counts: Sequence[Any]) -> Values:
-        return evaluate(rule, choices[group].hyper, counts)
+        return work.evaluate(choices[group].hyper, counts)
 
     with torch.no_grad():
         single = [group.get("foreach") is False for group in work.groups]
@@ -80,7 +81,7 @@ def prepare(work: Work, only: Iterable[tuple[int, Tensor]] | None = None) -> Cal
     switches = [choice.switches for choice in choices]
 
     def scalars(group: int, counts: Sequence[Any]) -> Values:
-        return evaluate(rule, choices[group].hyper, counts)
+        return work.evaluate(choices[group].hyper, counts)
 
     if only is None and not differentiable and not any(capturable):
         remember(work, switches, updates)
@@ -159,7 +160,7 @@ def run_lists(rule: Rule, found: list[Lists], switches: list[Any], scalars: Scal
     for (group, columns, counts, values, carried, single), program in zip(found, programs, strict=True):
         known, after = (values, carried) if values is not None else on_device(group, counts, scalars)
         on = switches[group]
-        update = Update(rule, on, rule.declaration.kept(on), known, program, single)
+        update = Update(rule, on, rule.declaration.kept(on, columns[0][0].dtype), known, program, single)
         if columns[1][0].is_sparse:
             for tensors in zip(*columns, strict=True):
                 run_rows(update, list(tensors))

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_optim._engine.rule import Rule, apply, arithmetic_dtype
+from compiled_optim._engine.one_pass import arithmetic_dtype
+from compiled_optim._engine.rule import Rule, apply
 from compiled_optim._engine.values import FUNCTIONS, IN_FOREACH, Value, each
 
 # An entry of a record: a name, the dtype of its result, and the indices of its operands. Inputs come first.
@@ -129,7 +130,7 @@ def record(
     Raises:
         AttributeError, TypeError: for what a rule cannot do with a value.
     """
-    buffers = rule.declaration.kept(on)
+    buffers = rule.declaration.kept(on, dtypes[0])
     recorded = _Record(dtypes, arithmetic_dtype(dtypes[0]))
     p, g, *state = recorded.inputs
     new, new_state = apply(rule, on, p, g, dict(zip(buffers, state, strict=True)), scalars)

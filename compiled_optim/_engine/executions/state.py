@@ -11,6 +11,7 @@ from torch import Tensor
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.checks import is_count, number_of
 from compiled_optim._engine.executions.work import Work
+from compiled_optim.declare import Copy
 
 # A parameter, what it had of the state that was made (None: it had no state at all), and what was made, with the
 # version of each tensor then.
@@ -27,18 +28,24 @@ def make_state(work: Work, p: Tensor, group: dict[str, Any], on: Any, *, allocat
     for name in declaration.counts:
         count = present.get(name)
         if count is None:
-            value = 0.0 if name == "step" else declaration.carried[name].first(group)
+            # an algorithm that counts only for its extras may have stepped before it had them
+            begun = float(work.rule.extras.counts and bool(present))
+            value = begun if name == "step" else declaration.carried[name].first(group)
             made[name] = count_tensor(p, group, value)
         elif not is_count(count):
             made[name] = count_tensor(p, group, number_of(work, p, name, count))
-    for name in declaration.kept(on):
+    for name in declaration.kept(on, p.dtype):
         if present.get(name) is None:
             made[name] = None
             if allocate:
                 # torch.optim takes the constructor's value where state is made there, whatever a group says
                 values = work.defaults if work.rule.state_at_construction else group
-                made[name] = torch.empty_like(p, requires_grad=False, memory_format=torch.preserve_format)
-                _fill(made[name], declaration.buffers[name].first(values))
+                dtype, its = declaration.dtype_of(name, p.dtype), declaration.buffers[name]
+                made[name] = torch.empty_like(p, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
+                if isinstance(its, Copy):
+                    made[name].copy_(p.detach())
+                else:
+                    _fill(made[name], its.first(values))
     return made
 
 

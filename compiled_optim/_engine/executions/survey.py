@@ -119,7 +119,7 @@ def look(
     rule, groups = work.rule, work.groups
     counts = rule.declaration.counts
     pairs = only if only is not None else [(i, p) for i, group in enumerate(groups) for p in group["params"]]
-    kept: dict[int, tuple[str, ...]] = {}  # by param group
+    kept: dict[tuple[int, torch.dtype], tuple[str, ...]] = {}
     begun: dict[Tensor, dict[str, Any]] = {}  # the state of those that lack some
     kinds: set[tuple[Any, ...]] = set()
     members = []
@@ -129,12 +129,13 @@ def look(
         grad = gradient(p)
         if grad is None:
             if idle:
-                members.append(_idle(work, i, p, rule.declaration.kept(choices[i].switches)))
+                members.append(_idle(work, i, p, rule.declaration.kept(choices[i].switches, p.dtype)))
             continue
-        if i not in kept:
+        dtype = p.dtype
+        if (i, dtype) not in kept:
             choices[i].hyper._fields  # noqa: B018  # or raises
-            kept[i] = rule.declaration.kept(choices[i].switches)
-        buffers = kept[i]
+            kept[i, dtype] = rule.declaration.kept(choices[i].switches, dtype)
+        buffers = kept[i, dtype]
         sharded = type(p) not in PLAIN and tensor_parts.is_dtensor(p)
         if sharded:
             grad = dtensors.local_gradient(p, grad)
@@ -152,7 +153,7 @@ def look(
         listed = p
         if sharded:
             p, state = dtensors.local(p), dtensors.local_state(p, state, buffers)
-        shape, dtype = p.shape, p.dtype
+        shape = p.shape
         plain = p.layout is torch.strided and p.is_contiguous() and not (dtype.is_complex and p.is_conj())
         if grad.shape != shape or not plain:
             check_param(work, listed, p, grad)
@@ -160,7 +161,7 @@ def look(
         for name in buffers:
             t = state[name]
             if t is None:
-                kind += (dtype, p.device)
+                kind += (rule.declaration.dtype_of(name, dtype), p.device)
                 continue
             if not (isinstance(t, Tensor) and t.shape == shape and t.layout is torch.strided and t.is_contiguous()):
                 check_buffer(work, listed, name, t, shape)

@@ -28,7 +28,8 @@ from compiled_optim._engine.executions.state import Journal, counted_on_device, 
 from compiled_optim._engine.executions.survey import Member, Values
 from compiled_optim._engine.executions.work import Work, hyper_tensors
 from compiled_optim._engine.fallback import Fallback
-from compiled_optim._engine.rule import Namespace, Rule, apply, arithmetic_dtype, evaluate
+from compiled_optim._engine.one_pass import arithmetic_dtype
+from compiled_optim._engine.rule import Namespace, Rule, apply, evaluate
 from compiled_optim._engine.torch_private import dynamo, inductor
 from compiled_optim._engine.values import TensorList
 from compiled_optim.declare import Number
@@ -257,7 +258,7 @@ def prepare(
     eagerly = lists.prepare(work, sparse) if sparse else None
 
     def scalars(group: int, counts: Sequence[Any]) -> Values:
-        return evaluate(work.rule, choices[group].hyper, counts)
+        return work.evaluate(choices[group].hyper, counts)
 
     with torch.no_grad():
         found = survey.in_order(updates, scalars, on_device)

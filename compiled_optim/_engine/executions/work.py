@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions.memory import Memory
 from compiled_optim._engine.executions.scaling import Scaling
-from compiled_optim._engine.rule import Rule
+from compiled_optim._engine.rule import Rule, evaluate
 
 _NUMBERS = {float, int, bool, type(None), list, str}  # the types that param groups hold most
 
@@ -20,7 +21,7 @@ class Work:
     """What a step is taken on: the rule, the param groups and the state of one optimizer.
 
     ``memory`` finds tensors that share some. ``substitutes`` holds gradients that replace ``p.grad``, by parameter.
-    ``scaling`` is what a launch has to do for a GradScaler.
+    ``scaling`` is what a launch has to do for a GradScaler. ``given`` are the `Extras.numbers` of the next step.
     """
 
     rule: Rule
@@ -30,12 +31,17 @@ class Work:
     memory: Memory
     substitutes: dict[Tensor, Tensor] | None = None
     scaling: Scaling | None = None
+    given: dict[str, Any] = field(default_factory=dict)
     steady: Any = None  # what the last eager step found
 
     def gradient(self, p: Tensor) -> Tensor | None:
         if self.substitutes is None or p not in self.substitutes:
             return p.grad
         return self.substitutes[p]
+
+    def evaluate(self, h: Any, counts: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        """The scalars of this step, and what is carried to the next: see `rule.evaluate`."""
+        return evaluate(self.rule, h, counts, self.given)
 
     def read(self, *, keep_tensors: bool = False) -> list[Group]:
         """The hyperparameters and switches of each param group."""

@@ -18,7 +18,7 @@ from compiled_optim._engine.torch_private import dynamo, optim
 
 def inputs_of(optimizer: Any) -> LiveInputs:
     """What the graphs of an optimizer will take in."""
-    if not hasattr(optimizer, "rule") or optimizer._compiled:
+    if not hasattr(optimizer, "rule") or optimizer._compiled or optimizer.rule.extras.any:
         return LiveInputs(optimizer)
     # imported here, because compiled optimizers have no use for it and would pay for it in their first step
     from compiled_optim._engine.in_graph.traced import TracedState
@@ -61,7 +61,8 @@ def trace_step(optimizer: Any) -> None:
     if optimizer._compiled:
         inputs.begin_kernels()
     with torch.no_grad():
-        if optimizer._compiled or inputs.refuses() or not inputs.trace():
+        whole = optimizer._compiled or optimizer.rule.extras.any  # what precedes the update is no part of a graph
+        if whole or inputs.refuses() or not inputs.trace():
             grads = [p.grad for p in inputs.params] if inputs.gradients_are_traced() else []
             torch.ops.compiled_optim.step(inputs.id, TOKEN, inputs.params, grads, inputs.hyper)
 

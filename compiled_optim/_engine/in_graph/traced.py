@@ -139,7 +139,7 @@ class TracedState(LiveInputs):
             for choice in choices:
                 first_scalars(optimizer.rule, choice.hyper)
             for p, group, state in zip(self.params, self._groups, self.states, strict=True):
-                for name in declaration.kept(choices[group].switches):
+                for name in declaration.kept(choices[group].switches, p.dtype):
                     if state.get(name) is not None:
                         checks.check_buffer(work, p, name, state[name], p.shape)
         except Exception:
@@ -160,7 +160,7 @@ class TracedState(LiveInputs):
         updates = {}
         for i in members:
             g, p, state = self._groups[i], self.params[i], self.states[i]
-            buffers = declaration.kept(declaration.switch_type(*switches[g]))
+            buffers = declaration.kept(declaration.switch_type(*switches[g]), p.dtype)
             kind = (g, p.device, p.dtype, *[state[name].dtype for name in buffers])
             updates[i] = Member(g, p, p, None, state, buffers, declaration.counts, kind=kind)
         dynamo.mark_static([*self.params, *(u.state[name] for u in updates.values() for name in u.buffers)])

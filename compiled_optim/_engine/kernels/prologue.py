@@ -15,11 +15,13 @@ from compiled_optim._engine.torch_private.inductor import FlatGraph
 def hypers_of(signature: Signature) -> tuple[str, ...]:
     """What a prologue is given of each param group, beside the counts of each tensor: numbers, in this order.
 
-    The hyperparameters; the step, 1 or 2, of an algorithm whose state holds none; the scale of the gradients.
+    The hyperparameters; the step, 1 or 2, of an algorithm whose state holds none; the `Extras.numbers`; the scale of
+    the gradients.
     """
     declaration = signature.rule.declaration
     step = () if declaration.counts else ("step",)
-    return (*declaration.numbers, *step, *(("grad_scale",) if signature.scaled else ()))
+    numbers = (*declaration.numbers, *step, *signature.rule.extras.numbers)
+    return (*numbers, *(("grad_scale",) if signature.scaled else ()))
 
 
 def constants_of(signature: Signature, hyper: Any) -> tuple[tuple[str, Any], ...]:
@@ -44,7 +46,7 @@ def trace_prologue(signature: Signature) -> FlatGraph:
         given = dict(zip(hypers, vectors[counts:], strict=False))
         h = declaration.hyper_type(**dict(signature.constants), **{name: given[name] for name in declaration.numbers})
         step = vectors[0] + 1 if counts else given["step"]
-        made, carried = evaluate(rule, h, (step, *vectors[1:counts]))
+        made, carried = evaluate(rule, h, (step, *vectors[1:counts]), given)
         if signature.scaled:
             made = {**made, "grad_scale": given["grad_scale"]}
         # Each result reads the step, because Inductor fuses only what has an input in common.

@@ -222,7 +222,10 @@ def _identity(signature: Signature) -> tuple[list[str], bool]:
         complete = _in_a_file(cls)
     except UnknownReferenceError:
         form, complete = ([], None), False
-    kind = repr((signature.switches, signature.on_device, signature.constants, signature.scaled, signature.by_rows))
+    extras = (signature.rule.extras,) if signature.rule.extras.any else ()
+    kind = repr(
+        (signature.switches, signature.on_device, signature.constants, signature.scaled, signature.by_rows, *extras)
+    )
     return [f"{cls.__module__}.{cls.__qualname__}", repr(form), kind, dtypes, names], complete
 
 
@@ -241,5 +244,5 @@ def _source_of(rule: Any) -> str:
 @functools.cache
 def _engine() -> str:
     """A hash of the files that decide what every backend is given to lower."""
-    files = ("rule.py", "values.py", "kernels/trace.py", "torch_private/inductor.py")
+    files = ("one_pass.py", "rule.py", "values.py", "kernels/trace.py", "torch_private/inductor.py")
     return hashlib.sha256(b"\0".join((_ENGINE / f).read_bytes() for f in files)).hexdigest()

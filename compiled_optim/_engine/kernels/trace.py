@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from compiled_optim._engine.kernels.references import Form, is_own, refer_to
-from compiled_optim._engine.rule import Rule, apply, arithmetic_dtype
+from compiled_optim._engine.one_pass import arithmetic_dtype
+from compiled_optim._engine.rule import Rule, apply
 from compiled_optim._engine.torch_private import dynamo, inductor
 
 
@@ -60,7 +61,7 @@ class Signature:
     @property
     def name(self) -> str:
         """Readable and unique within a process: ``AdamW(decoupled_weight_decay)[float32]``."""
-        on = ", ".join(k for k, v in self.switches._asdict().items() if v)
+        on = ", ".join(filter(None, [*(k for k, v in self.switches._asdict().items() if v), str(self.rule.extras)]))
         dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in self.dtypes)
         device = "" if self.backend == "cpu" else f" on {self.backend}"
         for name in ("on_device", "scaled", "by_rows"):
