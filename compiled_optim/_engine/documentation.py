@@ -24,19 +24,19 @@ _SHARED = {
     "the choice of True on the CPU and on CUDA. "
     '"foreach" is a graph over lists of tensors from torch.compile. '
     "What cannot be compiled steps eagerly, with a CompileFallbackWarning",
-    "max_grad_norm": "clip the norm of all gradients to this, as torch.nn.utils.clip_grad_norm_ does, in the launch of the "
-    "update; the gradients themselves stay. ``grad_norm`` is the norm of the last step",
+    "max_grad_norm": "clip the norm of all gradients to this, as torch.nn.utils.clip_grad_norm_ does, in the launch of "
+    "the update. Gradients are not written. ``grad_norm`` is the norm of the last step",
     "norm_type": "2 or inf, the norm that is clipped",
     "error_if_nonfinite": "raise RuntimeError, and update nothing, if the norm is not finite",
     "skip_nonfinite": "leave out a step in which a gradient is not finite, and count it in ``skipped_steps``",
     "ema_decay": "keep an average of each parameter, ``ema += (1 - ema_decay) * (parameter - ema)``, as the state "
     '"ema"; a function is called with the step, 1 at first. The first average is the parameter. See ``averaged()``',
-    "state_dtype": "torch.float32 or torch.bfloat16, the dtype of the moments of real parameters; by default that of the "
-    "parameter, or float32 beside a master",
+    "state_dtype": "torch.float32 or torch.bfloat16, the dtype of the moments of real parameters; by default that of "
+    "the parameter, or float32 beside a master",
     "master_weights": 'keep float32 masters of bfloat16 and float16 parameters as the state "master"; the parameter is '
     "the rounded master",
-    "stochastic_rounding": "round bfloat16 parameters up or down at random, in the mean to what they would be; an int is "
-    "the seed, True is 1",
+    "stochastic_rounding": "round bfloat16 parameters up or down at random, in the mean to what they would be; an int "
+    "is the seed, True is 1",
 }
 
 
