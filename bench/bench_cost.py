@@ -23,7 +23,7 @@ def test_predicted_time(name: str, dtype: str, benchmark: Any) -> None:
     """Of a step, at the bandwidth of a plain update in place in the same round: it drifts where a machine is shared."""
     memory = Shared(SHAPES, DTYPES[dtype])
     ours = memory.adopt(getattr(compiled_optim, name)(memory.params, lr=1e-3, compiled=True))
-    buffers = ours.rule.declaration.kept(ours._work().read()[0].switches)
+    buffers = ours.rule.declaration.kept(ours._work().read()[0].switches, torch.float32)
     alone = memory.adopt(traffic(type(ours), buffers)(memory.params, compiled=True))
     updated = torch.zeros(100_000_000)
     steps = {"in place": lambda: updated.add_(1.0), "traffic alone": alone.step, "step": ours.step}

@@ -53,7 +53,7 @@ def test_step(name: str, model: str, benchmark: Any, machine: float) -> None:
         return memory.adopt(getattr(compiled_optim, name)(memory.params, **options, **how))
 
     ours = own(compiled=True)
-    buffers = ours.rule.declaration.kept(ours._work().read()[0].switches)
+    buffers = ours.rule.declaration.kept(ours._work().read()[0].switches, torch.float32)
     compiled, compile_seconds = torch_compiled(stock())
     eager = {"torch for-loop": stock(foreach=False).step, "torch foreach": stock(foreach=True).step}
     if "fused" in inspect.signature(algorithm).parameters:

@@ -35,7 +35,10 @@ def state_values(optimizer: Optimizer) -> dict[str, Tensor]:
     carried = {name: torch.rand(()) / 5 + 0.5 for name in optimizer.rule.declaration.carried}
     return {
         **carried,
-        **{name: torch.rand(p.shape) / 5 + 0.5 for name in optimizer.rule.declaration.kept(choice.switches)},
+        **{
+            name: torch.rand(p.shape) / 5 + 0.5
+            for name in optimizer.rule.declaration.kept(choice.switches, torch.float32)
+        },
     }
 
 

@@ -34,7 +34,7 @@ def largest_error(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) 
 def scalars_read(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) -> set[str]:
     """The scalars that the kernel of these options reads."""
     choice = cls.rule.declaration.read(cls.rule.declaration.check(options))
-    buffers = cls.rule.declaration.kept(choice.switches)
+    buffers = cls.rule.declaration.kept(choice.switches, torch.float32)
     scalars = tuple(first_scalars(cls.rule, choice.hyper))
     signature = Signature(cls.rule, choice.switches, (torch.float64,) * (1 + len(buffers)), buffers, scalars)
     nodes = trace(signature).graph.graph.nodes

@@ -58,7 +58,7 @@ def test_state_of_another_shape(cls: Any, how: dict[str, Any]) -> None:
     params = parameters()
     optimizer = cls(params, **rich_options(cls), **how)
     train(2, (optimizer, params))
-    for name in cls.rule.declaration.kept(optimizer._work().read()[0].switches):
+    for name in cls.rule.declaration.kept(optimizer._work().read()[0].switches, torch.float32):
         right = optimizer.state[params[1]][name]
         optimizer.state[params[1]][name] = right.new_ones(3, 4)
         named = f"{cls.__name__}: state '{name}' of the parameter of shape \\(5, 2\\) at index 1 of param group 0 must"

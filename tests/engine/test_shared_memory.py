@@ -115,7 +115,7 @@ def test_gradients(cls: Any, arrange: Arrange) -> None:
 @each_class
 def test_state(cls: Any) -> None:
     def share(optimizer: Any, params: list[Any]) -> None:
-        for name in cls.rule.declaration.kept(optimizer_switches):
+        for name in cls.rule.declaration.kept(optimizer_switches, torch.float32):
             optimizer.state[params[2]][name] = optimizer.state[params[0]][name]
 
     run = Pair(cls, apart, torch.randn(N, dtype=torch.float64), **rich_options(cls))
