@@ -165,13 +165,10 @@ class _Launcher:
         outcome: Any = None
         for _ in range(3):
             if self.plan is None or isinstance(outcome, str):  # there is none, or it no longer fits
-                if any(p.shape != current.shape for p, current in model_of.items()):
-                    raise inductor.LoweringError("a tensor of the model is of another shape than its average")
+                _check(model_of, model_of, casts)
                 self.plan = self._make_plan()
             others = [p for _, p, _ in self.plan.elsewhere]
-            for p in (*self.plan.copied, *others):
-                if p.shape != model_of[p].shape or (p.dtype != model_of[p].dtype and not casts):
-                    raise inductor.LoweringError("a tensor of the model is of another shape or dtype than its average")
+            _check((*self.plan.copied, *others), model_of, casts)  # the launch checks the rest
             new = [(p, other(p, model_of[p]).expand(p.shape)) for p in others]
             outcome = self.plan.run(self.work, self._rows(self.plan, weight))
             if outcome is None:
@@ -204,6 +201,12 @@ class _Launcher:
         # Integers, such as the count of BatchNorm, are always averaged eagerly: that is no fallback.
         others = [(p, why) for p, why in elsewhere if p.is_floating_point() or p.is_complex()]
         self.fallback.tell_of(others, "tensor", "averaged eagerly")
+
+
+def _check(averaged: Iterable[Tensor], model_of: dict[Tensor, Tensor], casts: bool) -> None:
+    for p in averaged:
+        if p.shape != model_of[p].shape or (p.dtype != model_of[p].dtype and not casts):
+            raise inductor.LoweringError("a tensor of the model is of another shape or dtype than its average")
 
 
 class AveragedModel(swa_utils.AveragedModel):

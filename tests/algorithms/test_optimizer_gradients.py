@@ -200,13 +200,95 @@ def test_the_dtype_of_a_gradient_may_change_between_steps(compiled: bool) -> Non
     ours, stock = torch.nn.Parameter(values.clone()), torch.nn.Parameter(values.clone())
     mine, theirs = AdamW([ours], lr=0.1, compiled=compiled), torch.optim.AdamW([stock], lr=0.1)
     for dtype in (torch.float64, torch.float32, torch.float64, torch.bfloat16):
-        ours.grad = None
-        ours.grad_dtype = dtype
+        ours.grad, ours.grad_dtype = None, dtype
         ours.grad = torch.randn(2, 5).to(dtype)
         stock.grad = ours.grad.double()
         mine.step()
         theirs.step()
         torch.testing.assert_close(ours.detach(), stock.detach(), rtol=0, atol=1e-12)
+    if compiled:
+        assert explain(mine).rebuilt == ["the first step", *["a gradient changed its layout or dtype"] * 3]
+
+
+NARROW = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.float16)]
+WAYS = [(*pair, way) for pair in NARROW for way in (False, True)]
+WAYS += [(*NARROW[0], "foreach")]
+
+
+def narrow(dtype: torch.dtype, grad_dtype: torch.dtype | None, shape: tuple[int, ...] = (40, 33)) -> Any:
+    p = torch.nn.Parameter(torch.randn(shape).to(dtype))
+    p.grad_dtype = grad_dtype
+    return p
+
+
+@pytest.mark.parametrize(("dtype", "grad_dtype", "compiled"), WAYS, ids=str)
+def test_a_wider_gradient_is_not_rounded(dtype: torch.dtype, grad_dtype: torch.dtype, compiled: Any) -> None:
+    ours = narrow(dtype, grad_dtype)
+    wide = torch.nn.Parameter(ours.detach().float())
+    mine, theirs = SGD([ours], lr=2.0**-3, compiled=compiled), torch.optim.SGD([wide], lr=2.0**-3)
+    for _ in range(3):
+        ours.grad = torch.randn(40, 33).to(grad_dtype)
+        assert grad_dtype is torch.float16 or not torch.equal(ours.grad.to(dtype).float(), ours.grad)
+        wide.grad = ours.grad.float()
+        mine.step()
+        theirs.step()
+        assert torch.equal(ours, wide.to(dtype))
+        wide.data.copy_(ours)
+
+
+def test_gradients_of_any_real_dtype_go_into_launches_as_they_are() -> None:
+    """Nothing is copied, and each pair of dtypes is one launch."""
+    given = [*NARROW, *NARROW, (torch.float32, torch.bfloat16), (torch.complex64, torch.complex128)]
+    params = [narrow(dtype, grad_dtype) for dtype, grad_dtype in given]
+    optimizer = SGD(params, lr=0.1, compiled=True)
+
+    def give() -> None:
+        for p in params:
+            p.grad = torch.randn(p.shape, dtype=p.grad_dtype)
+
+    for _ in range(2):
+        give()
+        optimizer.step()
+    give()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert {e.key for e in profile.key_averages() if e.key.startswith("aten::")} == set()
+    rows = {row.kernel: row.tensors for row in explain(optimizer)}
+    assert {row.execution for row in explain(optimizer)} == {"multi_tensor"}
+    assert rows["SGD()[bfloat16, float32 gradients]"] == 2
+    assert len(rows) == 5
+
+
+def test_other_gradients_are_copied() -> None:
+    """A real gradient of a complex parameter, and integers."""
+    given = [(torch.complex64, torch.float32), (torch.float32, torch.int32)]
+    params = [narrow(dtype, grad_dtype, (3,)) for dtype, grad_dtype in given]
+    before = [p.detach().clone() for p in params]
+    optimizer = SGD(params, lr=0.5, compiled=True)
+    for p in params:
+        p.grad = torch.arange(3).to(p.grad_dtype)
+    optimizer.step()
+    assert {row.execution for row in explain(optimizer)} == {"multi_tensor"}
+    for p, old in zip(params, before, strict=True):
+        torch.testing.assert_close(p.detach(), old - 0.5 * torch.arange(3))
+
+
+@both
+def test_a_plan_outlives_the_absence_of_a_gradient(compiled: bool) -> None:
+    """Which dtype the missing gradient will have is what its parameter says."""
+    params = [narrow(torch.bfloat16, torch.float32) for _ in range(3)]
+    optimizer = AdamW(params, compiled=compiled)
+    for missing in ((), (1,), (0, 1), ()):
+        for i, p in enumerate(params):
+            p.grad = None if i in missing else torch.randn(40, 33)
+        optimizer.step()
+    params[1].grad = None
+    optimizer.state[params[0]] = dict(reversed(optimizer.state[params[0]].items()))  # needs another plan
+    optimizer.step()
+    params[1].grad = torch.randn(40, 33)
+    optimizer.step()
+    rebuilt = explain(optimizer).rebuilt
+    assert rebuilt == (["the first step", "the optimizer's state changed"] if compiled else [])
 
 
 @both

@@ -223,6 +223,13 @@ def test_update(case: tuple[Any, ...]) -> None:
     launch.compare()
 
 
+@cases([(*pair, *dtypes) for pair in FEW[:1] for dtypes in ((torch.bfloat16, torch.float32), (torch.float32,))])
+def test_update_of_gradients_of_another_dtype(case: tuple[Any, ...]) -> None:
+    launch = Launch(*case, grad_dtype=torch.float32 if torch.bfloat16 in case else torch.bfloat16)
+    launch.update()
+    launch.compare()
+
+
 @pytest.mark.slow
 @cases([(*pair, torch.bfloat16) for pair in EVERY])
 def test_update_of_all_switches(case: tuple[Any, ...]) -> None:

@@ -41,6 +41,26 @@ def test_a_step_without_gradients_moves_what_is_attached(compiled: bool) -> None
 
 
 @both
+def test_gradients_of_another_dtype_than_their_parameter(compiled: bool) -> None:
+    """Dynamo takes no such parameter into a graph."""
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizers = [SGD([p], lr=0.1, compiled=compiled) for p in params]
+
+    def loop(p: Any, optimizer: Any, x: Tensor) -> None:
+        (p * x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for p in params:
+        p.grad_dtype = torch.float32
+    for _ in range(3):
+        x = torch.randn(3, dtype=torch.bfloat16)
+        compile_alone(loop)(params[0], optimizers[0], x)
+        loop(params[1], optimizers[1], x)
+        assert torch.equal(*params)
+
+
+@both
 def test_an_epoch_that_is_named(compiled: bool) -> None:
     model, optimizer = build(SGD, options={"lr": 0.1, "compiled": compiled})
     schedule = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10)

@@ -23,7 +23,7 @@ from compiled_optim._engine.kernels.backends import backend_named, backend_of, i
 from compiled_optim._engine.kernels.prologue import constants_of
 from compiled_optim._engine.kernels.references import Form, UnknownReferenceError, all_references, refer_to
 from compiled_optim._engine.kernels.trace import Signature
-from compiled_optim._engine.torch_private import inductor, tensor_parts
+from compiled_optim._engine.torch_private import dynamo, inductor, tensor_parts
 
 _NO_LAUNCH, _NO_STATE = -1, -2  # as in host/plan.h
 
@@ -55,7 +55,8 @@ class Plan:
 
     ``elsewhere``: parameters that no kernel takes, with their param group and the reason; ``in_graphs``: those of them
     that a graph over lists updates. ``copied``: those whose
-    gradient is laid out otherwise than they are, and ``sparse``: those of which it touches some rows only;
+    gradient is laid out otherwise than they are, or in a dtype that no kernel reads; ``sparse``: those of which it
+    touches some rows only;
     ``sharded``: those that are DTensors, in whose stead the host module is shown the shards of this process.
     ``scaled``: whether a launch divides gradients by a scale.
     ``journal``: the state that was made for it, until it has run; ``frozen``: the functions that kernels were traced
@@ -150,7 +151,7 @@ class Plan:
         given = [(p, grad) for p in self.sharded if (grad := work.gradient(p)) is not None]
         shards = [(dtensors.local(p), dtensors.local_gradient(p, grad)) for p, grad in given]
         host = self.host
-        as_they_are = [_same(host, grad, p) or not host.is_whole(grad) for p, grad in shards]
+        as_they_are = [_is_read_as_it_is(host, p, grad) or not host.is_whole(grad) for p, grad in shards]
         pairs = zip(shards, as_they_are, strict=True)
         return [(p, grad if as_it_is else _like_parameter(p, grad)) for (p, grad), as_it_is in pairs]
 
@@ -206,7 +207,7 @@ def make_plan(
                 launch = _launch_of(plan, declaration.slots, m, taken[id(m)])
                 if m.grad is not None and m.grad.is_sparse:
                     plan.sparse.append(m.param)
-                elif m.grad is not None and m.param is m.listed and not _same(host, m.grad, m.param):
+                elif m.grad is not None and m.param is m.listed and not _is_read_as_it_is(host, m.param, m.grad):
                     plan.copied.append(m.param)
             entries[m.group].append((m.param, launch, launch >= 0 and m.fresh))
         for its in plan.launches:
@@ -246,8 +247,13 @@ def _sorted_by_kernel(work: Work, choices: list[Group], scalar_names: list[tuple
             dtypes = tuple(dtype.to_real() for dtype in (p.dtype, *of_state))
             backend = backend_of(p)
             assert backend is not None
-            names = (m.buffers, scalar_names[m.group])
-            m.signature = Signature(work.rule, choice.switches, dtypes, *names, references(False), backend.name)
+            foreseen = m.listed.grad_dtype if m.listed.is_leaf else None  # what autograd would make
+            given = _gradient_dtype(p, foreseen if m.grad is None else m.grad.dtype).to_real()
+            m.signature = Signature(
+                *(work.rule, choice.switches, dtypes, m.buffers, scalar_names[m.group], references(False)),
+                backend=backend.name,
+                grad_dtype=None if given == dtypes[0] else given,
+            )
             if backend.asynchronous:
                 m.signature = _for_device(work, choice, m, m.signature)
             if m.signature.on_device:
@@ -304,7 +310,7 @@ def _reason(work: Work, choice: Group, m: Member) -> str:
         return f"its gradient is sparse and kernels on {backend.name} update every row"
     if not work.rule.keeps_untouched_rows(choice.switches):
         return "its gradient is sparse and these options update every row"
-    if p.is_complex() or not p.is_contiguous() or grad.dtype != p.dtype:
+    if p.is_complex() or not p.is_contiguous() or grad.dtype != _gradient_dtype(p, grad.dtype):
         return f"its gradient is sparse, {grad.dtype} for a {p.dtype} parameter, and rows are taken of contiguous reals"
     return ""
 
@@ -343,12 +349,21 @@ def _launch_of(plan: Plan, slots: tuple[str, ...], m: Member, kernel: registry.K
         plan.launches.append(Launch(kernel, m.param.dtype, device))
         samples = {slots.index(name): m.state[name] for name in signature.buffers}
         plan.scaled = plan.scaled or signature.scaled
-        differs = (signature.on_device, signature.by_rows, signature.scaled)
+        differs = (signature.on_device, signature.by_rows, signature.scaled, *_sample_gradient(m.param, signature))
         plan.host.add_launch(plan.native, kernel.entry, m.param, samples, backend.long_launch, *differs)
     launch = plan.launches[index]
     launch.tensors += 1
     launch.elements += m.param.numel() * (2 if m.param.is_complex() else 1)
     return index
+
+
+def _sample_gradient(p: Tensor, signature: Signature) -> list[Tensor]:
+    """A tensor with the dtype of the gradients, if that is not the parameter's."""
+    dtype = signature.grad_dtype
+    if dtype is None:
+        return []
+    with dynamo.outside_modes():
+        return [torch.empty(0, dtype=dtype.to_complex() if p.is_complex() else dtype, device="cpu")]
 
 
 def _on(device: torch.device, value: Tensor) -> Tensor | float:
@@ -363,10 +378,18 @@ def _local_states(work: Work) -> dict[Tensor, dict[str, Any]]:
     return {dtensors.local(p): dtensors.local_state(p, state, buffers) for p, state in work.state.items()}
 
 
-def _same(host: Any, tensor: Tensor, like: Tensor) -> bool:
-    return tensor.dtype == like.dtype and bool(host.matches(tensor, like))
+def _gradient_dtype(p: Tensor, given: torch.dtype | None) -> torch.dtype:
+    """The dtype that a kernel reads gradients of ``p`` in: the given one, or the parameter's where it cannot."""
+    backend = backend_of(p)
+    if given is None or backend is None or given not in backend.dtypes or given.is_complex != p.is_complex():
+        return p.dtype
+    return given
+
+
+def _is_read_as_it_is(host: Any, p: Tensor, grad: Tensor) -> bool:
+    return grad.dtype == _gradient_dtype(p, grad.dtype) and bool(host.matches(grad, p))
 
 
 def _like_parameter(p: Tensor, grad: Tensor) -> Tensor:
-    """A copy of the gradient in the parameter's dtype and layout."""
-    return torch.empty_like(p, requires_grad=False).copy_(grad.detach())
+    """A copy of the gradient in the parameter's layout, and in a dtype that its kernel reads."""
+    return torch.empty_like(p, dtype=_gradient_dtype(p, grad.dtype), requires_grad=False).copy_(grad.detach())

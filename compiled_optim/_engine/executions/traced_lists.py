@@ -335,7 +335,9 @@ def _columns(rule: Rule, part: Part, members: list[Member]) -> Columns:
 
     state = {name: column([u.state[name] for u in members]) for name in part.buffers}
     counts = [[u.state[name] for u in members] for name in rule.declaration.counts if part.sources is not None]
-    return column([u.param for u in members]), column([u.grad for u in members]), state, counts
+    # Dynamo takes no tensor whose own gradient is of another dtype
+    params = [u.param if u.param.dtype == u.grad.dtype else u.param.detach() for u in members]
+    return column(params), column([u.grad for u in members]), state, counts
 
 
 def _compile(rule: Rule, parts: list[Part]) -> Callable[..., None]:

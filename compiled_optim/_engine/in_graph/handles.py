@@ -141,9 +141,9 @@ class LiveInputs:
         return self._changes_gradients()
 
     @dynamo.constant_in_graphs
-    def has_dtensors(self) -> bool:
-        """Whether a parameter is a DTensor."""
-        return any(map(tensor_parts.is_dtensor, self.params))
+    def cannot_be_passed(self) -> bool:
+        """Whether Dynamo passes a parameter to no operator: a DTensor, or one whose gradient is of another dtype."""
+        return any(tensor_parts.is_dtensor(p) or (p.is_leaf and p.grad_dtype != p.dtype) for p in self.params)
 
     @dynamo.constant_in_graphs
     def are_those_of_the_optimizer(self) -> bool:

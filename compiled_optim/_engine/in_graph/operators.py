@@ -55,8 +55,8 @@ def trace_step(optimizer: Any) -> None:
     """A step of an optimizer that declares a rule."""
     inputs = _enter(optimizer)
     outside = inputs is None or optimizer.defaults.get("differentiable") or inputs.changes_gradients()
-    if outside or inputs.has_dtensors():
-        _step_outside_graphs(optimizer)  # operators record no derivatives, write no gradients and take no DTensors
+    if outside or inputs.cannot_be_passed():
+        _step_outside_graphs(optimizer)  # operators record no derivatives and write no gradients
         return
     if optimizer._compiled:
         inputs.begin_kernels()
@@ -94,7 +94,7 @@ def _update(optimizer: Any, params: list[Tensor]) -> None:
 def trace_zero_grad(optimizer: Any, set_to_none: bool) -> None:
     """``zero_grad`` of any optimizer here."""
     inputs = _enter(optimizer)
-    if inputs is None:
+    if inputs is None or inputs.cannot_be_passed():
         _zero_grad_outside_graphs(optimizer, set_to_none)
     elif set_to_none:
         for p in inputs.params:

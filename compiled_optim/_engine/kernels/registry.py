@@ -211,7 +211,7 @@ def _host_library() -> native.Library[ModuleType]:
 def _identity(signature: Signature) -> tuple[list[str], bool]:
     """What identifies a kernel on disk, and whether the kernel depends on nothing else."""
     cls = signature.rule.owner
-    dtypes = ",".join(map(str, signature.dtypes))
+    dtypes = ",".join(map(str, signature.flat_dtypes))
     names = ",".join((*signature.buffers, "|", *signature.scalars))
     form: Any
     try:

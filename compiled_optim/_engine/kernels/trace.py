@@ -19,9 +19,9 @@ from compiled_optim._engine.torch_private import dynamo, inductor
 class Signature:
     """What decides a kernel: never a value of a hyperparameter, never a shape.
 
-    ``buffers`` and ``scalars`` are names in the order the kernel takes them; ``dtypes`` are real, of the parameter (and
-    its gradient) and of each buffer. ``references`` is what a user's rule refers to, None for a rule of the package.
-    ``backend`` is the name of the one that lowers it.
+    ``buffers`` and ``scalars`` are names in the order the kernel takes them. ``dtypes`` are real, of the parameter and
+    of each buffer; ``grad_dtype`` is that of the gradient, None if it is the parameter's. ``references`` is what a
+    user's rule refers to, None for a rule of the package. ``backend`` is the name of the one that lowers it.
 
     For devices that the host does not wait for: ``on_device`` kernels read step counts, carried scalars and
     hyperparameters where they lie, and ``constants`` are the options that are no numbers, as pairs of name and value.
@@ -40,6 +40,7 @@ class Signature:
     constants: tuple[tuple[str, Any], ...] = ()
     scaled: bool = False
     by_rows: bool = False
+    grad_dtype: torch.dtype | None = None
 
     @property
     def flat(self) -> tuple[str, ...]:
@@ -47,7 +48,7 @@ class Signature:
 
     @property
     def flat_dtypes(self) -> tuple[torch.dtype, ...]:
-        return (self.dtypes[0], *self.dtypes)
+        return (self.dtypes[0], self.grad_dtype or self.dtypes[0], *self.dtypes[1:])
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -63,7 +64,8 @@ class Signature:
         """Readable and unique within a process: ``AdamW(decoupled_weight_decay)[float32]``."""
         on = ", ".join(filter(None, [*(k for k, v in self.switches._asdict().items() if v), str(self.rule.extras)]))
         dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in self.dtypes)
-        device = "" if self.backend == "cpu" else f" on {self.backend}"
+        device = f", {str(self.grad_dtype).removeprefix('torch.')} gradients" if self.grad_dtype else ""
+        device += "" if self.backend == "cpu" else f" on {self.backend}"
         for name in ("on_device", "scaled", "by_rows"):
             device += f", {name}" if getattr(self, name) else ""
         return f"{self.rule.name}({on})[{', '.join(dtypes)}{device}]"
@@ -90,7 +92,7 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
             g = g.to(signature.scalar_dtype) / values[-1]
         scalars = dict(zip(signature.scalars, values[flat : len(names) - scaled], strict=True))
         new, new_state = apply(signature.rule, signature.switches, p, g, state, scalars)
-        unscaled = [g.to(signature.dtypes[0])] if scaled else []
+        unscaled = [g.to(signature.flat_dtypes[1])] if scaled else []
         return [new, *unscaled, *(new_state[name] for name in signature.buffers)]
 
     scalar_dtypes = [signature.scalar_dtype] * len(signature.factors)

@@ -9,6 +9,7 @@ import builtins
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -231,7 +232,9 @@ def lower_cpp(traced: FlatGraph, vector_bits: int | None = None) -> Lowered:
 
         def wait(self, scope: dict[str, Any]) -> None: ...
 
-    with alone(), _inductor(settings):
+    with alone(), _inductor(settings), warnings.catch_warnings():
+        # Both become float32 as they are loaded. Inductor warns for the sake of kernels that compute in them.
+        warnings.filterwarnings("ignore", "bf16 and fp16 are mixed", UserWarning)
         return single_kernel(
             traced, recorders, {"torch._inductor.async_compile": SimpleNamespace(AsyncCompile=AsyncCompile)}
         )

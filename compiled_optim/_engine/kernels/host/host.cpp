@@ -44,25 +44,28 @@ PyObject* make(PyObject*, PyObject* args) {
   });
 }
 
-// add_launch(plan, kernel, parameter, buffers by slot, elements of a long launch[, on_device, by_rows, scaled]): the device
-// and the dtypes are those of the given tensors; for the rest see plan.h.
+// add_launch(plan, kernel, parameter, buffers by slot, elements of a long launch[, on_device, by_rows, scaled[, gradient]]):
+// the device and the dtypes are those of the given tensors, and a gradient has the parameter's unless one is given; for
+// the rest see plan.h.
 PyObject* add_launch(PyObject*, PyObject* args) {
-  PyObject *capsule, *param, *buffers;
+  PyObject *capsule, *param, *buffers, *grad = nullptr;
   unsigned long long kernel;
   long long long_elements;
   int on_device = 0, by_rows = 0, scaled = 0;
-  if (!PyArg_ParseTuple(args, "OKOO!L|ppp", &capsule, &kernel, &param, &PyDict_Type, &buffers, &long_elements, &on_device,
-                        &by_rows, &scaled))
+  if (!PyArg_ParseTuple(args, "OKOO!L|pppO", &capsule, &kernel, &param, &PyDict_Type, &buffers, &long_elements, &on_device,
+                        &by_rows, &scaled, &grad))
     return nullptr;
   return guarded([&]() -> PyObject* {
     auto* plan = plan_of(capsule);
     if (!plan) return nullptr;
-    const auto* tensor = unpack(param);
-    if (!tensor || !kernel || long_elements < 1)
-      throw std::invalid_argument("a launch needs a kernel, a plain tensor and a number of elements");
+    const auto *tensor = unpack(param), *gradient = unpack(grad ? grad : param);
+    if (!tensor || !gradient || !kernel || long_elements < 1)
+      throw std::invalid_argument("a launch needs a kernel, plain tensors and a number of elements");
     Launch launch{reinterpret_cast<Kernel>(kernel), Plain(tensor->unsafeGetTensorImpl()), long_elements};
     launch.param_type = tensor->scalar_type();
+    launch.grad_type = gradient->scalar_type();
     launch.itemsize = static_cast<int64_t>(tensor->itemsize());
+    launch.grad_itemsize = static_cast<int64_t>(gradient->itemsize());
     launch.width = c10::isComplexType(launch.param_type) ? 2 : 1;
     launch.off_host = !launch.plain.device.is_cpu();
     launch.on_device = on_device, launch.by_rows = by_rows, launch.scaled = scaled;

@@ -48,11 +48,11 @@ struct Launch {
   Kernel kernel;
   Plain plain;                        // what it can walk
   int64_t long_elements;              // a launch of this many is long: other threads run Python meanwhile
-  at::ScalarType param_type;
+  at::ScalarType param_type, grad_type;
   std::vector<at::ScalarType> types;  // of each buffer, in the order of `roles`
   std::vector<int64_t> itemsizes;     // of each buffer, in bytes
   std::vector<size_t> roles;          // the slot that each buffer comes from
-  int64_t itemsize;                   // of a parameter, in bytes
+  int64_t itemsize, grad_itemsize;    // of a parameter and of a gradient, in bytes
   int width;                          // 2 for complex parameters, which the kernel sees as pairs of reals
   bool off_host;                      // its table should seldom change: parameters without gradient keep their places
   bool on_device;                     // the kernel reads and advances the counts, which lie where the parameters do

@@ -132,8 +132,8 @@ const char* collect(Plan* plan, PyObject* state, const SubstituteGrads& substitu
     if (!launch.plain(param) || !param->is_non_overlapping_and_dense() ||
         c10::typeMetaToScalarType(param->dtype()) != launch.param_type)
       return "a parameter changed";
-    if (!(entry.indices ? rows_fit(launch.plain, entry.indices, grad, launch.param_type, param, launch.by_rows)
-                        : fits(launch.plain, grad, launch.param_type, param)))
+    if (!(entry.indices ? rows_fit(launch.plain, entry.indices, grad, launch.grad_type, param, launch.by_rows)
+                        : fits(launch.plain, grad, launch.grad_type, param)))
       return odd_gradient(plan, e, grad);
     // An entry fills the same cells in each step. Its tensors have no gaps, so their reach is their number of elements.
     const auto** tensors = plan->tensors.data() + e * cells;
@@ -141,12 +141,12 @@ const char* collect(Plan* plan, PyObject* state, const SubstituteGrads& substitu
       tensors[cell] = t;
       note(plan, e, cell, t, elements, itemsize);
     };
-    const int64_t elements = param->numel(), itemsize = launch.itemsize;
+    const int64_t elements = param->numel();
     const int64_t given = entry.indices ? grad->numel() : elements;
     entry.elements = launch.by_rows ? given : elements;
-    take(Memory::kParam, param, elements, itemsize);
+    take(Memory::kParam, param, elements, launch.itemsize);
     if (launch.scaled) address(grad);  // memory of its own, because it is written to
-    take(Memory::kGradient, grad, given, itemsize);
+    take(Memory::kGradient, grad, given, launch.grad_itemsize);
     if (entry.indices && !is_whole(entry.indices)) throw_short(plan, e, entry.indices, Memory::kGradient, "gradient's index");
     PyObject** slots = plan->slots.data() + e * slot_count;
     for (size_t c = 0; c < plan->counts; c++) {
@@ -263,8 +263,7 @@ const char* tabulate(Plan* plan, FoundCounts& found, std::vector<HostCount>& cou
     for (const auto& span : plan->touched.gather(entry.indices, values, static_cast<char*>(whole[1]), param)) {
       for (size_t c = 0; c < whole.size(); c++) {  // each span is a tensor of the table
         const int64_t itemsize = c < 2 ? launch.itemsize : launch.itemsizes[c - 2];
-        char* at = static_cast<char*>(whole[c]) + span.first * itemsize;
-        table.cells.push_back(c == 1 ? span.values : at);
+        table.cells.push_back(c == 1 ? span.values : static_cast<char*>(whole[c]) + span.first * itemsize);
       }
       table.end_tensor(span.elements, row);
     }
