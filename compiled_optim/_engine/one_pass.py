@@ -119,7 +119,8 @@ class OnePass:
             master=bool(self.master_weights),
             seed=seed,
             state_dtype=self.state_dtype,
-            counts=seed is not None or callable(self.ema_decay),
+            # a step that a device skips is not counted, so that the host cannot tell which was the first
+            counts=seed is not None or self.ema_decay is not None or self.skip_nonfinite,
         )
 
     @property

@@ -69,7 +69,8 @@ class Beside:
     def check(self) -> None:
         for p, q in zip(self.params, self.theirs, strict=True):
             assert_same(p, q)
-            for name, value in {k: v for k, v in self.torch.state[q].items() if k != "ema"}.items():
+            own = type(self.ours).rule.declaration.slots  # what torch has, too, and advances
+            for name, value in {k: v for k, v in self.torch.state[q].items() if k in own}.items():
                 assert_same(self.ours.state[p][name], torch.as_tensor(value))
         if "ema_decay" in self.around:
             for p, q in zip(self.params, self.average.module, strict=True):

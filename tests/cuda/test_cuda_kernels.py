@@ -27,7 +27,7 @@ def signature_of(cls: Any, options: dict[str, Any], *dtypes: torch.dtype, **chan
     """Of a parameter with the first dtype and state with the last."""
     declaration = cls.rule.declaration
     choice = declaration.read(declaration.check(options))
-    buffers = declaration.kept(choice.switches, torch.float32)
+    buffers = declaration.kept(choice.switches, dtypes[0])
     scalars = tuple(first_scalars(cls.rule, choice.hyper))
     if changes.get("on_device"):
         others = [(k, v) for k, v in choice.hyper._asdict().items() if k not in declaration.numbers]

@@ -70,7 +70,7 @@ class Run:
         self.cells = 3 + 3 * by_rows + counts * self.on_device
         self.form = cuda_launch.Form(
             update=kernels[0], prologue=kernels[1] if self.on_device else 0, device=0, flat=3, cells=self.cells,
-            scalars=scalars, scalar_bytes=dtype.itemsize, counts=counts * self.on_device, hypers=self.hypers,
+            scalars=scalars, scalar_bytes=dtype.itemsize, factor=-1, counts=counts * self.on_device, hypers=self.hypers,
             block=BLOCK, threads=128, shared=0, prologue_shared=0,
         )  # fmt: skip
         handle = native.call("launch_make", ctypes.c_void_p(native.handle), ctypes.byref(self.form))
@@ -103,7 +103,7 @@ class Run:
     def step_is(self, buffer: Tensor, *, stream: int = 7, capturing: bool = False) -> None:
         """What the next steps are told."""
         self.buffer = buffer
-        self.step = cuda_launch.Step(self.handle.value, stream, buffer.data_ptr(), len(buffer), capturing)
+        self.step = cuda_launch.Step(self.handle.value, stream, buffer.data_ptr(), len(buffer), 0, capturing)
 
     def __call__(self, *values: tuple[Any, ...], substitutes: Any = ()) -> list[Any]:
         """A step with a row of values for each that is asked for, and what it launched."""

@@ -31,7 +31,7 @@ BUDGETS = {
     "compiled_optim/_engine/executions": 2000,
     "compiled_optim/_engine/in_graph": 460,
     "compiled_optim/_engine/kernels": 610,
-    "compiled_optim/_engine/kernels/backends": 510,
+    "compiled_optim/_engine/kernels/backends": 530,
     "compiled_optim/_engine/kernels/host": 1420,
     "compiled_optim/_engine/torch_private": 610,
     "compiled_optim/algorithms": 430,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -110,8 +111,8 @@ class Execution:
         """Does what comes before the update, and says what goes into its launch; False if the step must be skipped."""
         if one_pass is None or not work.rule.extras.factor:
             return scaling is None or self._unscale(work, scaling)
-        waits = not (self._may_scale(work) if self.plan is None else self.plan.scales and self.plan.launches)
-        return clipping.begin(work, one_pass, scaling, waits=waits, compiled=bool(self._compiled))
+        skips = self._may_scale(work) if self.plan is None else self.plan.skips
+        return clipping.begin(work, one_pass, scaling, skips=skips, compiled=bool(self._compiled))
 
     def _unscale(self, work: Work, scaling: Scaling) -> bool:
         """Divides the gradients by their scale, or leaves that to the launches; False if the step must be skipped."""
@@ -258,6 +259,8 @@ class Execution:
     def _rows(self, work: Work, plan: Plan, foreseen: bool) -> list[Row]:
         """The scalars that are asked for; none if they were only ``foreseen`` and not all can be evaluated."""
         rows: list[Row] = []
+        # a placeholder: the kernels find the factor on their device
+        there = {} if work.factor is None else {"grad_factor": math.nan}
         for group, counts in self._pairs:
             if group < 0:
                 rows.append(plan.device_row(work, group, counts, self._choices))
@@ -274,7 +277,7 @@ class Execution:
             if tuple(values) != self._scalar_names[group]:
                 expected, got = list(self._scalar_names[group]), list(values)
                 raise ValueError(f"scalars must return the same scalars in every step, {expected}, got {got}")
-            rows.append((group, counts, (*values.values(), *after)))
+            rows.append((group, counts, (*(values | there).values(), *after)))
         return rows
 
     def _make_plan(self, work: Work, why: str) -> Plan | None:
@@ -302,7 +305,7 @@ class Execution:
             self.reason = self._fallback.give_up(str(error), "repair that, or build the optimizer with compiled=False")
             self._step_otherwise(work, lambda: lists.step(work))
             return None
-        if work.scaling is not None and not plan.scales:
+        if work.scaling is not None and not (plan.skips if work.scaling.grad_scale is None else plan.scales):
             scaling, work.scaling = work.scaling, None
             self._drop_plan(work)
             taken = unscale(work.groups, scaling)

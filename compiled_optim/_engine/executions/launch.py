@@ -38,13 +38,13 @@ Row = tuple[int, tuple[float, ...], tuple[Any, ...]]
 class Launch:
     """What one kernel does in a step on one device; complex elements count as two.
 
-    ``context`` returns the last argument of the kernel's entry in the next step.
+    ``context`` returns the last argument of the kernel's entry in the next step, given `Work.factor` if there is one.
     """
 
     kernel: registry.Kernel
     dtype: torch.dtype
     device: torch.device
-    context: Callable[[], int] = int
+    context: Callable[..., int] = int
     tensors: int = 0
     elements: int = 0
 
@@ -54,13 +54,11 @@ class Plan:
     """The tables of one optimizer.
 
     ``elsewhere``: parameters that no kernel takes, with their param group and the reason; ``in_graphs``: those of them
-    that a graph over lists updates. ``copied``: those whose
-    gradient is laid out otherwise than they are, or in a dtype that no kernel reads; ``sparse``: those of which it
-    touches some rows only;
-    ``sharded``: those that are DTensors, in whose stead the host module is shown the shards of this process.
-    ``scaled``: whether a launch divides gradients by a scale.
-    ``journal``: the state that was made for it, until it has run; ``frozen``: the functions that kernels were traced
-    from; ``references``: what these refer to, None if that cannot change.
+    that a graph over lists updates. ``copied``: those whose gradient is laid out otherwise than they are, or in a dtype
+    that no kernel reads; ``sparse``: those of which it touches some rows only; ``sharded``: those that are DTensors, in
+    whose stead the host module is shown the shards of this process. ``scaled``: whether a launch divides gradients by a
+    scale. ``journal``: the state that was made for it, until it has run; ``frozen``: the functions that kernels were
+    traced from; ``references``: what these refer to, None if that cannot change.
     """
 
     host: Any
@@ -89,10 +87,14 @@ class Plan:
         return self.launches[launch], group
 
     @property
+    def skips(self) -> bool:
+        """Whether the step is nothing but launches that a number on their device can skip."""
+        return not (self.elsewhere or self.in_graphs) and all(it.kernel.signature.on_device for it in self.launches)
+
+    @property
     def scales(self) -> bool:
-        """Whether the launches can divide gradients by a scale and write them back: all of them, and nothing else."""
-        others = self.elsewhere or self.in_graphs or self.copied or self.sparse or self.sharded
-        return not others and all(launch.kernel.signature.on_device for launch in self.launches)
+        """Whether they can divide gradients by a scale, too, and write them back."""
+        return self.skips and not (self.copied or self.sparse or self.sharded)
 
     def device_row(self, work: Work, code: int, counts: tuple[float, ...], choices: list[Group]) -> Row:
         """What a kernel `on_device` is given of one param group: see `hypers_of`; then whether the step is skipped."""
@@ -132,7 +134,10 @@ class Plan:
             state = _local_states(work)
             stand_ins = [stand_in for stand_in in stand_ins if not tensor_parts.is_dtensor(stand_in[0])]
             stand_ins += self._shards_of_gradients(work)
-        contexts = tuple([launch.context() for launch in self.launches])
+        factor = work.factor
+        contexts = tuple(
+            [it.context() if factor is None or it.device.type == "cpu" else it.context(factor) for it in self.launches]
+        )
         outcome: Any
         outcome = self.host.run(self.native, lists, state, rows, stand_ins, contexts)
         if outcome is False:  # a scalar is no float: converting it runs Python, which may replace gradients

@@ -159,6 +159,9 @@ def run_lists(rule: Rule, found: list[Lists], switches: list[Any], scalars: Scal
     programs = [_record(rule, switches[lists.group], lists) for lists in found]
     for (group, columns, counts, values, carried, single), program in zip(found, programs, strict=True):
         known, after = (values, carried) if values is not None else on_device(group, counts, scalars)
+        factor, device = known.get("grad_factor"), columns[0][0].device
+        if isinstance(factor, Tensor) and factor.device != device:
+            known = {**known, "grad_factor": factor.to(device, non_blocking=True)}
         on = switches[group]
         update = Update(rule, on, rule.declaration.kept(on, columns[0][0].dtype), known, program, single)
         if columns[1][0].is_sparse:

@@ -21,7 +21,8 @@ class Work:
     """What a step is taken on: the rule, the param groups and the state of one optimizer.
 
     ``memory`` finds tensors that share some. ``substitutes`` holds gradients that replace ``p.grad``, by parameter.
-    ``scaling`` is what a launch has to do for a GradScaler. ``given`` are the `Extras.numbers` of the next step.
+    ``scaling`` is what a launch has to do for a GradScaler. ``given`` are the `Extras.numbers` of the
+    next step, where the factor may be a tensor on a device.
     """
 
     rule: Rule
@@ -42,6 +43,12 @@ class Work:
     def evaluate(self, h: Any, counts: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
         """The scalars of this step, and what is carried to the next: see `rule.evaluate`."""
         return evaluate(self.rule, h, counts, self.given)
+
+    @property
+    def factor(self) -> Tensor | None:
+        """What gradients are multiplied by in this step, if only a device knows it yet."""
+        factor = self.given.get("grad_factor")
+        return factor if isinstance(factor, Tensor) else None
 
     def read(self, *, keep_tensors: bool = False) -> list[Group]:
         """The hyperparameters and switches of each param group."""

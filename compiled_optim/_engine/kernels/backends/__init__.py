@@ -67,10 +67,13 @@ class Backend(Protocol):
 
     def contexts(
         self, keepalive: object, signature: Signature, device: torch.device, tensors: int
-    ) -> Callable[[], int]:
+    ) -> Callable[..., int]:
         """What returns the entry's last argument, a number or an address, for each step of one launch of a plan.
 
-        ``tensors``: how many it has at most.
+        Off the CPU it is given the factor of the gradients, a 0-d tensor, in steps where the host does not know it.
+
+        Args:
+            tensors: how many the launch has at most.
         """
 
     def is_capturing(self, device: torch.device) -> bool:

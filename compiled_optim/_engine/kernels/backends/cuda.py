@@ -17,6 +17,7 @@ from compiled_optim._engine.kernels.backends.triton_text import (
     PROLOGUE_ARGUMENTS,
     UPDATE_ARGUMENTS,
     Words,
+    factor_of,
     prologue_text,
     update_text,
 )
@@ -107,7 +108,7 @@ class Cuda:
 
     def contexts(
         self, keepalive: object, signature: Signature, device: torch.device, tensors: int
-    ) -> Callable[[], int]:
+    ) -> Callable[..., int]:
         assert isinstance(keepalive, list)
         update, prologue = keepalive[0], keepalive[1:]
         counts, on_device = len(signature.rule.declaration.counts), signature.on_device
@@ -119,6 +120,7 @@ class Cuda:
             cells=Words.of(signature).cells,
             scalars=len(signature.factors),
             scalar_bytes=signature.scalar_dtype.itemsize,
+            factor=factor_of(signature),
             counts=counts if on_device else 0,
             hypers=len(hypers_of(signature)) if on_device else 0,
             block=block_of(signature),
@@ -137,7 +139,8 @@ class Cuda:
 
         stream = functools.partial(self.stream, device)
         is_capturing = functools.partial(self.is_capturing, device)
-        return cuda_launch.Launch(self.open_driver(), form, device, tensors, stream, is_capturing, refuse)
+        driver, dtype = self.open_driver(), signature.scalar_dtype
+        return cuda_launch.Launch(driver, form, device, tensors, dtype, stream, is_capturing, refuse)
 
     # What a stand-in for a GPU answers in another way.
 

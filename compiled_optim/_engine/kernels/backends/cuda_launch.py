@@ -119,7 +119,7 @@ class Form(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            *("update", "prologue", "device", "flat", "cells", "scalars", "scalar_bytes", "counts", "hypers"),
+            *("update", "prologue", "device", "flat", "cells", "scalars", "scalar_bytes", "factor", "counts", "hypers"),
             *("block", "threads", "shared", "prologue_shared"),
         )
     ]
@@ -128,7 +128,7 @@ class Form(ctypes.Structure):
 class Step(ctypes.Structure):
     """What is said before each step, as in host/cuda.cpp."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("launch", "stream", "buffer", "capacity", "capturing")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("launch", "stream", "buffer", "capacity", "factor", "capturing")]
 
 
 class Launch:
@@ -136,6 +136,7 @@ class Launch:
 
     Args:
         tensors: how many there are at most.
+        dtype: of the scalars.
         stream: the address of the current one. While it is capturing, ``is_capturing`` says so.
         refuse: called before a step that a graph captures; it raises if the host would decide what replays do.
     """
@@ -146,26 +147,38 @@ class Launch:
         form: Form,
         device: torch.device,
         tensors: int,
+        dtype: torch.dtype,
         stream: Callable[[], int],
         is_capturing: Callable[[], bool],
         refuse: Callable[[], None],
     ) -> None:
-        self._driver, self._device = driver, device
+        self._driver, self._device, self._dtype = driver, device, dtype
         self._stream, self._is_capturing, self._refuse = stream, is_capturing, refuse
+        self._has_factor = form.factor >= 0
         handle = driver.call("launch_make", ctypes.c_void_p(driver.handle), ctypes.byref(form))
         self._handle = ctypes.c_void_p(handle)
         self._capacity = driver.functions.launch_capacity(self._handle, ctypes.c_int64(tensors))
-        self._step = Step(handle, -1, 0, self._capacity, 0)
+        self._step = Step(handle, -1, 0, self._capacity, 0, 0)
         self._address = ctypes.addressof(self._step)
 
-    def __call__(self) -> int:
+    def __call__(self, factor: torch.Tensor | None = None) -> int:
+        """``factor``: what gradients are multiplied by, if the host does not know it.
+
+        Launches with a prologue ignore it, because they read it as they read hyperparameters.
+        """
         step, stream, capturing = self._step, self._stream(), self._is_capturing()
         if capturing:
             self._refuse()
         if capturing or step.capturing or stream != step.stream:
             # A graph's memory is its own. So is a stream's: freed memory is handed out again in the order of a stream.
-            self._buffer = torch.empty(self._capacity, dtype=torch.int64, device=self._device)
+            self._buffer = torch.empty(self._capacity + 1, dtype=torch.int64, device=self._device)
             step.buffer, step.stream, step.capturing = self._buffer.data_ptr(), stream, capturing
+            self._factor = self._buffer[-1:].view(self._dtype)[0]
+        step.factor = 0
+        if factor is not None and self._has_factor:
+            # always to the same place, behind the words, so that none of them changes from step to step
+            self._factor.copy_(factor, non_blocking=True)
+            step.factor = self._factor.data_ptr()
         return self._address
 
     def __del__(self) -> None:

@@ -98,7 +98,8 @@ class Words:
     `Signature.factors`; ``skip`` that of a float32, which is zero unless the tensor is to be skipped. Of a kernel
     `by_rows`, ``index`` is that of the rows' numbers, which the elements of a row and the rows of the parameter follow.
     Of one `on_device`, ``counts`` is that of the addresses of its counts, and ``hypers`` that of a row of addresses of
-    hyperparameters. ``stride`` is the length.
+    hyperparameters. Of another one that multiplies gradients, ``hypers`` is that of the address of its factor, in
+    `Signature.scalar_dtype`, because the host may not know it. ``stride`` is the length.
     """
 
     factors: int
@@ -114,12 +115,18 @@ class Words:
         index = flat + 2
         counts = index + (3 if signature.by_rows else 0)
         hypers = counts + (len(signature.rule.declaration.counts) if signature.on_device else 0)
-        return cls(flat, flat + 1, index, counts, hypers, hypers + signature.on_device)
+        return cls(flat, flat + 1, index, counts, hypers, hypers + (signature.on_device or factor_of(signature) >= 0))
 
     @property
     def cells(self) -> int:
         """How many of them the host module has in its table: the addresses of tensors, and what a row's are."""
         return self.hypers - 2
+
+
+def factor_of(signature: Signature) -> int:
+    """Which of its scalars a kernel finds at an address of its own: the factor of the gradients, or -1 for none."""
+    has_address = signature.rule.extras.factor and not signature.on_device
+    return signature.scalars.index("grad_factor") if has_address else -1
 
 
 def _facts(signature: Signature) -> dict[str, object]:
@@ -139,10 +146,14 @@ def update_text(signature: Signature, lowered: Lowered) -> str:
         addresses.append(f"index = tl.load(row + {words.index}).to(tl.pointer_type(tl.int64))")
         addresses.append(f"width = tl.load(row + {words.index + 1})")
         addresses.append(f"rows = tl.load(row + {words.index + 2})")
+    place = factor_of(signature)
+    if place >= 0:
+        pointers = f"tl.pointer_type({_type(signature.scalar_dtype)})"
+        addresses.append(f"factor = tl.load(row + {Words.of(signature).hypers}).to({pointers})")
 
     def pointer(i: int, aligned: bool) -> str:
         if i >= flat:
-            return f"k + {i - flat}"
+            return "factor" if i - flat == place else f"k + {i - flat}"
         at = f"a{i}.to(tl.pointer_type({_type(dtypes[i])}))"
         if aligned:
             return f"tl.multiple_of({at}, 16) + o"

@@ -10,7 +10,8 @@
 //               address points if the host has the number
 //   table       [tensor]: addresses of parameter, gradient and buffers; of its scalars; of the float32 that is not zero if
 //               the tensor is to be skipped; the other cells of plan.h, which are the rows that a sparse gradient touches
-//               and tagged addresses of counts; with a prologue, the address of its row
+//               and tagged addresses of counts; with a prologue, the address of its row; otherwise, if gradients are
+//               multiplied by a factor, the address of that
 //   sizes       [tensor]: elements, first chunk
 //   tensor_of   [chunk]: int32. A chunk is `repeat` blocks of one tensor
 //   scalars     [tensor], padded to whole words: written by the prologue
@@ -32,6 +33,7 @@ struct Form {
   int64_t flat;             // addresses of a tensor: parameter, gradient and buffers
   int64_t cells;            // of a tensor in the table of plan.h
   int64_t scalars, scalar_bytes;
+  int64_t factor;           // which of the scalars has an address of its own, or -1
   int64_t counts, hypers;   // that the prologue reads, or 0
   int64_t block;            // elements that a block of `update` updates at a time
   int64_t threads;          // of such a block
@@ -46,6 +48,7 @@ struct Step {
   Handle stream;
   int64_t buffer;     // where the words are
   int64_t capacity;   // of the buffer, in words
+  int64_t factor;     // where the scalar of `Form` lies on the device; 0 if the host has it
   int64_t capturing;  // A graph replays what is sent while it is captured. So that is everything, to a new buffer.
 };
 
@@ -61,7 +64,7 @@ class Launch {
       : driver_(driver), form_(form), context_(driver, static_cast<int>(form.device)) {
     scalar_words_ = divide_up(form.scalars * form.scalar_bytes, 8);
     row_words_ = form.prologue ? 2 * form.hypers : scalar_words_;
-    stride_ = form.cells + (form.prologue ? 3 : 2);
+    stride_ = form.cells + (form.prologue || form.factor >= 0 ? 3 : 2);
     context_.with([&] {
       form_.update = driver.function_of(form.update);
       form_.prologue = driver.function_of(form.prologue);
@@ -90,6 +93,7 @@ class Launch {
       put(rows[t] < 0 ? address(0) + 4 : skip(scalars + row * columns, addresses + row * columns));
       for (int64_t c = form_.flat; c < form_.cells; c++) put(table[c]);
       if (form_.prologue) put(its_row);
+      else if (form_.factor >= 0) put(step.factor ? step.factor : its_row + form_.factor * form_.scalar_bytes);
     }
     context_.with([&] {
       if (same) send(step.stream, first_, last_);

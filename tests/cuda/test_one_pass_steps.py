@@ -1,0 +1,223 @@
+"""Clipping, skipping, averages and masters in launches on the stand-in for GPUs, beside separate passes on the CPU."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from beside_torch import assert_same, state_of
+
+from compiled_optim import SGD, Adagrad, AdamW, NAdam
+
+on_device = pytest.importorskip("on_device", exc_type=ImportError)
+stand_in = on_device.stand_in
+GPU, OTHER_GPU, CPU = on_device.GPU, on_device.OTHER_GPU, on_device.CPU
+SHAPES = ((3, 5), (), (130, 9), (7,))
+EVERYTHING = {"max_grad_norm": 0.5, "skip_nonfinite": True, "ema_decay": 0.75}
+WAYS = {"capturable": {"compiled": True, "capturable": True}, "fused": {"fused": True}, "host": {"compiled": True}}
+
+
+class Apart(on_device.Beside):
+    """Beside torch's optimizer on the CPU, with ``clip_grad_norm_`` before its step and an average after it."""
+
+    def __init__(self, gpu: Any, cls: Any, options: dict[str, Any], around: dict[str, Any], **rest: Any) -> None:
+        ours = {**rest.pop("ours", {}), **around}
+        super().__init__(gpu, cls, options, ours, **rest)
+        self.max_norm, self.norm_type = around.get("max_grad_norm"), around.get("norm_type", 2.0)
+        self.skips = around.get("skip_nonfinite", False)
+        self.has_norm, self.decay = self.skips or self.max_norm is not None, around.get("ema_decay")
+        self.averages: list[Any] = [None] * len(self.theirs)
+        self.scale = 1.0
+        self.skipped = 0
+
+    def step(self, waits: bool = True) -> list[str]:
+        given = [None if p.grad is None else p.grad.clone() for p in self.params]
+        self.gpu.reset()
+        with nullcontext() if waits else stand_in.no_waiting():
+            self.optimizer.step()
+        self.gpu.check()
+        for p, g in zip(self.params, given, strict=True):
+            assert (p.grad is None and g is None) or torch.equal(p.grad.to_dense().cpu(), g.to_dense().cpu())
+        self.step_reference()
+        return list(self.gpu.kernels)
+
+    def step_reference(self) -> None:
+        grads = [q.grad for q in self.theirs if q.grad is not None]
+        for g in grads:
+            g.div_(self.scale)
+        dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
+        self.norm = torch.nn.utils.get_total_norm([g.double() for g in dense], self.norm_type)
+        if not self.norm.isfinite() and self.skips:
+            self.skipped += 1
+            return
+        if self.max_norm is not None:
+            for q in self.theirs:
+                if q.grad is not None:
+                    q.grad = q.grad * min(1.0, self.max_norm / (self.norm.item() + 1e-6))
+        self.reference.step()
+        for i, q in enumerate(self.theirs):
+            if q.grad is not None and self.decay is not None:
+                old = self.averages[i]
+                self.averages[i] = q.detach().clone() if old is None else old.lerp(q.detach(), 1 - self.decay)
+
+    def compare(self, rtol: float = 1e-12) -> None:
+        for i, (p, q) in enumerate(zip(self.params, self.theirs, strict=True)):
+            assert_same(p.cpu(), q, rtol, f"parameter {i}")
+            expected, actual = state_of(self.reference, q), state_of(self.optimizer, p)
+            if self.averages[i] is not None:
+                expected = {**expected, "ema": self.averages[i]}
+            for name, value in expected.items():
+                value = torch.as_tensor(value, dtype=actual[name].dtype)
+                assert_same(actual[name].cpu(), value, rtol, f"{name} of parameter {i}")
+        if self.has_norm:
+            assert_same(self.optimizer.grad_norm.cpu(), self.norm, rtol, "norm")
+        assert self.optimizer.skipped_steps == self.skipped
+
+    def overflow(self) -> None:
+        for params in (self.params, self.theirs):
+            params[-1].grad.view(-1)[0] = math.inf
+
+    def snapshot(self) -> list[Any]:
+        states = [state_of(self.optimizer, p) for p in self.params]
+        return [t.detach().cpu().clone() for t in (*self.params, *(v for state in states for v in state.values()))]
+
+
+def each_way(*names: str) -> Any:
+    return pytest.mark.parametrize("way", [WAYS[name] for name in names or WAYS], ids=names or [*WAYS])
+
+
+def kernels(way: dict[str, Any]) -> list[str]:
+    return ["write", "update"] if way is WAYS["host"] else ["write", "prologue", "update"]
+
+
+def error(way: dict[str, Any]) -> float:
+    """Counts of ``fused`` are in float32, and what follows from them."""
+    return 1e-7 if "fused" in way else 1e-12
+
+
+@each_way()
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_clipping(gpu: Any, way: dict[str, Any], norm_type: float) -> None:
+    """Two param groups, and gradients that are missing: the norm is of all, and the host waits for nothing."""
+    torch.set_default_dtype(torch.float64)
+    run = Apart(gpu, AdamW, {"lr": 0.01}, {"max_grad_norm": 0.5, "norm_type": norm_type}, ours=way, shapes=SHAPES)
+    for missing in ((), (0, 3), (), (1,)):
+        run.give(missing)
+        assert run.step(waits=False) == kernels(way)
+        run.compare(error(way))
+    assert run.optimizer.grad_norm.device == GPU
+    run.optimizer.max_grad_norm = run.max_norm = 0.01
+    run.give()
+    run.step(waits=False)
+    run.compare(error(way))
+    assert run.is_compiled()
+
+
+@each_way()
+def test_steps_that_are_skipped(gpu: Any, way: dict[str, Any]) -> None:
+    """They change nothing, also the first of all. Where the host counts it has to wait for the norm."""
+    torch.set_default_dtype(torch.float64)
+    run = Apart(gpu, AdamW, {"lr": 0.01}, EVERYTHING, ours=way)
+    for i, overflows in enumerate((True, False, True, False, False)):
+        run.give()
+        if overflows:
+            run.overflow()
+        before = run.snapshot()
+        run.step(waits="compiled" in way and "capturable" not in way)
+        if overflows and i:
+            assert all(map(torch.equal, before, run.snapshot()))
+        run.compare(error(way))
+    assert run.is_compiled()
+
+
+@each_way("fused", "host")
+@pytest.mark.parametrize("cls", [SGD, NAdam], ids=lambda cls: cls.__name__)
+def test_averages(gpu: Any, cls: Any, way: dict[str, Any]) -> None:
+    """The first is the parameter, also after a step that was skipped and where an algorithm counts no steps."""
+    if "fused" in way and cls is NAdam:
+        way = WAYS["capturable"]
+    torch.set_default_dtype(torch.float64)
+    options = {"lr": 0.01, **({"momentum": 0.5, "dampening": 0.25} if cls is SGD else {})}
+    run = Apart(gpu, cls, options, {"ema_decay": 0.75, "skip_nonfinite": True}, ours=way)
+    for overflows in (True, False, False, True, False):
+        run.give()
+        if overflows:
+            run.overflow()
+        run.step(waits=way is WAYS["host"])
+        run.compare(error(way))
+    run.optimizer.ema_decay = run.decay = 0.5
+    run.give()
+    run.step(waits=way is WAYS["host"])
+    run.compare(error(way))
+    assert run.is_compiled()
+
+
+def test_a_decay_that_depends_on_the_step(gpu: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(3, device=GPU))
+    p.grad = torch.ones_like(p)
+    for way in ({"fused": True}, {"capturable": True}, {"capturable": True, "compiled": True}):
+        optimizer = AdamW([p], ema_decay=lambda t: t / (t + 9), **way)
+        with pytest.raises(RuntimeError, match="ema_decay must be a number where step counts lie on the device"):
+            optimizer.step()
+        assert not optimizer.state
+    AdamW([p], ema_decay=lambda t: t / (t + 9), compiled=True).step()
+
+
+@each_way()
+@pytest.mark.parametrize("around", [EVERYTHING, {"ema_decay": 0.75}], ids=["everything", "average"])
+def test_a_grad_scaler(gpu: Any, way: dict[str, Any], around: dict[str, Any]) -> None:
+    """Its scale is a part of the factor, so gradients stay scaled; what it found is one more reason to skip."""
+    torch.set_default_dtype(torch.float64)
+    run = Apart(gpu, AdamW, {"lr": 0.01}, around, ours=way)
+    run.scale = 3.0  # whose inverse no float32 holds
+    for overflows in (False, True, False):
+        run.give()
+        for params in (run.params, run.theirs):
+            for p in params:
+                p.grad.mul_(run.scale)
+        if overflows:
+            run.overflow()
+        run.optimizer.found_inf = on_device.on(GPU, float(overflows))
+        run.optimizer.grad_scale = on_device.on(GPU, run.scale)
+        run.skips = True
+        run.step(waits=way is WAYS["host"])
+        run.compare(error(way))
+    assert run.is_compiled()
+
+
+@each_way("capturable", "host")
+@pytest.mark.parametrize("devices", [(GPU, OTHER_GPU), (OTHER_GPU, CPU, GPU)], ids=["GPUs", "with the CPU"])
+def test_several_devices(gpu: Any, devices: Any, way: dict[str, Any]) -> None:
+    """One norm for all. The host waits for it where a parameter lies beside it."""
+    torch.set_default_dtype(torch.float64)
+    if CPU in devices and "capturable" in way:
+        pytest.skip("capturable=True is refused on the CPU")
+    run = Apart(gpu, AdamW, {"lr": 0.01}, {"max_grad_norm": 0.5, "ema_decay": 0.75}, ours=way, devices=devices)
+    for missing in ((), (1, 4), ()):
+        run.give(missing)
+        run.step(waits=CPU in devices)
+        run.compare()
+    assert run.optimizer.grad_norm.device == (CPU if CPU in devices else GPU)
+    assert run.is_compiled()
+
+
+@each_way("fused", "host")
+@pytest.mark.parametrize("cls", [SGD, Adagrad], ids=lambda cls: cls.__name__)
+def test_sparse_gradients(gpu: Any, cls: Any, way: dict[str, Any]) -> None:
+    torch.set_default_dtype(torch.float64)
+
+    def sparse() -> None:
+        for p, q in zip(run.params, run.theirs, strict=True):
+            rows = torch.randperm(len(q))[: len(q) // 2]
+            q.grad = torch.sparse_coo_tensor(rows[None], torch.randn(len(rows), *q.shape[1:]), q.shape)
+            p.grad = q.grad.to(p.device)
+
+    run = Apart(gpu, cls, {"lr": 0.1}, {"max_grad_norm": 0.5}, ours=way, shapes=((9, 4), (6,)))
+    for _ in range(3):
+        sparse()
+        run.step()
+        run.compare(error(way))
+    assert run.is_compiled()
