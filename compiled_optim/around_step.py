@@ -38,10 +38,13 @@ class AroundStep:
     def grad_norm(self) -> Tensor | None:
         """Norm of all gradients of the last step before they were clipped, 0-d and float64.
 
-        None before the first step, and without ``max_grad_norm`` and ``skip_nonfinite``.
+        None before the first step, and without ``max_grad_norm`` and ``skip_nonfinite``. It lies on the device of the
+        gradients unless the host had to wait for it. A replay of a CUDA graph counts as a step.
         """
         norm = None if self._one_pass is None else self._one_pass.norm
-        return norm if norm is None or isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64)
+        if isinstance(norm, Tensor):
+            return norm.clone()  # the next step, or a replay of a graph, writes to it
+        return None if norm is None else torch.tensor(norm, dtype=torch.float64)
 
     @property
     def skipped_steps(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compiled_optim import NAdam
+from compiled_optim._engine.executions import clipping
 
 CAPTURABLE = [cls for cls in CLASSES if "capturable" in cls.rule.declaration.options]
 EACH = [(cls, o) for cls in CAPTURABLE for o in ({}, with_all_numbers(cls, rich_options(cls)))]
@@ -140,6 +141,33 @@ def test_graphs_of_lists(lr: Any) -> None:
     # no value can be watched inside of a graph
     compiled = train(NAdam, {"lr": lr, "capturable": True, "compiled": "foreach"}, start, gradients, watched=STEPS)
     agree(compiled, train(NAdam, {"lr": 0.05}, start, gradients), 1e-12)
+
+
+@pytest.mark.usefixtures("unrefused")
+@pytest.mark.parametrize(
+    ("capturable", "there"),
+    [(True, False), (True, True), (False, True)],
+    ids=["number", "device", "counted on the host"],
+)
+def test_graphs_of_lists_that_clip_and_average(capturable: bool, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factor of the gradients comes as a number, or as a tensor on the device (``there``)."""
+    torch.set_default_dtype(torch.float64)
+    begin = clipping.begin
+
+    def on_device(work: Any, *args: Any, **options: Any) -> bool:
+        taken = begin(work, *args, **options)
+        work.given["grad_factor"] = torch.tensor(work.given["grad_factor"])
+        return taken
+
+    start = [torch.randn(shape) for shape in SHAPES[:2]]
+    gradients: list[Any] = [[torch.randn_like(t) for t in start] for _ in range(4)]
+    around = {"max_grad_norm": 0.5, "ema_decay": 0.75}
+    options = {**around, "capturable": capturable, "compiled": "foreach"}
+    with monkeypatch.context() as patch:
+        if there:
+            patch.setattr(clipping, "begin", on_device)
+        compiled = train(NAdam, options, start, gradients, watched=STEPS)
+    agree(compiled, train(NAdam, around, start, gradients), 1e-12)
 
 
 @pytest.mark.usefixtures("unrefused")

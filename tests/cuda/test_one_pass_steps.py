@@ -10,7 +10,7 @@ import pytest
 import torch
 from beside_torch import assert_same, state_of
 
-from compiled_optim import SGD, Adagrad, AdamW, NAdam
+from compiled_optim import SGD, Adagrad, AdamW, NAdam, explain
 
 on_device = pytest.importorskip("on_device", exc_type=ImportError)
 stand_in = on_device.stand_in
@@ -188,20 +188,27 @@ def test_a_grad_scaler(gpu: Any, way: dict[str, Any], around: dict[str, Any]) ->
     assert run.is_compiled()
 
 
-@each_way("capturable", "host")
-@pytest.mark.parametrize("devices", [(GPU, OTHER_GPU), (OTHER_GPU, CPU, GPU)], ids=["GPUs", "with the CPU"])
+@pytest.mark.parametrize(
+    ("way", "devices"),
+    [
+        (WAYS["capturable"], (OTHER_GPU, GPU)),
+        (WAYS["host"], (OTHER_GPU, GPU)),
+        (WAYS["host"], (OTHER_GPU, CPU, GPU)),
+        ({"compiled": False, "capturable": True}, (OTHER_GPU, GPU)),
+        ({"compiled": False}, (OTHER_GPU, GPU)),
+    ],
+    ids=["device", "host", "with the CPU", "eager, device", "eager, host"],
+)
 def test_several_devices(gpu: Any, devices: Any, way: dict[str, Any]) -> None:
-    """One norm for all. The host waits for it where a parameter lies beside it."""
+    """One norm for all. The host waits for it only where a parameter lies beside it."""
     torch.set_default_dtype(torch.float64)
-    if CPU in devices and "capturable" in way:
-        pytest.skip("capturable=True is refused on the CPU")
     run = Apart(gpu, AdamW, {"lr": 0.01}, {"max_grad_norm": 0.5, "ema_decay": 0.75}, ours=way, devices=devices)
     for missing in ((), (1, 4), ()):
         run.give(missing)
         run.step(waits=CPU in devices)
         run.compare()
-    assert run.optimizer.grad_norm.device == (CPU if CPU in devices else GPU)
-    assert run.is_compiled()
+    assert run.optimizer.grad_norm.device == (CPU if CPU in devices else OTHER_GPU)
+    assert run.is_compiled() == way["compiled"]
 
 
 @each_way("fused", "host")
@@ -221,3 +228,109 @@ def test_sparse_gradients(gpu: Any, cls: Any, way: dict[str, Any]) -> None:
         run.step()
         run.compare(error(way))
     assert run.is_compiled()
+
+
+# ---- masters, and moments in other dtypes
+
+
+@each_way("fused", "host")
+@pytest.mark.parametrize("storage", [{"master_weights": True}, {"state_dtype": torch.float32}], ids=["master", "state"])
+def test_half_precision(gpu: Any, way: dict[str, Any], storage: dict[str, Any]) -> None:
+    """The masters and float32 moments of bfloat16 parameters are those of a float32 run on the same gradients."""
+    around = {**EVERYTHING, **storage}
+    params = [torch.nn.Parameter(torch.randn(shape, device=GPU).bfloat16()) for shape in SHAPES]
+    wide = [torch.nn.Parameter(p.detach().cpu().float()) for p in params]
+    ours, reference = AdamW(params, lr=0.01, **around, **way), AdamW(wide, lr=0.01, **EVERYTHING)
+    for overflows in (True, False, False, True, False):
+        for p, q in zip(params, wide, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.cpu().float()
+        if overflows:
+            params[0].grad[0, 0] = wide[0].grad[0, 0] = math.nan
+        gpu.reset()
+        with nullcontext() if way is WAYS["host"] else stand_in.no_waiting():
+            ours.step()
+        gpu.check()
+        reference.step()
+        for p, q in zip(params, wide, strict=True):
+            state, expected = state_of(ours, p), state_of(reference, q)
+            if "master" in state:
+                assert torch.equal(p.detach().cpu(), state["master"].cpu().bfloat16())
+                expected["master"] = q
+            else:
+                with torch.no_grad():
+                    q.copy_(p)  # each step begins with what was rounded
+            for name, value in expected.items():
+                assert state[name].dtype == torch.float32
+                if name != "ema" or "master" in state:
+                    assert_same(state[name].cpu(), value, 1e-5, name)
+    assert ours.skipped_steps == 2
+    assert {row.execution for row in explain(ours)} == {"multi_tensor"}
+
+
+# ---- graphs
+
+
+@each_way("capturable", "fused")
+def test_a_captured_step(gpu: Any, way: dict[str, Any]) -> None:
+    """It contains the norm, so that replays follow the gradients, and what is skipped is counted in each."""
+    torch.set_default_dtype(torch.float64)
+    run = Apart(gpu, AdamW, {"lr": 0.01}, EVERYTHING, ours=way)
+    run.give()
+    run.step(waits=False)
+    gpu.reset()
+    with stand_in.capture() as graph:
+        run.optimizer.step()
+    gpu.check()
+    for overflows in (False, True, False, True, False):
+        run.give()
+        if overflows:
+            run.overflow()
+        before = run.snapshot()
+        graph.replay()
+        gpu.check()
+        run.step_reference()
+        run.compare(error(way))
+        assert not overflows or all(map(torch.equal, before, run.snapshot()))
+    run.optimizer.max_grad_norm = run.max_norm = 0.1  # of steps outside of the graph
+    run.give()
+    run.step(waits=False)
+    run.compare(error(way))
+    run.max_norm = 0.5
+    run.give()
+    kept, value = run.optimizer.grad_norm, run.norm
+    graph.replay()
+    assert_same(kept.cpu(), value, error(way), "a norm that was read before")
+    run.step_reference()
+    run.compare(error(way))
+
+
+def test_an_eager_step_is_captured(gpu: Any) -> None:
+    torch.set_default_dtype(torch.float64)
+    run = Apart(
+        gpu,
+        NAdam,
+        {"lr": 0.01},
+        {"max_grad_norm": 0.5, "ema_decay": 0.75},
+        ours={"capturable": True, "compiled": False},
+    )
+    run.give()
+    run.step(waits=False)
+    with stand_in.capture() as graph:
+        run.optimizer.step()
+    for _ in range(3):
+        run.give()
+        graph.replay()
+        run.step_reference()
+        run.compare()
+
+
+def test_a_graph_begins_after_a_step_that_may_be_skipped(gpu: Any) -> None:
+    """Each replay of the first would begin to count anew."""
+    first, second = (Apart(gpu, AdamW, {"lr": 0.01}, EVERYTHING, ours=WAYS["capturable"]) for _ in range(2))
+    first.give()
+    first.step()
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.give()
+    with pytest.raises(RuntimeError, match="Take a step before the capture"), stand_in.capture():
+        second.optimizer.step()

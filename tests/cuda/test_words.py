@@ -48,6 +48,7 @@ class Run:
     Args:
         counts: how many counts each parameter has. They lie on its device if there are ``hypers``, which is how many.
         scalars: how many each tensor has, in ``dtype``.
+        factor: which of these has an address of its own.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Run:
         scalars: int = 3,
         dtype: torch.dtype = torch.float32,
         hypers: int | None = None,
+        factor: int = -1,
         by_rows: bool = False,
         native: cuda_launch.Driver | None = None,
     ) -> None:
@@ -67,11 +69,12 @@ class Run:
         self.slots = (*("step", "carried")[:counts], "moment")
         self.on_device, self.scalars, self.dtype = hypers is not None, scalars, dtype
         self.hypers = hypers or 0
+        self.stride = 5 + 3 * by_rows + (counts + 1 if self.on_device else factor >= 0)
         self.cells = 3 + 3 * by_rows + counts * self.on_device
         self.form = cuda_launch.Form(
             update=kernels[0], prologue=kernels[1] if self.on_device else 0, device=0, flat=3, cells=self.cells,
-            scalars=scalars, scalar_bytes=dtype.itemsize, factor=-1, counts=counts * self.on_device, hypers=self.hypers,
-            block=BLOCK, threads=128, shared=0, prologue_shared=0,
+            scalars=scalars, scalar_bytes=dtype.itemsize, factor=factor, counts=counts * self.on_device,
+            hypers=self.hypers, block=BLOCK, threads=128, shared=0, prologue_shared=0,
         )  # fmt: skip
         handle = native.call("launch_make", ctypes.c_void_p(native.handle), ctypes.byref(self.form))
         self.functions, self.handle = native.functions, ctypes.c_void_p(handle)
@@ -100,10 +103,10 @@ class Run:
     def capacity(self, tensors: int) -> int:
         return int(self.functions.launch_capacity(self.handle, ctypes.c_int64(tensors)))
 
-    def step_is(self, buffer: Tensor, *, stream: int = 7, capturing: bool = False) -> None:
+    def step_is(self, buffer: Tensor, *, stream: int = 7, capturing: bool = False, factor: int = 0) -> None:
         """What the next steps are told."""
         self.buffer = buffer
-        self.step = cuda_launch.Step(self.handle.value, stream, buffer.data_ptr(), len(buffer), 0, capturing)
+        self.step = cuda_launch.Step(self.handle.value, stream, buffer.data_ptr(), len(buffer), factor, capturing)
 
     def __call__(self, *values: tuple[Any, ...], substitutes: Any = ()) -> list[Any]:
         """A step with a row of values for each that is asked for, and what it launched."""
@@ -123,10 +126,9 @@ class Run:
         update = self.driver.launches[-1]
         found = []
         for t in range(update.values["sizes"] - update.values["table"] >> 3):
-            stride = self.cells + (3 if self.on_device else 2)
-            if (t + 1) * stride * 8 > update.values["sizes"] - update.values["table"]:
+            if (t + 1) * self.stride * 8 > update.values["sizes"] - update.values["table"]:
                 break
-            words = numbers(update.values["table"] + t * stride * 8, ctypes.c_int64, stride)
+            words = numbers(update.values["table"] + t * self.stride * 8, ctypes.c_int64, self.stride)
             kind = ctypes.c_float if self.dtype == torch.float32 else ctypes.c_double
             found.append(
                 {
@@ -134,6 +136,7 @@ class Run:
                     "scalars": words[3] if self.on_device else numbers(words[3], kind, self.scalars),
                     "skip": numbers(words[4], ctypes.c_float, 1)[0],
                     "more": words[5 : 2 + self.cells],
+                    "last": words[-1],
                     "hypers": [number(a) for a in numbers(words[-1], ctypes.c_int64, self.hypers)],
                 }
             )
@@ -183,6 +186,22 @@ def test_scalars_of_the_host(dtype: torch.dtype, scalars: int) -> None:
         assert row["scalars"] == torch.tensor(values[k], dtype=dtype).tolist()
         assert row["skip"] == 0
     assert [run.state[p]["step"].item() for p in params] == [1, 6, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_factor_with_an_address_of_its_own(dtype: torch.dtype) -> None:
+    """The host's is among the scalars; that of the device is where the step says."""
+    params = [parameter(n) for n in (3, 1, 7)]
+    run = Run(params, dtype=dtype, factor=1)
+    run.state[params[1]]["step"].fill_(5)
+    kind = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
+    run((1.0, 0.25, 3.0), (4.0, 0.5, 6.0))
+    assert [numbers(row["last"], kind, 1)[0] for row in run.rows()] == [0.25, 0.5, 0.25]
+    factor = torch.tensor(0.125, dtype=dtype)
+    run.step_is(run.buffer, factor=factor.data_ptr())
+    for changed in (True, False):
+        assert bool(written(run((1.0, 0.25, 3.0), (4.0, 0.5, 6.0)))) == changed
+        assert [row["last"] for row in run.rows()] == [factor.data_ptr()] * 3
 
 
 def test_numbers_on_the_device() -> None:

@@ -84,7 +84,11 @@ def _decide_on_device(
     by: Any = 1.0 if scale is None else number(scale)
     total = None
     if norm is not None:
-        total = one_pass.norm = number(norm) / by
+        total = number(norm) / by
+        if isinstance(one_pass.norm, Tensor) and one_pass.norm.device == device:
+            one_pass.norm.copy_(total)  # where replays of a graph write theirs
+        else:
+            one_pass.norm = total
     skip = None if found_inf is None else number(found_inf, torch.float32)
     if one_pass.skip_nonfinite and total is not None:
         overflow = number(total.isfinite().logical_not(), torch.float32)

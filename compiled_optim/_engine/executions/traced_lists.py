@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from time import perf_counter
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -121,11 +121,14 @@ def arrange(
         if g not in sources:
             group, declaration = work.groups[g], work.rule.declaration
             sources[g] = _sources(declaration, group, hyper) if counted_on_device(group) else None
+            if sources[g] is not None:
+                sources[g] += (None,) * len(work.rule.extras.numbers)
             firsts[g] = i
         at = (g, -1 if sources[g] is not None else firsts[g] if equal[g] else i)
         if at not in rows:
             rows[at] = len(rows)
-            names.append(tuple(scalar_names(i) if at[1] >= 0 else work.rule.declaration.hyper_type._fields))
+            of_device = (*work.rule.declaration.hyper_type._fields, *work.rule.extras.numbers)
+            names.append(tuple(scalar_names(i)) if at[1] >= 0 else of_device)
         row = rows[at]
         key = (u.turn, u.kind[1:], switches[g], u.buffers, names[row], sources[g])
         found.setdefault(key, []).append((i, row))
@@ -154,22 +157,36 @@ def _sources(declaration: Declaration, group: dict[str, Any], hyper: Sequence[Te
     return tuple(sources)
 
 
-def numbers_of(hyper: Any) -> dict[str, float]:
-    """Hyperparameters as a row of a table; 0 for tensors, which stay where they are, and for other options."""
-    return {name: float(v) if isinstance(v, Real) else 0.0 for name, v in hyper._asdict().items()}
+def numbers_of(hyper: Any, given: Mapping[str, Any] = MappingProxyType({})) -> dict[str, float]:
+    """Hyperparameters, and the `Extras.numbers` that are ``given``, as a row of a table.
+
+    It has 0 for tensors, which stay where they are, and for other options.
+    """
+    return {name: float(v) if isinstance(v, Real) else 0.0 for name, v in {**hyper._asdict(), **given}.items()}
 
 
 # ---- traced by Dynamo
 
 
 def update_parts(
-    rule: Rule, parts: Sequence[tuple[Any, ...]], tensors: Sequence[Columns], table: Tensor, hyper: Sequence[Tensor]
+    rule: Rule,
+    parts: Sequence[tuple[Any, ...]],
+    tensors: Sequence[Columns],
+    table: Tensor,
+    hyper: Sequence[Tensor],
+    factor: Tensor | None = None,
 ) -> None:
-    """A step of these lists in place. ``parts``: each a `Part` as a plain tuple, which can be a constant of a graph."""
+    """A step of these lists in place.
+
+    Args:
+        parts: each a `Part` as a plain tuple, which can be a constant of a graph.
+        factor: of the gradients, if it is not in the table.
+    """
     names_of_switches = rule.declaration.switch_type._fields
     for (_, row_of, width, switches, _, names, sources), columns in zip(parts, tensors):  # noqa: B905
         on = Namespace(dict(zip(names_of_switches, switches)))  # noqa: B905
-        cells = [row.unbind() for row in table.to(columns[0][0].device, width).unbind()]
+        device = columns[0][0].device
+        cells = [row.unbind() for row in table.to(device, width).unbind()]
         if sources is None:
             scalars = {name: [cells[row][j] for row in row_of] for j, name in enumerate(names)}
         else:
@@ -177,15 +194,20 @@ def update_parts(
                 name: cells[row_of[0]][j] if s is None else hyper[s[0]].reshape(-1)[s[1]] if len(s) == 2 else s[0]
                 for j, (name, s) in enumerate(zip(names, sources))  # noqa: B905
             }
-            scalars = _evaluate_on_device(rule, Namespace(values), columns[3])
+            scalars = _evaluate_on_device(rule, values, columns[3])
+        if factor is not None:
+            scalars["grad_factor"] = [factor.to(device, width)] * len(row_of)
         _update_list(rule, on, columns, scalars)
 
 
-def _evaluate_on_device(rule: Rule, h: Namespace, counts: list[list[Tensor]]) -> dict[str, list[Any]]:
-    """The scalars of step counts that only their device reads; advances these."""
+def _evaluate_on_device(rule: Rule, given: dict[str, Any], counts: list[list[Tensor]]) -> dict[str, list[Any]]:
+    """The scalars of step counts that only their device reads; advances these.
+
+    ``given``: the hyperparameters and the `Extras.numbers`.
+    """
     length = len(counts[0])
     step, *carried = [torch.stack(tensors) for tensors in counts]
-    values, after = evaluate(rule, h, (step + 1, *carried))
+    values, after = evaluate(rule, Namespace(given), (step + 1, *carried), given)
     torch._foreach_add_(counts[0], 1)
     for tensors, value in zip(counts[1:], after):  # noqa: B905
         torch._foreach_copy_(tensors, (torch.zeros_like(step) + value).unbind())
@@ -299,7 +321,11 @@ def _run(work: Work, choices: list[Group], updates: list[Member], values_of: dic
     differing = {(u.group, id(values)) for u, values in zip(updates, evaluated, strict=True)}
     equal = [sum(g == group for g, _ in differing) == 1 for group in range(len(choices))]
     table, parts = arrange(work, dict(enumerate(updates)), switches, equal, hyper, lambda i: evaluated[i][0])
-    rows = [evaluated[i][0] if i >= 0 else numbers_of(choices[group].hyper) for group, i in table.rows]
+    given = {name: work.given[name] for name in work.rule.extras.numbers}
+    there: dict[str, Any] = {} if work.factor is None else {"grad_factor": 0.0}
+    rows = [
+        {**evaluated[i][0], **there} if i >= 0 else numbers_of(choices[group].hyper, given) for group, i in table.rows
+    ]
     tensors = [_columns(work.rule, part, [updates[i] for i in part.members]) for part in parts]
     # What Dynamo guards, so that it never compiles another graph by itself. State is laid out as its parameter.
     kinds = [updates[part.members[0]].kind[1:] for part in parts]
@@ -307,7 +333,8 @@ def _run(work: Work, choices: list[Group], updates: list[Member], values_of: dic
         (type(p), type(g), p.shape, p.stride(), g.stride(), p.requires_grad, g.requires_grad)
         for p, g in [(u.param, u.grad) for u in updates]
     ]
-    key = (work.rule, table, *parts, *kinds, *guarded, *[(t.shape, t.dtype, t.device) for t in hyper])
+    given_there = [*hyper, *([] if work.factor is None else [work.factor])]
+    key = (work.rule, table, *parts, *kinds, *guarded, *[(t.shape, t.dtype, t.device) for t in given_there])
     graph = _graphs.get(key)
     if graph is None:
         params = [u.param for u in updates]
@@ -320,7 +347,7 @@ def _run(work: Work, choices: list[Group], updates: list[Member], values_of: dic
             sum(p.numel() * (1 + p.is_complex()) for p in params),
         )
     started, generated = perf_counter(), inductor.kernels_generated()
-    graph.function(tensors, table.fill(rows), hyper)
+    graph.function(tensors, table.fill(rows), hyper, work.factor)
     if key not in _graphs:
         graph.seconds, graph.launches = perf_counter() - started, inductor.kernels_generated() - generated
         _graphs[key] = graph
@@ -347,8 +374,8 @@ def _compile(rule: Rule, parts: list[Part]) -> Callable[..., None]:
     constant = tuple(map(tuple, parts))
     arranged = dynamo.constant_in_graphs(lambda: constant)
 
-    def step(tensors: list[Columns], table: Tensor, hyper: list[Tensor]) -> None:
-        update_parts(rule, arranged(), tensors, table, hyper)
+    def step(tensors: list[Columns], table: Tensor, hyper: list[Tensor], factor: Tensor | None = None) -> None:
+        update_parts(rule, arranged(), tensors, table, hyper, factor)
 
     # Dynamo keeps its graphs, and their limit of 8, by code object: each step gets one of its own.
     code = step.__code__.replace(co_name=f"foreach_step_{next(_graph_numbers)}")
