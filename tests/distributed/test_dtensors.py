@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from typing import Any
@@ -20,10 +21,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel as StockAverage
 
 import compiled_optim
 from compiled_optim import SGD, AdamW, Optimizer, explain, lr_scheduler
+from compiled_optim._engine.executions.norms import total_norm
 from compiled_optim.declare import buffer, number
 from compiled_optim.swa_utils import AveragedModel, get_ema_avg_fn
 
@@ -117,6 +120,18 @@ def test_tensors_that_are_replaced(mesh: Any, way: str) -> None:
     run.ours.load_state_dict(copy.deepcopy(run.ours.state_dict()))
     run.step()
     run.compare()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_the_norm_of_gradients(mesh: Any, norm_type: float, compiled: bool) -> None:
+    run = Run(mesh, AdamW)
+    run.give()
+    run.params[0].grad = DTensor.from_local(whole(run.params[0].grad), mesh, [Partial()])
+    norm = total_norm([p.grad for p in run.params], norm_type, compiled=compiled)
+    whole_norm = get_total_norm([q.grad for q in run.plain if q.grad is not None], norm_type).item()
+    assert norm == pytest.approx(whole_norm, rel=1e-14)
+    assert run.params[0].grad.placements == (Partial(),)
 
 
 @ways

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch.distributed.checkpoint as dcp
 from sharded import STEPS, Pair, parameter, whole
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import compiled_optim
 from compiled_optim import explain
+from compiled_optim._engine.executions.norms import total_norm
 
 WAYS: dict[str, dict[str, Any]] = {"eager": {}, "loop": {"foreach": False}, "compiled": {"compiled": True}}
 
@@ -83,12 +85,32 @@ def gradients_in_other_places(mesh: DeviceMesh) -> None:
             assert getattr(ours.state[p]["exp_avg"], "placements", None) == getattr(p, "placements", None)
 
 
+def norms(mesh: DeviceMesh) -> None:
+    """Of shards that differ in number, replicas, pending sums and a plain tensor; the same on both processes."""
+    torch.manual_seed(0)
+    values = [torch.randn(3, 5, dtype=torch.float64) for _ in range(5)]
+    part = values[4] * (0.25 if dist.get_rank() else 0.75)
+    grads = [
+        distribute_tensor(v, mesh, [place]) for v, place in zip(values, (Shard(0), Shard(1), Replicate()), strict=False)
+    ]
+    grads += [values[3], DTensor.from_local(part, mesh, [Partial()])]
+    for norm_type in (2.0, math.inf):
+        expected = torch.linalg.vector_norm(torch.stack(values), norm_type).item()
+        for compiled in (True, False):
+            norm = total_norm(grads, norm_type, compiled=compiled)
+            assert math.isclose(norm, expected, rel_tol=1e-14), (norm, expected)
+    if dist.get_rank():
+        grads[0].to_local()[0, 0] = math.nan  # elsewhere only
+    assert all(math.isnan(total_norm(grads, p, compiled=c)) for p in (2.0, math.inf) for c in (True, False))
+
+
 def main(rank: int, directory: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     fully_sharded(mesh, directory)
     of_torch(mesh, directory)
     gradients_in_other_places(mesh)
+    norms(mesh)
     dist.destroy_process_group()
     print("done")
 

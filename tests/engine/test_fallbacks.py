@@ -28,7 +28,7 @@ from compiled_optim import (
     explain,
 )
 from compiled_optim._engine.executions import dispatch
-from compiled_optim._engine.kernels import registry
+from compiled_optim._engine.kernels import gradients, registry
 from compiled_optim._engine.kernels.backends import cpu
 from compiled_optim.declare import buffer, number
 
@@ -125,6 +125,18 @@ def words(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
     request.param(monkeypatch, tmp_path)
     yield BROKEN[request.param]
     cache_clear()
+
+
+@lenient
+def test_a_norm_that_cannot_be_compiled_is_torchs(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "_passes", None)
+    ours, stock = parameters(2)
+    mine, theirs = AdamW(ours, lr=0.1, compiled=True, max_grad_norm=0.1), torch.optim.AdamW(stock, lr=0.1)
+    theirs.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(stock, 0.1) and None)
+    (message,) = warned(3, (mine, ours), (theirs, stock))
+    assert all(word in message for word in words)
+    assert_equal(ours, stock)
+    assert [*executions(mine)] == ["eager"]
 
 
 @lenient

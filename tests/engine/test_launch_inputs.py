@@ -163,6 +163,17 @@ def test_a_storage_is_too_short_in_the_first_step(part: str) -> None:
     assert p.tolist() == [1.0] * 5
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_storage_of_a_gradient_that_is_to_be_clipped_is_too_short(compiled: bool) -> None:
+    p, q = (torch.nn.Parameter(torch.ones(n)) for n in (3, 5))
+    optimizer = SGD([p, q], compiled=compiled, max_grad_norm=1.0)
+    p.grad, q.grad = torch.ones(3), torch.ones(5)
+    q.grad.untyped_storage().resize_(12)
+    with pytest.raises(RuntimeError, match=r"SGD: the gradient of the parameter of shape \(5,\) at index 1 .* has 12"):
+        optimizer.step()
+    assert p.tolist() == [1.0] * 3
+
+
 @pytest.mark.parametrize("left", [0, 12])
 def test_a_storage_of_a_gradient_that_is_copied_is_too_short(left: int) -> None:
     p = torch.nn.Parameter(torch.ones(4, 6))

@@ -165,10 +165,13 @@ def test_a_forked_child_steps_with_one_thread(warm: tuple[str, float]) -> None:
 train_big = compiled_optim.AdamW([torch.nn.Parameter(torch.ones(1 << 18))], compiled=True)
 train_big.param_groups[0]["params"][0].grad = torch.ones(1 << 18)
 train_big.step()
+from compiled_optim._engine.executions.norms import total_norm
+norm = total_norm(ones := [torch.ones(1 << 18)], 2.0, compiled=True)
 read, write = os.pipe()
 child = os.fork()
 if child == 0:
     train_big.step()
+    assert total_norm(ones, 2.0, compiled=True) == norm
     torch.set_num_threads(1)  # for torch's own operations below, which hang without
     os.write(write, json.dumps([train()[0].sum().item(), train_big.param_groups[0]["params"][0].sum().item()]).encode())
     os._exit(0)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compiled_optim._engine.executions.checks import place
+from compiled_optim._engine.executions.memory import ShortStorageError
 from compiled_optim._engine.executions.norms import total_norm
 from compiled_optim._engine.executions.scaling import Scaling
 from compiled_optim._engine.executions.state import counted_on_device
@@ -27,8 +29,9 @@ def begin(work: Work, one_pass: OnePass, scaling: Scaling | None, *, skips: bool
         compiled: whether the norm is computed by native code.
 
     Raises:
-        RuntimeError: for a norm that is not finite, if that is to be an error, and for a decay that depends on steps
-            which the host does not count.
+        RuntimeError: for a norm that is not finite, if that is to be an error, for a decay that depends on steps which
+            the host does not count, and for a gradient whose storage is too short.
+        What else `total_norm` raises.
     """
     if callable(one_pass.ema_decay) and any(map(counted_on_device, work.groups)):
         raise RuntimeError(
@@ -39,13 +42,24 @@ def begin(work: Work, one_pass: OnePass, scaling: Scaling | None, *, skips: bool
     norm = None
     grads = [p.grad for group in work.groups for p in group["params"] if p.grad is not None]
     if one_pass.needs_norm:
-        norm = total_norm(grads, one_pass.norm_type, compiled=compiled)
+        try:
+            norm = total_norm(grads, one_pass.norm_type, compiled=compiled)
+        except ShortStorageError as error:
+            raise RuntimeError(_short(work, error)) from error
     host_decides = one_pass.error_if_nonfinite or (not skips and (one_pass.skip_nonfinite or found_inf is not None))
     there = [t for t in (norm, scale, found_inf) if isinstance(t, Tensor) and not t.is_cpu]
     if not there or host_decides or any(g.is_cpu for g in grads):
         return _decide(work, one_pass, norm, scale, found_inf)
     _decide_on_device(work, one_pass, there[0].device, norm, scale, found_inf)
     return True
+
+
+def _short(work: Work, error: ShortStorageError) -> str:
+    for group in work.groups:
+        for p in group["params"]:
+            if p.grad is error.tensor:
+                return f"{work.rule.name}: the gradient of the parameter {place(work, p)} {error}"
+    return str(error)
 
 
 def _decide(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # The types of devices that torch.compile makes good kernels for. Parameters on others are updated eagerly.
 GRAPH_DEVICES = ("cuda", "xpu")
 _KEPT_REASONS = 19  # besides the newest
+_REMEDY = "repair that, or build the optimizer with compiled=False"
 
 
 def _scalar_names(work: Work, choices: list[Group]) -> list[tuple[str, ...]]:
@@ -112,7 +113,14 @@ class Execution:
         if one_pass is None or not work.rule.extras.factor:
             return scaling is None or self._unscale(work, scaling)
         skips = self._may_scale(work) if self.plan is None else self.plan.skips
-        return clipping.begin(work, one_pass, scaling, skips=skips, compiled=bool(self._compiled))
+        compiled = bool(self._compiled) and not self._fallback.reason()
+        if compiled and (self.plan is not None or not self._unavailable(work)):
+            self.begin(work)  # beside what takes the norm
+            try:
+                return clipping.begin(work, one_pass, scaling, skips=skips, compiled=True)
+            except COMPILE_ERRORS as error:
+                self._fallback.give_up(str(error), _REMEDY)
+        return clipping.begin(work, one_pass, scaling, skips=skips, compiled=False)
 
     def _unscale(self, work: Work, scaling: Scaling) -> bool:
         """Divides the gradients by their scale, or leaves that to the launches; False if the step must be skipped."""
@@ -302,7 +310,7 @@ class Execution:
             self._step_otherwise(work, lambda: self._step_in_graphs(work))
             return None
         except COMPILE_ERRORS as error:
-            self.reason = self._fallback.give_up(str(error), "repair that, or build the optimizer with compiled=False")
+            self.reason = self._fallback.give_up(str(error), _REMEDY)
             self._step_otherwise(work, lambda: lists.step(work))
             return None
         if work.scaling is not None and not (plan.skips if work.scaling.grad_scale is None else plan.scales):

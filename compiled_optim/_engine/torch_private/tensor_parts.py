@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,3 +61,24 @@ def local_shard(tensor: Any) -> torch.Tensor:
     shard: Any = tensor._local_tensor
     # The result of a collective may still be under way.
     return shard.trigger_wait() if type(shard).__name__ == "AsyncCollectiveTensor" else shard  # type: ignore[no-any-return]
+
+
+def without_pending_sums(tensor: Any) -> Any:
+    """A DTensor whose placements shard and replicate only. Sums are made on all processes of its mesh."""
+    from torch.distributed.tensor import Replicate
+
+    placements = [Replicate() if p.is_partial() else p for p in tensor.placements]
+    return tensor if placements == [*tensor.placements] else tensor.redistribute(placements=placements)
+
+
+def gathered(value: torch.Tensor, mesh: Any, over: Sequence[bool]) -> torch.Tensor:
+    """The 0-d tensors ``value`` of several processes, as a vector that is the same on each.
+
+    Args:
+        over: for each dimension of the mesh, whether its processes have values of their own and not the same.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placements = [Shard(0) if own else Replicate() for own in over]
+    whole: torch.Tensor = DTensor.from_local(value.reshape(1), mesh, placements).full_tensor()
+    return whole.to(value.device)

@@ -4,6 +4,7 @@
 // dictionaries and dtypes, and takes each address from the live object in the step that uses it.
 #include <memory>
 
+#include "gradients.h"
 #include "step.h"
 
 namespace {
@@ -12,16 +13,6 @@ namespace {
 Plan* plan_of(PyObject* capsule) { return static_cast<Plan*>(PyCapsule_GetPointer(capsule, "compiled_optim.plan")); }
 
 void drop_plan(PyObject* capsule) { delete plan_of(capsule); }
-
-template <class Body>
-PyObject* guarded(Body body) {
-  try {
-    return body();
-  } catch (const std::exception& error) {
-    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
-}
 
 // make(names of the slots, how many of the first are counts): an empty plan.
 PyObject* make(PyObject*, PyObject* args) {
@@ -239,30 +230,6 @@ void launch_all(Plan* plan, const PredictedScalars& scalars) {
   }
 }
 
-// Keeps the memory of tensors while other threads run Python. They may give a tensor another storage, so the storage is
-// held. Resizing a storage would free its memory nevertheless, so it raises until the launch is over.
-class Held {
- public:
-  void hold(const c10::TensorImpl* t) {
-    auto* storage = t->storage().unsafeGetStorageImpl();
-    held_.push_back({t->storage(), storage->resizable()});
-    storage->set_resizable(false);
-  }
-  ~Held() {
-    for (auto& [storage, resizable] : held_)
-      if (resizable) storage.unsafeGetStorageImpl()->set_resizable(true);
-  }
-
- private:
-  std::vector<std::pair<c10::Storage, bool>> held_;
-};
-
-// Lets other threads run Python, and has the lock again when it goes, also where a launch throws.
-struct Unlocked {
-  PyThreadState* thread = PyEval_SaveThread();
-  ~Unlocked() { PyEval_RestoreThread(thread); }
-};
-
 // run(plan, lists of parameters, state, rows, substitutes, contexts): one step. It returns None if it was done. Otherwise
 // nothing was written: a string says why the plan no longer fits; a list names the (group, counts) whose scalars are
 // needed; False says that a row holds objects that are no numbers, because converting them would run Python.
@@ -385,6 +352,8 @@ PyMethodDef methods[] = {{"make", make, METH_VARARGS, nullptr},
                          {"seal", seal, METH_VARARGS, nullptr},
                          {"conflicts", conflicts, METH_VARARGS, nullptr},
                          {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL, nullptr},
+                         {"norm", norm, METH_VARARGS, nullptr},
+                         {"zero", zero, METH_VARARGS, nullptr},
                          {"refusal", refusal, METH_O, nullptr},
                          {"is_whole", is_whole, METH_O, nullptr},
                          {"matches", matches, METH_VARARGS, nullptr},
