@@ -22,6 +22,7 @@ from compiled_optim._engine.one_pass import OnePass
 from compiled_optim._engine.rule import Rule
 from compiled_optim._engine.torch_private import dynamo, optim
 from compiled_optim.around_step import AroundStep
+from compiled_optim.backward import StepsInBackward
 from compiled_optim.declare import Compiled, Flag, Hyper, Number, Switches, Value, flag, number
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _OF_A_RULE = {"update", "scalars", "elementwise", "accepts_sparse", "accepts_den
 
 
 @dataclass_transform(field_specifiers=(number, flag))  # state is no argument
-class _Attributes(AroundStep):
+class _Attributes(AroundStep, StepsInBackward):
     """Attributes that are no fields. Type checkers take those of a subclass for arguments of its constructor."""
 
     # torch.amp.GradScaler sets these around a step if `_step_supports_amp_scaling`
@@ -373,6 +374,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             operators.trace_zero_grad(self, set_to_none)
         else:
             optim.undecorated("zero_grad")(self, set_to_none)
+            if self._execution is not None:
+                self._execution.restart()
 
 
 take_fields(Optimizer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compiled_optim._engine.executions.dispatch import Execution
 from compiled_optim._engine.kernels import cost
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim.optimizer import Optimizer
@@ -50,6 +52,7 @@ class Row:
     milliseconds: float | None = None
 
 
+_SUMMED = ("tensors", "elements", "launches", "bytes", "operations", "milliseconds")
 _COSTS = 3  # how many fields of a row, the last, say what a step costs
 
 
@@ -108,15 +111,22 @@ def explain(optimizer: torch.optim.Optimizer, *, bandwidth: float | None = None)
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     if not optimizer._compiled:
         return Explanation(_eager_rows(everything, "compiled=False"), [])
-    if execution is None or (isinstance(optimizer, Optimizer) and not execution.has_stepped):
+    parts = execution.parts if isinstance(optimizer, Optimizer) and execution is not None else []
+    if execution is None or (isinstance(optimizer, Optimizer) and not any(part.has_stepped for part in parts)):
         return Explanation(_eager_rows(everything, "no step was taken yet"), [])
     if not isinstance(optimizer, Optimizer):  # LBFGS
         rows, k = _eager_rows(everything, execution.reason), execution.kernels
         if not execution.reason:
             rows = [replace(r, execution="lbfgs", kernel=k.name, origin=k.origin, seconds=k.seconds) for r in rows]
         return Explanation(rows, [])
+    rows = [row for part in parts for row in _rows(part, bandwidth)]
+    rebuilt = [why for part in parts for why in part.rebuilt]
+    return Explanation(_summed(rows), rebuilt if len(parts) == 1 else [*dict.fromkeys(rebuilt)])
+
+
+def _rows(execution: Execution, bandwidth: float | None) -> list[Row]:
     if execution.reason:
-        return Explanation(_eager_rows(everything, execution.reason), execution.rebuilt)
+        return _eager_rows(execution.params, execution.reason)
     rows = [
         Row(
             "foreach",
@@ -136,7 +146,21 @@ def explain(optimizer: torch.optim.Optimizer, *, bandwidth: float | None = None)
             rows.append(row if bandwidth is None else _with_cost(row, k.signature, bandwidth))
         for reason in dict.fromkeys(why for _, _, why in execution.plan.elsewhere):
             rows += _eager_rows([p for _, p, why in execution.plan.elsewhere if why == reason], reason)
-    return Explanation(rows, execution.rebuilt)
+    return rows
+
+
+def _summed(rows: list[Row]) -> list[Row]:
+    """One row for what blocks of parameters have in common."""
+    alike: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        alike[tuple(getattr(row, f.name) for f in fields(Row) if f.name not in _SUMMED)].append(row)
+    return [_sum(kind) for kind in alike.values()]
+
+
+def _sum(rows: list[Row]) -> Row:
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in _SUMMED}
+    sums: dict[str, Any] = {name: None if None in column else sum(column) for name, column in columns.items()}
+    return replace(rows[0], **sums)
 
 
 def _with_cost(row: Row, signature: Signature, bandwidth: float) -> Row:

@@ -5,7 +5,9 @@ Everything private is used in compiled_optim/_engine/torch_private/, and by kern
 
 from __future__ import annotations
 
+import functools
 import inspect
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.trace import Signature, trace
-from compiled_optim._engine.torch_private import absent_gpu, dynamo, inductor, optim, tensor_parts, version
+from compiled_optim._engine.torch_private import absent_gpu, backward, dynamo, inductor, optim, tensor_parts, version
 from compiled_optim.algorithms import AdamW
 from compiled_optim.testing import assert_compiles
 
@@ -80,6 +82,42 @@ def test_a_function_runs_outside_graphs_and_its_closure_is_compiled() -> None:
         assert compiled(torch.ones(1)).item() == 33
     assert seen == [(False, False)]
     assert not dynamo.compiles_frames()
+
+
+def note(seen: list[Any], p: torch.Tensor) -> None:
+    seen.append(torch.compiler.is_compiling())
+
+
+@pytest.mark.parametrize("decorate", [lambda function: function, dynamo.skipped], ids=["plain", "skipped"])
+def test_what_a_compiled_function_calls_outside_of_its_graphs_can_be_skipped(decorate: Any) -> None:
+    seen: list[bool] = []
+    p = torch.ones(2, requires_grad=True)
+    hook = decorate(FunctionType(note.__code__.replace(), globals()))
+    p.register_post_accumulate_grad_hook(functools.partial(hook, seen))  # type: ignore[no-untyped-call]
+
+    @torch.compile(backend="eager")
+    def compiled() -> None:
+        torch.autograd.backward(p.square().sum())
+
+    compiled()
+    assert seen == [decorate is not dynamo.skipped]
+
+
+def test_a_backward_pass_has_a_number_and_tells_its_end() -> None:
+    p = torch.ones(2, requires_grad=True)
+    seen: list[Any] = []
+
+    def hook(p: Any) -> None:
+        seen.append(backward.backward_pass())
+        backward.at_its_end(lambda: seen.append([backward.backward_pass(), p.grad.tolist()]))
+
+    p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    assert backward.backward_pass() == -1
+    for _ in range(2):
+        p.sum().backward()  # type: ignore[no-untyped-call]
+    first, second = seen[0], seen[2]
+    assert 0 <= first < second
+    assert seen == [first, [first, [1, 1]], second, [second, [2, 2]]]
 
 
 class Owner(torch.optim.SGD):

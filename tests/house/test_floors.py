@@ -15,7 +15,7 @@ PACKAGE = Path(compiled_optim.__file__).parent
 FLOORS = {
     "front": ("", "__main__", "demo", "graphs", "inspection", "report", "testing"),
     "wings": ("algorithms", "lbfgs", "lr_scheduler", "swa_utils"),
-    "optimizer": ("optimizer", "around_step"),
+    "optimizer": ("optimizer", "around_step", "backward"),
     "in graphs": ("_engine.in_graph",),
     "executions": ("_engine.executions",),
     "kernels": ("_engine.kernels",),

@@ -141,7 +141,7 @@ def _named(work: Work, name: str) -> str:
 
 
 def place(work: Work, p: Tensor) -> str:
-    for i, group in enumerate(work.groups):
+    for i, group in enumerate(work.listed_in or work.groups):
         for j, other in enumerate(group["params"]):
             if other is p:
                 return f"of shape {tuple(p.shape)} at index {j} of param group {i}"

@@ -78,6 +78,24 @@ class Execution:
         self._fallback = Fallback()
         self._lowering = ""
 
+    @property
+    def parts(self) -> list[Execution]:
+        """What takes the steps: this, or an execution for each block of parameters."""
+        return [self]
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [p for group in self._work.groups for p in group["params"]]
+
+    def sibling(self) -> Execution:
+        """Another for the same optimizer, which has the same kernels, and of which nothing is told twice."""
+        other = Execution(self._work.rule, self._compiled)
+        other._fallback, other._kernels = self._fallback, self._kernels
+        return other
+
+    def restart(self) -> None:
+        """Called when gradients are reset."""
+
     def work_on(self, groups: list[dict[str, Any]], state: Any, defaults: dict[str, Any]) -> Work:
         """What a step is taken on, for an optimizer that has these now."""
         work = self._work

@@ -110,6 +110,17 @@ def never_traced(function: Callable[..., T]) -> Callable[..., T]:
     return outside
 
 
+def skipped(function: Callable[..., T]) -> Callable[..., T]:
+    """Keeps ``function``, and all it calls, from being compiled where compiled code calls it outside of its graphs.
+
+    Unlike `never_traced` this costs nothing per call, and Dynamo must not see the call in what it traces.
+    """
+    if not version.missing:
+        code: Any = function.__code__
+        set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
+
+
 def compiles_frames() -> bool:
     """Whether a compiled function called this one outside of its graphs."""
     return not version.missing and callable(get_eval_frame_callback())

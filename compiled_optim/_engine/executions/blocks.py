@@ -1,0 +1,306 @@
+"""Steps taken during the backward pass: each block of parameters as soon as its gradients are there."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from compiled_optim._engine.executions.dispatch import Execution
+from compiled_optim._engine.executions.scaling import Scaling
+from compiled_optim._engine.executions.work import Work
+from compiled_optim._engine.one_pass import OnePass
+from compiled_optim._engine.rule import Rule
+from compiled_optim._engine.torch_private.backward import at_its_end, backward_pass
+from compiled_optim._engine.torch_private.dynamo import skipped
+from compiled_optim._engine.torch_private.streams import raw_stream
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """A parameter of the optimizer.
+
+    Attributes:
+        groups: the indices of its param groups; more than one if it is listed more than once.
+        elements: at least 1, so that what waits can be told from nothing.
+        count: how often its gradient was accumulated in this iteration.
+        has_arrived: whether its gradient is complete and was not used yet.
+        hook: what calls us when a gradient was accumulated.
+    """
+
+    param: Tensor
+    groups: list[int]
+    elements: int
+    count: int = 0
+    has_arrived: bool = False
+    block: Block | None = None
+    hook: RemovableHandle | None = None
+
+
+class Lane:
+    """A device, or a stream of it, on which gradients are accumulated. What is launched there need not wait for them.
+
+    Attributes:
+        open: the block that takes parameters that have none yet.
+        waiting: the elements of gradients that have arrived and are not used yet.
+    """
+
+    def __init__(self, key: Any) -> None:
+        self.key = key
+        self.open: Block | None = None
+        self.waiting = 0
+
+
+class Block:
+    """Parameters that are updated together, by an execution that has only these."""
+
+    def __init__(self, lane: Lane, execution: Execution) -> None:
+        self.lane, self.execution = lane, execution
+        self.take([])
+
+    def take(self, places: list[Place]) -> None:
+        """Has these instead of the present places."""
+        self.places: list[Place] = []
+        self.elements = 0
+        self.arrived = 0  # how many places
+        self._listed: dict[int, list[Tensor]] = defaultdict(list)
+        for place in places:
+            self.add(place)
+
+    def add(self, place: Place) -> None:
+        place.block = self
+        self.places.append(place)
+        self.elements += place.elements
+        self.arrived += place.has_arrived
+        for i in place.groups:
+            self._listed[i].append(place.param)
+
+    def step(self, work: Work) -> None:
+        groups = [{**work.groups[i], "params": params} for i, params in self._listed.items()]
+        part = self.execution.work_on(groups, _State(work.state, self.places), work.defaults)
+        part.listed_in, part.given = work.groups, work.given
+        self.execution.step(part)
+
+
+class _State(dict[Tensor, dict[str, Any]]):
+    """An optimizer's state of some of its parameters. What is made or deleted here, is so there as well."""
+
+    def __init__(self, whole: Any, places: list[Place]) -> None:
+        super().__init__({p: whole[p] for place in places if (p := place.param) in whole})
+        self._whole = whole
+
+    def __missing__(self, p: Tensor) -> dict[str, Any]:
+        inner = self[p] = self._whole[p]
+        return inner  # type: ignore[no-any-return]
+
+    def __delitem__(self, p: Tensor) -> None:
+        super().__delitem__(p)
+        del self._whole[p]
+
+
+class Blocks(Execution):
+    """The execution of an optimizer that steps during the backward pass.
+
+    Blocks are made in the order in which gradients arrive, and are kept: a block is updated when all of its parameters
+    have their gradients, and then frees these. If too many elements wait for others, which happens when gradients
+    arrive in another order or not at all, blocks are split into what has arrived and what has not.
+
+    Args:
+        begin: called at the first gradient of each backward pass; returns what there is to step on, or None if the
+            optimizer is gone.
+        chosen: returns the identities of the parameters to update during the backward pass, or None for all.
+        micro_steps: how often the gradient of a parameter is accumulated before it is complete.
+        elements: a block has at least so many, except the last. About twice as many wait at most.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        compiled: bool | str,
+        begin: Callable[[], Work | None],
+        chosen: Callable[[], set[int] | None],
+        micro_steps: int,
+        elements: int,
+    ) -> None:
+        self._places: dict[int, Place] = {}  # by the identity of the parameter
+        super().__init__(rule, compiled)
+        self._begin, self._chosen, self._micro_steps, self._elements = begin, chosen, micro_steps, elements
+        self._lock = threading.RLock()  # the backward pass has a thread for each device
+        self._pass = -1
+        self._listed: list[list[int]] = []  # the identities of the parameters, by param group
+        self._without_hook: list[Place] = []
+        self._lanes: dict[Any, Lane] = {}
+
+    @property
+    def parts(self) -> list[Execution]:
+        return [block.execution for block in self._blocks()]
+
+    def _blocks(self) -> Iterable[Block]:
+        return dict.fromkeys(place.block for place in self._places.values() if place.block is not None)
+
+    def follow(self, work: Work) -> None:
+        """Looks which parameters there are, and hooks those that can be."""
+        listed = [[*map(id, group["params"])] for group in work.groups]
+        if listed != self._listed:
+            self._listed = listed
+            self._take_places(work)
+        if self._without_hook:
+            hook = functools.partial(_accumulated, weakref.ref(self))
+            for place in self._without_hook:
+                p: Any = place.param  # whose method is not annotated
+                if p.requires_grad:
+                    place.hook = p.register_post_accumulate_grad_hook(hook)
+            self._without_hook = [place for place in self._without_hook if place.hook is None]
+
+    def _take_places(self, work: Work) -> None:
+        before, self._places, self._lanes = self._places, {}, {}
+        for i, group in enumerate(work.groups):
+            for p in group["params"]:
+                place = self._places.setdefault(id(p), Place(p, [], max(1, p.numel())))
+                place.groups.append(i)
+        for key, place in before.items():
+            if key in self._places:
+                self._places[key].count, self._places[key].hook = place.count, place.hook
+            elif place.hook is not None:
+                place.hook.remove()
+        chosen = self._chosen()
+        self._without_hook = [
+            place for key, place in self._places.items() if place.hook is None and (chosen is None or key in chosen)
+        ]
+
+    def remove_hooks(self) -> None:
+        for place in self._places.values():
+            if place.hook is not None:
+                place.hook.remove()
+
+    __del__ = remove_hooks
+
+    def accumulated(self, p: Tensor) -> None:
+        """A gradient was accumulated: updates the block of the parameter if that is whole now."""
+        with self._lock:
+            current = backward_pass()
+            if current != self._pass or current < 0:
+                work = self._begin()
+                if work is None:
+                    return
+                self.follow(work)
+                self._pass = current
+                if current >= 0:
+                    at_its_end(functools.partial(_ended, weakref.ref(self)))
+            place = self._places.get(id(p))
+            if place is None:
+                return
+            place.count += 1
+            if place.count > self._micro_steps:
+                raise RuntimeError(
+                    f"micro_steps must be how often a gradient is accumulated before step(), got {self._micro_steps}, "
+                    f"and that of a parameter of shape {tuple(p.shape)} was accumulated {place.count} times since the "
+                    "last step() or zero_grad()"
+                )
+            if place.count < self._micro_steps:
+                return
+            block = self._arrive(place)
+            lane = block.lane
+            if block.arrived == len(block.places) and (lane.open is not block or block.elements >= self._elements):
+                self._update(block)
+            elif lane.waiting >= 2 * self._elements or current < 0:
+                self._update_all(lane)
+
+    def ended(self) -> None:
+        """A backward pass has ended: updates what still waits."""
+        with self._lock:
+            self._update_all()
+
+    def surround(self, work: Work, one_pass: OnePass | None, scaling: Scaling | None) -> bool:
+        if scaling is not None:
+            raise RuntimeError(
+                "step_in_backward does not support a GradScaler: gradients are used before it can say whether one of "
+                "them overflowed. Remove it, or train in bfloat16, which needs no scaler"
+            )
+        if one_pass is not None:
+            for name in ("max_grad_norm", "skip_nonfinite"):
+                if value := getattr(one_pass, name):
+                    raise ValueError(f"step_in_backward does not support {name}={value!r}: it depends on all gradients")
+            work.given = one_pass.given(1.0)
+        return True
+
+    def step(self, work: Work) -> None:
+        """Updates the parameters that still have a gradient, which stays. The next iteration begins."""
+        with self._lock:
+            self.follow(work)
+            for place in self._places.values():
+                if place.param.grad is not None:
+                    self._arrive(place)
+            self._update_all(free=False)
+            self.restart()
+
+    def restart(self) -> None:
+        with self._lock:
+            for place in self._places.values():
+                place.count, place.has_arrived = 0, False
+            for block in self._blocks():
+                block.arrived = block.lane.waiting = 0
+
+    def _arrive(self, place: Place) -> Block:
+        p, block = place.param, place.block
+        key = (p.device, raw_stream(p.device.index)) if p.is_cuda else p.device
+        if block is not None and block.lane.key != key:
+            block.take([other for other in block.places if other is not place])
+            block = None
+        if block is None:
+            lane = self._lanes.get(key) or self._lanes.setdefault(key, Lane(key))
+            block = lane.open = lane.open or Block(lane, self.sibling())
+            block.add(place)
+        if not place.has_arrived:
+            place.has_arrived = True
+            block.arrived += 1
+            block.lane.waiting += place.elements
+        return block
+
+    def _update_all(self, lane: Lane | None = None, *, free: bool = True) -> None:
+        if not any(each.waiting for each in self._lanes.values()):
+            return
+        for block in self._blocks():
+            if block.arrived and lane in (None, block.lane):
+                self._update(block if block.arrived == len(block.places) else self._split(block), free=free)
+
+    def _split(self, block: Block) -> Block:
+        """Makes a block of what has arrived."""
+        places, arrived = block.places, Block(block.lane, self.sibling())
+        block.take([place for place in places if not place.has_arrived])
+        arrived.take([place for place in places if place.has_arrived])
+        return arrived
+
+    def _update(self, block: Block, *, free: bool = True) -> None:
+        lane = block.lane
+        if lane.open is block:
+            lane.open = None
+        block.step(self._work)
+        lane.waiting -= block.elements
+        block.arrived = 0
+        for place in block.places:
+            place.has_arrived = False
+            if free:
+                place.param.grad = None
+
+
+# A compiled function that calls backward() would otherwise compile what its hooks call.
+@skipped
+def _accumulated(reference: weakref.ref[Blocks], p: Tensor) -> None:
+    blocks = reference()
+    if blocks is not None:
+        blocks.accumulated(p)
+
+
+@skipped
+def _ended(reference: weakref.ref[Blocks]) -> None:
+    blocks = reference()
+    if blocks is not None:
+        blocks.ended()
