@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -201,6 +202,13 @@ def test_inductor_makes_one_serial_loop_and_its_arguments_are_found() -> None:
     assert {i for i in lowered.arguments if i is not None} == set(range(4 + len(signature().scalars)))
     has_flag = version.torch_version() >= (2, 13)
     assert ("inductor_cpu_integer_div_error_flag" in lowered.source) == has_flag, "backends/cpu.py renames this flag"
+
+
+def test_loops_fill_registers_of_the_narrowest_dtype() -> None:
+    mixed = replace(signature(), dtypes=(torch.float32, torch.bfloat16, torch.bfloat16))
+    source = inductor.lower_cpp(trace(mixed), vector_bits=256).source
+    assert "x0+=static_cast<int64_t>(16L)" in source, "TilingSelect.select_tiling no longer decides the loop's step"
+    assert "VectorizedN<float,2>" in source
 
 
 def test_flags_name_headers_that_exist() -> None:

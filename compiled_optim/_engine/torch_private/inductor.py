@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +203,30 @@ def _inductor(settings: dict[str, Any]) -> Iterator[None]:
             cpu_vec_isa.valid_vec_isa_list = stock
 
 
+@contextmanager
+def _whole_registers(dtypes: Iterable[torch.dtype]) -> Iterator[None]:
+    """Lets Inductor's loop take as many elements at a time as the narrowest dtype has in a register. See `alone`.
+
+    Among float32 tensors Inductor fills half of a bfloat16 or float16 register, by way of the stack: a load waits for
+    the stores before it, and kernels took 3 to 6 times as long.
+    """
+    from torch._inductor.codegen.cpp import TilingSelect
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    stock: Any = TilingSelect.select_tiling
+    narrowest = min(dtype.itemsize for dtype in dtypes)
+
+    def select_tiling(self: Any, *args: Any) -> Any:
+        factors, *others = stock(self, *args)
+        return [max(factor, pick_vec_isa().bit_width() // (8 * narrowest)) for factor in factors], *others
+
+    TilingSelect.select_tiling = select_tiling  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        TilingSelect.select_tiling = stock  # type: ignore[method-assign]
+
+
 def lower_cpp(traced: FlatGraph, vector_bits: int | None = None) -> Lowered:
     """Lowers to one serial, vectorised C++ loop. Nothing is compiled and no file is written.
 
@@ -232,7 +256,7 @@ def lower_cpp(traced: FlatGraph, vector_bits: int | None = None) -> Lowered:
 
         def wait(self, scope: dict[str, Any]) -> None: ...
 
-    with alone(), _inductor(settings), warnings.catch_warnings():
+    with alone(), _inductor(settings), _whole_registers(t.dtype for t in traced.inputs), warnings.catch_warnings():
         # Both become float32 as they are loaded. Inductor warns for the sake of kernels that compute in them.
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed", UserWarning)
         return single_kernel(
