@@ -73,7 +73,6 @@ class Execution:
         self._choices: list[Group] = []
         self._options: list[Any] = []  # as read from the param groups
         self._scalar_names: list[tuple[str, ...]] = []  # of each param group
-        self._pairs: list[Counts] = []  # whose scalars the next step is expected to need
         self._kernels: dict[Signature, Kernel] = {}
         self._fallback = Fallback()
         self._lowering = ""
@@ -208,32 +207,24 @@ class Execution:
             why = "a GradScaler came or went"
         plan = self._make_plan(work, why) if why else self.plan
         rest: list[Callable[[], Any]] = []
-        foreseen = True
+        needed: list[Counts] | None = None
         try:
             for _ in range(3):  # at worst the plan is stale, the new one needs other scalars, and then runs
                 if plan is None:
                     return
                 rest = self._prepare_rest(work, plan) if plan.elsewhere or plan.in_graphs else []
-                outcome = plan.run(work, self._rows(work, plan, foreseen))
+                outcome = plan.run(work, self._rows(work, plan, needed))
                 if outcome is None:
                     break
                 if isinstance(outcome, str):
                     plan = self._make_plan(work, outcome)
                 else:
-                    self._pairs, foreseen = outcome, False
+                    needed = outcome
             else:
                 raise RuntimeError(f"a launch plan that was just made does not fit: {outcome}")
         except BaseException:
             self._drop_plan(work)
             raise
-        declaration = work.rule.declaration
-        counted = bool(declaration.counts)
-        # tensors round what is carried, so the next step has to say which values it has
-        pairs = [pair for pair in self._pairs if pair[0] < 0] if declaration.carried else self._pairs
-        self._pairs = [
-            (group, counts if counted and group < 0 else (counts[0] + 1.0 if counted else 2.0,))
-            for group, counts in pairs
-        ]
         for take in rest:
             take()
 
@@ -256,7 +247,6 @@ class Execution:
         if self.plan is not None and self.plan.journal:
             withdraw(work, self.plan.journal)
             self.plan = None
-        self._pairs = []
 
     def _read_options(self, work: Work) -> str | None:
         """Reads the param groups again; why the plan no longer fits, or None."""
@@ -282,12 +272,12 @@ class Execution:
         """The values of a param group; tensors stay what they are where to read them would make the host wait."""
         return self._work.rule.declaration.read(group, keep_tensors=counted_on_device(group))
 
-    def _rows(self, work: Work, plan: Plan, foreseen: bool) -> list[Row]:
-        """The scalars that are asked for; none if they were only ``foreseen`` and not all can be evaluated."""
+    def _rows(self, work: Work, plan: Plan, needed: list[Counts] | None) -> list[Row]:
+        """The scalars that are ``needed``; or else the expected ones, and none unless all can be evaluated."""
         rows: list[Row] = []
         # a placeholder: the kernels find the factor on their device
         there = {} if work.factor is None else {"grad_factor": math.nan}
-        for group, counts in self._pairs:
+        for group, counts in plan.host.expected(plan.native) if needed is None else needed:
             if group < 0:
                 rows.append(plan.device_row(work, group, counts, self._choices))
                 continue
@@ -297,7 +287,7 @@ class Execution:
                     h = h._make([v.item() if isinstance(v, Tensor) else v for v in h])
                 values, after = work.evaluate(h, counts)
             except Exception:
-                if foreseen:  # perhaps nothing is updated in this group
+                if needed is None:  # perhaps nothing is updated in this group
                     return []
                 raise
             if tuple(values) != self._scalar_names[group]:

@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "gradients.h"
-#include "step.h"
+#include "launch.h"
 
 namespace {
 
@@ -24,6 +24,8 @@ PyObject* make(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     auto plan = std::make_unique<Plan>();
     plan->counts = static_cast<size_t>(counts);
+    plan->found.width = plan->expected.width = std::max<size_t>(1, plan->counts);
+    plan->counts_of_row.resize(plan->found.width);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); i++) {
       const char* name = PyUnicode_AsUTF8(PyTuple_GET_ITEM(names, i));
       if (!name) return nullptr;
@@ -206,30 +208,6 @@ PyObject* conflicts(PyObject*, PyObject* args) {
   });
 }
 
-// Whether the launches of a step take so long that it is worth to hold memory and let other threads run Python.
-bool is_long(const Plan* plan) {
-  double share = 0;  // of a long launch
-  auto add = [&](const Launch& launch, const Table& table) {
-    share += static_cast<double>(table.begins.back()) / static_cast<double>(launch.long_elements);
-  };
-  for (const auto& launch : plan->launches) add(launch, launch.table);
-  for (const auto& turn : plan->turns) add(plan->launches[turn.launch], turn.table);
-  return share >= 1;
-}
-
-void launch_all(Plan* plan, const PredictedScalars& scalars) {
-  auto call = [&](const Launch& launch, const Table& table) {
-    if (table.is_idle) return;
-    launch.kernel(static_cast<int64_t>(table.rows.size()), table.cells.data(), table.begins.data(), table.rows.data(),
-                  scalars.table.data(), scalars.addresses.data(), scalars.columns, launch.context);
-  };
-  for (const auto& launch : plan->launches) call(launch, launch.table);
-  for (auto& turn : plan->turns) {
-    if (!turn.copy.empty()) std::copy(turn.gradient.begin, turn.gradient.end, turn.copy.begin());
-    call(plan->launches[turn.launch], turn.table);
-  }
-}
-
 // run(plan, lists of parameters, state, rows, substitutes, contexts): one step. It returns None if it was done. Otherwise
 // nothing was written: a string says why the plan no longer fits; a list names the (group, counts) whose scalars are
 // needed; False says that a row holds objects that are no numbers, because converting them would run Python.
@@ -238,8 +216,6 @@ void launch_all(Plan* plan, const PredictedScalars& scalars) {
 // or float64. `substitutes` lists (parameter, gradient) for gradients that are not taken from the parameter, and
 // (parameter, values, indices) for sparse ones, where the indices are numbers of rows, each once, if the launch is
 // `by_rows`. `contexts` has the last argument of the kernel of each launch, as a number.
-// No Python runs from the first look at a tensor to the last write, except in a long launch, for which memory is held.
-// Holding it in every step would cost 15 us for 100 tensors.
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 6) return PyErr_Format(PyExc_TypeError, "run takes 6 arguments, got %zd", count);
   auto* plan = plan_of(args[0]);
@@ -248,60 +224,29 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
       !PyList_Check(args[4]) || !PyTuple_Check(args[5]))
     return PyErr_Format(PyExc_TypeError, "run takes a sealed plan, a tuple, a dict, two lists and a tuple");
   return guarded([&]() -> PyObject* {
-    FoundCounts found{std::max<size_t>(1, plan->counts)};
-    PredictedScalars scalars{*plan};
-    if (!scalars.read(args[3], found.width)) return nullptr;
-    if (!scalars.are_numbers) Py_RETURN_FALSE;
-    const int64_t recurrent = plan->counts ? static_cast<int64_t>(plan->counts) - 1 : 0;
+    Inputs inputs;
+    if (!inputs.scalars.read(plan, args[3])) return nullptr;
+    if (!inputs.scalars.are_numbers) Py_RETURN_FALSE;
     if (PyTuple_GET_SIZE(args[5]) != static_cast<Py_ssize_t>(plan->launches.size()))
       throw std::invalid_argument("each launch needs a context");
-    SubstituteGrads substitutes;
-    if (!read_substitutes(args[4], substitutes)) throw std::invalid_argument("a substitute must be a tuple of 2 or 3");
-    // from here on no Python runs
-    if (plan->busy) throw std::runtime_error("step() of this optimizer is already running in another thread");
-    for (size_t l = 0; l < plan->launches.size(); l++) {
-      plan->launches[l].context = PyLong_AsVoidPtr(PyTuple_GET_ITEM(args[5], static_cast<Py_ssize_t>(l)));
+    for (Py_ssize_t l = 0; l < PyTuple_GET_SIZE(args[5]); l++) {
+      inputs.contexts.push_back(PyLong_AsVoidPtr(PyTuple_GET_ITEM(args[5], l)));
       if (PyErr_Occurred()) return nullptr;
     }
-    if (!same_params(plan, args[1])) return PyUnicode_FromString("the param groups changed");
-    std::vector<HostCount> counters;
-    const char* why = collect(plan, args[2], substitutes);
-    if (!why) why = tabulate(plan, found, counters);
+    if (!read_substitutes(args[4], inputs.substitutes)) throw std::invalid_argument("a substitute must be a tuple of 2 or 3");
+    for (Py_ssize_t g = 0; g < PyTuple_GET_SIZE(args[1]); g++) inputs.lists.push_back(PyTuple_GET_ITEM(args[1], g));
+    inputs.state = args[2];
+    const char* why = take_step(plan, inputs);
+    if (why == kUnexpected) return as_list(plan->found);
     if (why) return PyUnicode_FromString(why);
-    if (!scalars.fits(found)) return needed(found);
-    const bool release_lock = is_long(plan);
-    Held held;  // destroyed after `busy` is reset, because freeing memory may run Python
-    struct Busy {
-      bool& flag;
-      ~Busy() { flag = false; }
-    } busy{plan->busy};
-    auto each_tensor = [&](auto action) {
-      for (const size_t e : plan->listed) {
-        if (plan->entries[e].idle) continue;
-        const bool reads_gradient = !plan->launches[plan->entries[e].launch].scaled;
-        for (size_t c = 0; c < plan->cells(); c++)
-          if (const auto* t = plan->tensors[e * plan->cells() + c])
-            action(const_cast<c10::TensorImpl*>(t), c == Memory::kGradient && reads_gradient);
-      }
-    };
-    if (release_lock) each_tensor([&](auto* t, bool) { held.hold(t); });
-    plan->busy = true;
-    each_tensor([](auto* t, bool only_read) {
-      if (!only_read) t->bump_version();
-    });
-    if (release_lock) {
-      const Unlocked unlocked;
-      launch_all(plan, scalars);
-    } else {
-      launch_all(plan, scalars);
-    }
-    for (const auto& c : counters) {  // not before: a launch may throw
-      const double* last = scalars.table.data() + scalars.ends[c.row] - recurrent;
-      c.write(c.slot ? last[c.slot - 1] : found.of(c.row)[0]);
-    }
-    for (const size_t e : plan->listed) plan->entries[e].fresh &= plan->entries[e].idle;
     Py_RETURN_NONE;
   });
+}
+
+// expected(plan): the (group, counts) whose scalars the next step needs, if gradients come as in the last.
+PyObject* expected(PyObject*, PyObject* capsule) {
+  const auto* plan = plan_of(capsule);
+  return plan ? as_list(plan->expected) : nullptr;
 }
 
 // refusal(tensor): why no kernel can walk a tensor, or None.
@@ -352,6 +297,7 @@ PyMethodDef methods[] = {{"make", make, METH_VARARGS, nullptr},
                          {"seal", seal, METH_VARARGS, nullptr},
                          {"conflicts", conflicts, METH_VARARGS, nullptr},
                          {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL, nullptr},
+                         {"expected", expected, METH_O, nullptr},
                          {"norm", norm, METH_VARARGS, nullptr},
                          {"zero", zero, METH_VARARGS, nullptr},
                          {"refusal", refusal, METH_O, nullptr},

@@ -1,6 +1,6 @@
 // A launch plan: which kernel updates which parameters, and the tables that each step fills.
 #pragma once
-#include "memory.h"
+#include "counts.h"
 #include "rows.h"
 
 namespace {
@@ -60,7 +60,9 @@ struct Launch {
   bool scaled;                        // the kernel writes to the gradients, too
   uint8_t refused;                    // `Sharing` that it does not take
   size_t cells;                       // of a tensor in its table
-  Table table;                        // filled in each step
+  Table table;                        Counts expected;  // in the next step, if gradients come as in the last
+
+  // filled in each step
   void* context = nullptr;            // set in each step
 };
 
@@ -106,11 +108,17 @@ struct Plan {
   std::vector<Tracked> tracked;  // the keys of the optimizer's state, in its order
   Memory memory;
 
+  Counts expected;  // in the next step, if gradients come as in the last
+
   // filled in each step
   std::vector<PyObject*> slots;                // [entry][slot]
   std::vector<const c10::TensorImpl*> tensors;  // [entry][cell] with the cells of `Memory`
   std::vector<size_t> listed;                  // entries that have a place in a table
   std::vector<Turn> turns;                     // in the order of the entries
+  Counts found;
+  std::vector<HostCount> counters;             // that the host advances
+  std::vector<double> counts_of_row;           // room for one row
+  std::vector<double> next_counts;             // room for all
   TouchedRows touched;                         // by sparse gradients
 
   size_t cells() const { return Memory::kCounts0 + slot_names.size(); }

@@ -25,14 +25,13 @@ bool collect_state(Plan* plan, PyObject* state) {
   return i == plan->tracked.size();
 }
 
-bool same_params(const Plan* plan, PyObject* groups) {
-  if (PyTuple_GET_SIZE(groups) != static_cast<Py_ssize_t>(plan->group_sizes.size())) return false;
+bool same_params(const Plan* plan, const std::vector<PyObject*>& lists) {
+  if (lists.size() != plan->group_sizes.size()) return false;
   size_t at = 0;
-  for (size_t g = 0; g < plan->group_sizes.size(); g++) {
-    PyObject* list = PyTuple_GET_ITEM(groups, g);
-    if (!PyList_Check(list) || PyList_GET_SIZE(list) != plan->group_sizes[g]) return false;
+  for (size_t g = 0; g < lists.size(); g++) {
+    if (!PyList_Check(lists[g]) || PyList_GET_SIZE(lists[g]) != plan->group_sizes[g]) return false;
     for (Py_ssize_t i = 0; i < plan->group_sizes[g]; i++)
-      if (PyList_GET_ITEM(list, i) != plan->entries[at++].param) return false;
+      if (PyList_GET_ITEM(lists[g], i) != plan->entries[at++].param) return false;
   }
   return true;
 }
@@ -165,53 +164,37 @@ const char* collect(Plan* plan, PyObject* state, const SubstituteGrads& substitu
   return nullptr;
 }
 
-// A step count or recurrent scalar in host memory, float or double, and the row that has its new value.
-struct HostCount {
-  Range at;
-  int32_t row;
-  size_t slot;
-
-  double rounded(double value) const { return at.is_float() ? static_cast<float>(value) : value; }
-  double read() const { return at.is_float() ? *reinterpret_cast<const float*>(at.begin) : *as_double(); }
-  void write(double value) const {
-    if (at.is_float()) *reinterpret_cast<float*>(const_cast<char*>(at.begin)) = static_cast<float>(value);
-    else *const_cast<double*>(as_double()) = value;
-  }
-
- private:
-  const double* as_double() const { return reinterpret_cast<const double*>(at.begin); }
-};
-
 // The step count as the parameters before leave it: two parameters may share one.
-double counted(const std::vector<HostCount>& counters, const FoundCounts& found, const HostCount& count) {
-  for (auto c = counters.rbegin(); c != counters.rend(); c++)
-    if (c->slot == 0 && c->at == count.at) return count.rounded(found.of(c->row)[0]);
+double counted(const Plan* plan, const HostCount& count) {
+  for (auto c = plan->counters.rbegin(); c != plan->counters.rend(); c++)
+    if (c->slot == 0 && c->at == count.at) return count.rounded(plan->found.of(c->row)[0]);
   return count.read();
 }
 
-// The row that an entry takes. `counts` has room for those of one row; what the host reads is added to the counters.
-inline int32_t row_of(const Plan* plan, size_t e, bool shares_count, std::vector<double>& counts, FoundCounts& found,
-                      std::vector<HostCount>& counters) {
+// The row that an entry takes. What the host reads for it is added to the counters.
+inline int32_t row_of(Plan* plan, size_t e, bool shares_count) {
   const auto& entry = plan->entries[e];
+  double* counts = plan->counts_of_row.data();
   counts[0] = entry.fresh ? 1 : 2;
   if (plan->launches[entry.launch].on_device) {
-    if (plan->counts) std::fill(counts.begin(), counts.end(), 0);
-    return found.row(plan->code(entry), counts.data());
+    if (plan->counts) std::fill_n(counts, plan->found.width, 0);
+    return plan->found.row(plan->code(entry), counts);
   }
   if (entry.idle) return 0;  // any: a launch of which nothing is updated is left out
   for (size_t c = 0; c < plan->counts; c++) {
     const HostCount count{plan->memory.at(e, Memory::kCounts0 + c), 0, c};
-    counts[c] = shares_count && c == 0 ? counted(counters, found, count) : count.read();
+    counts[c] = shares_count && c == 0 ? counted(plan, count) : count.read();
     counts[c] += c == 0;
   }
-  const int32_t row = found.row(entry.group, counts.data());
-  for (size_t c = 0; c < plan->counts; c++) counters.push_back({plan->memory.at(e, Memory::kCounts0 + c), row, c});
+  const int32_t row = plan->found.row(entry.group, counts);
+  for (size_t c = 0; c < plan->counts; c++) plan->counters.push_back({plan->memory.at(e, Memory::kCounts0 + c), row, c});
   return row;
 }
 
 // Fills the tables of all launches. Returns nullptr, or why the plan no longer fits.
-const char* tabulate(Plan* plan, FoundCounts& found, std::vector<HostCount>& counters) {
-  std::vector<double> counts(found.width);
+const char* tabulate(Plan* plan) {
+  plan->found.clear();
+  plan->counters.clear();
   plan->touched.begin();
   plan->turns.clear();
   for (auto& launch : plan->launches) launch.table.clear();
@@ -220,7 +203,7 @@ const char* tabulate(Plan* plan, FoundCounts& found, std::vector<HostCount>& cou
     const auto& entry = plan->entries[e];
     const auto& launch = plan->launches[entry.launch];
     if (!entry.idle && sharing[e] & launch.refused) return "tensors came to share memory";
-    const int32_t row = row_of(plan, e, sharing[e] & kCounted, counts, found, counters);
+    const int32_t row = row_of(plan, e, sharing[e] & kCounted);
     if (entry.idle) {
       plan->launches[entry.launch].table.add_idle(launch.cells, entry.elements * launch.width, row);
       continue;

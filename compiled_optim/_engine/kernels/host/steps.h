@@ -1,44 +1,15 @@
 // The scalars of a step: one row for each distinct (param group, counts). The counts of a parameter are its step count
 // and its recurrent scalars. A launch on a device has a row for each of its param groups (see `Plan::code`).
 #pragma once
-#include <cstring>
-#include <unordered_map>
-
 #include "plan.h"
 
 namespace {
 
-// The distinct (param group or code, counts) that are found in a step.
-struct FoundCounts {
-  size_t width;                 // of one row: the step count after this step, then the recurrent scalars before it
-  std::vector<int> groups;      // [row]
-  std::vector<double> counts;   // [row][width]
-  std::unordered_map<std::string, int32_t> seen;  // by bytes, because NaN does not equal itself
-
-  const double* of(size_t row) const { return counts.data() + row * width; }
-  bool is(size_t row, int group, const double* values) const {
-    return groups[row] == group && !std::memcmp(of(row), values, width * sizeof(double));
-  }
-  int32_t row(int group, const double* values) {
-    const auto rows = static_cast<int32_t>(groups.size());
-    if (rows && is(rows - 1, group, values)) return rows - 1;
-    std::string key(reinterpret_cast<const char*>(&group), sizeof group);
-    key.append(reinterpret_cast<const char*>(values), width * sizeof(double));
-    auto [at, is_new] = seen.try_emplace(std::move(key), rows);
-    if (is_new) {
-      groups.push_back(group);
-      counts.insert(counts.end(), values, values + width);
-    }
-    return at->second;
-  }
-};
-
 // The scalars that Python evaluated for the counts it expects. The new recurrent scalars are at the end of each row that
 // the host counts. Rows are padded to the width of the longest.
 struct PredictedScalars {
-  const Plan& plan;
-  std::vector<int> groups;
-  std::vector<double> counts, table;
+  Counts rows;
+  std::vector<double> table;
   std::vector<const void*> addresses;  // instead of numbers in the table
   std::vector<size_t> ends;            // of rows in the table, without padding
   int64_t columns = 0;
@@ -46,20 +17,16 @@ struct PredictedScalars {
   bool are_numbers = true;  // if not, reading stopped there
 
   // False on a Python error. Runs no Python.
-  bool read(PyObject* rows, size_t width) {
-    for (Py_ssize_t r = 0; r < PyList_GET_SIZE(rows); r++) {
-      PyObject* row = PyList_GET_ITEM(rows, r);
+  bool read(const Plan* plan, PyObject* list) {
+    rows.width = plan->found.width;
+    for (Py_ssize_t r = 0; r < PyList_GET_SIZE(list); r++) {
+      PyObject* row = PyList_GET_ITEM(list, r);
       if (PyTuple_Check(row) && PyTuple_GET_SIZE(row) == 3 && PyTuple_Check(PyTuple_GET_ITEM(row, 2)))
         columns = std::max<int64_t>(columns, PyTuple_GET_SIZE(PyTuple_GET_ITEM(row, 2)));
     }
-    for (Py_ssize_t r = 0; r < PyList_GET_SIZE(rows); r++)
-      if (!read_row(PyList_GET_ITEM(rows, r), width)) return false;
+    for (Py_ssize_t r = 0; r < PyList_GET_SIZE(list); r++)
+      if (!read_row(plan, PyList_GET_ITEM(list, r))) return false;
     return true;
-  }
-
-  bool fits(const FoundCounts& found) const {
-    return groups == found.groups &&
-           (counts.empty() || !std::memcmp(counts.data(), found.counts.data(), counts.size() * sizeof(double)));
   }
 
  private:
@@ -86,7 +53,8 @@ struct PredictedScalars {
     return tagged(t->const_data_ptr(), t->scalar_type() == at::kFloat);
   }
 
-  bool read_row(PyObject* row, size_t width) {
+  bool read_row(const Plan* plan, PyObject* row) {
+    const size_t width = rows.width;
     int group;
     PyObject *given, *values;
     if (!PyTuple_Check(row)) {
@@ -99,36 +67,36 @@ struct PredictedScalars {
       PyErr_Format(PyExc_ValueError, "a row must have %zu counts, got %zd", width, PyTuple_GET_SIZE(given));
       return false;
     }
-    const Launch* launch = plan.launch_of(group);
+    const Launch* launch = plan->launch_of(group);
     if (!launch && found < static_cast<Py_ssize_t>(width) - 1) {
       PyErr_Format(PyExc_ValueError, "a row must have %zu recurrent scalars, got %zd values", width - 1, found);
       return false;
     }
-    groups.push_back(group);
-    if (!append(counts, given)) return false;
+    rows.groups.push_back(group);
+    if (!append(rows.values, given)) return false;
     if (!are_numbers) {
       PyErr_SetString(PyExc_TypeError, "counts must be numbers");
       return false;
     }
     if (!append(table, values, launch)) return false;
     ends.push_back(table.size());
-    table.resize(groups.size() * columns);
+    table.resize(rows.rows() * columns);
     addresses.resize(table.size());
     return true;
   }
 };
 
-// [(group, counts), ...], whose scalars are needed; nullptr on a Python error.
-PyObject* needed(const FoundCounts& found) {
+// [(group, counts), ...]; nullptr on a Python error.
+PyObject* as_list(const Counts& counts) {
   PyObject* list = PyList_New(0);
-  for (size_t r = 0; list && r < found.groups.size(); r++) {
-    PyObject* counts = PyTuple_New(static_cast<Py_ssize_t>(found.width));
-    for (size_t i = 0; counts && i < found.width; i++) {
-      PyObject* number = PyFloat_FromDouble(found.of(r)[i]);
-      if (!number) Py_CLEAR(counts);
-      else PyTuple_SET_ITEM(counts, static_cast<Py_ssize_t>(i), number);
+  for (size_t r = 0; list && r < counts.rows(); r++) {
+    PyObject* values = PyTuple_New(static_cast<Py_ssize_t>(counts.width));
+    for (size_t i = 0; values && i < counts.width; i++) {
+      PyObject* number = PyFloat_FromDouble(counts.of(r)[i]);
+      if (!number) Py_CLEAR(values);
+      else PyTuple_SET_ITEM(values, static_cast<Py_ssize_t>(i), number);
     }
-    PyObject* pair = counts ? Py_BuildValue("iN", found.groups[r], counts) : nullptr;  // which takes `counts`
+    PyObject* pair = values ? Py_BuildValue("iN", counts.groups[r], values) : nullptr;  // which takes `values`
     if (!pair || PyList_Append(list, pair) < 0) Py_CLEAR(list);
     Py_XDECREF(pair);
   }
