@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import ParamsT
 from typing_extensions import dataclass_transform
 
@@ -183,6 +184,13 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         Raises:
             CompileError: in strict mode, if the step cannot be compiled although it was to be.
         """
+        if closure is None and not is_dynamo_compiling():
+            execution = self._execution
+            if execution is not None and execution.quick(self):
+                self._opt_called = True
+                if self._attached is not None:
+                    self._attached.advance()
+                return None
         if torch.compiler.is_compiling():
             return operators.trace_step(self) if closure is None else operators.trace_closure(self, closure)
         if closure is not None and dynamo.compiles_frames():  # the closure broke the graph

@@ -100,6 +100,13 @@ class Declaration:
         self.numbers = tuple(n for n, field in names if isinstance(field, Number))  # as rules name them
         self._numbers_at = [i for i, (_, field) in enumerate(names) if isinstance(field, Number)]
         self._switches_at = [i for i, (_, field) in enumerate(names) if field.switch]
+        # As the host module reads them: see `quick` in host.cpp.
+        self.layout = tuple(
+            [
+                (k, len(v.default) if isinstance(v.default, tuple) else 0, isinstance(v, Number), v.switch)
+                for k, v in self.options.items()
+            ]
+        )
         # Positions of tuples, such as betas; the last comes first, so that spreading one does not move the others.
         self._tuples_at = [i for i, f in enumerate(self.options.values()) if isinstance(f.default, tuple)][::-1]
 

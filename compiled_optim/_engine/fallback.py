@@ -82,3 +82,8 @@ class Fallback:
 def switched_off() -> str:
     """Why nothing is to be compiled now, or an empty string."""
     return dynamo.compiling_disabled() or ("COMPILED_OPTIM_DISABLE=1" if settings.disabled() else "")
+
+
+def watched() -> tuple[tuple[Any, ...], ...]:
+    """Where the host module sees that nothing is `switched_off`: see `quick` in host.cpp."""
+    return *dynamo.watched(), *settings.watched("TORCH_COMPILE_DISABLE", "COMPILED_OPTIM_DISABLE")

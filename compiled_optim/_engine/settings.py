@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger("compiled_optim")
 
@@ -56,6 +57,12 @@ def cache_limit() -> int:
 def disabled() -> bool:
     """Whether every optimizer steps eagerly, whatever it was asked for (`COMPILED_OPTIM_DISABLE`)."""
     return _switch("COMPILED_OPTIM_DISABLE", default=False)
+
+
+def watched(*variables: str) -> tuple[tuple[Any, ...], ...]:
+    """Where the host module sees that environment variables are not set: see `quick` in host.cpp."""
+    environ: Any = os.environ
+    return (vars(os), "environ", environ), *((environ._data, environ.encodekey(v), None) for v in variables)
 
 
 def strict() -> bool:

@@ -32,7 +32,7 @@ BUDGETS = {
     "compiled_optim/_engine/in_graph": 460,
     "compiled_optim/_engine/kernels": 640,
     "compiled_optim/_engine/kernels/backends": 530,
-    "compiled_optim/_engine/kernels/host": 1670,
+    "compiled_optim/_engine/kernels/host": 1980,
     "compiled_optim/_engine/torch_private": 650,
     "compiled_optim/algorithms": 430,
     "compiled_optim/lbfgs": 620,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from compiled_optim._engine.declaration import Group
-from compiled_optim._engine.executions import clipping, dtensors, lists
+from compiled_optim._engine.executions import clipping, dtensors, lists, quick
 from compiled_optim._engine.executions.checks import refuse
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, expected, make_plan
 from compiled_optim._engine.executions.memory import Memory
@@ -60,13 +60,16 @@ def _prepare_graphs(
 class Execution:
     """How one optimizer steps. It holds no reference to the optimizer, and a copy of that makes its own.
 
-    ``reason``: why the last step ran eagerly, if it did; ``rebuilt``: why the last plans were made.
+    ``quick``: takes the next step if nothing but values changed since the last. ``reason``: why the last step ran
+    eagerly, if it did; ``rebuilt``: why the last plans were made.
     """
 
     def __init__(self, rule: Rule, compiled: bool | str) -> None:
         self._work = Work(rule, [], {}, {}, Memory())
         self._compiled = compiled
         self.plan: Plan | None = None
+        self.quick: quick.QuickStep = quick.never
+        self._offered: quick.QuickStep = quick.never  # from the next launch on
         self.graphs: list[ListGraph] = []
         self.reason = ""
         self.rebuilt: list[str] = []
@@ -108,6 +111,7 @@ class Execution:
             return
         self.reason = self._fallback.reason() or self._unavailable(work)
         if self.reason:
+            self.quick = quick.never
             self._step_otherwise(work, lambda: lists.step(work))
             return
         self._lowering = self._lowering or self._choose_lowering(work)
@@ -225,6 +229,7 @@ class Execution:
         except BaseException:
             self._drop_plan(work)
             raise
+        self.quick = self._offered
         for take in rest:
             take()
 
@@ -300,6 +305,7 @@ class Execution:
         """None if the step was done otherwise, or is skipped."""
         self._drop_plan(work)
         self.plan, self.graphs = None, []
+        self.quick = self._offered = quick.never
         refuse(work, self._choices)
         if work.substitutes is None:
             work.substitutes = dtensors.redistributed(work)
@@ -326,6 +332,7 @@ class Execution:
             self._drop_plan(work)
             taken = unscale(work.groups, scaling)
             return self._make_plan(work, "gradients are divided by their scale before a launch") if taken else None
+        self._offered = quick.offer(work, plan, self._choices, self._scalar_names)
         self.rebuilt = [*self.rebuilt[-_KEPT_REASONS:], why]
         for launch in plan.launches:  # explain tells where a kernel came from when it was first used
             launch.kernel = self._kernels.setdefault(launch.kernel.signature, launch.kernel)

@@ -53,6 +53,14 @@ def compiling_disabled() -> str | None:
     return f'torch.compiler.set_stance("{stance}")' if stance in ("force_eager", "eager_on_recompile") else None
 
 
+def watched() -> tuple[tuple[Any, ...], ...]:
+    """Where the host module sees that nothing compiles and torch was not told not to: see `quick` in host.cpp."""
+    return (
+        (vars(torch.compiler), "_is_compiling_flag", False),
+        (sys.modules, "torch._dynamo.eval_frame", "_stance", "stance", "default"),
+    )
+
+
 @contextmanager
 def outside_modes() -> Iterator[None]:
     """Leaves all modes that the caller has entered: inference, default device, autocast, fake tensors, transforms."""

@@ -34,6 +34,13 @@ def undecorated(name: str) -> Callable[..., Any]:
     return method
 
 
+# Where a step finds hooks: attributes of the optimizer, and the dictionaries of those of all optimizers.
+HOOKS: tuple[Any, ...] = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+HOOKS += () if version.missing else (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+# Whether a profiler has to be told of a step.
+is_profiled: Callable[[], bool] = _missing if version.missing else _profiler_enabled
+
+
 def step_has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a hook is to run before or after a step."""
     return bool(
@@ -47,4 +54,4 @@ def step_has_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a hook or a profiler has to be told of a step."""
-    return step_has_hooks(optimizer) or _profiler_enabled()
+    return step_has_hooks(optimizer) or is_profiled()

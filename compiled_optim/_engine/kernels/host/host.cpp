@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "gradients.h"
-#include "launch.h"
+#include "quick.h"
 
 namespace {
 
@@ -234,7 +234,7 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
       if (PyErr_Occurred()) return nullptr;
     }
     if (!read_substitutes(args[4], inputs.substitutes)) throw std::invalid_argument("a substitute must be a tuple of 2 or 3");
-    for (Py_ssize_t g = 0; g < PyTuple_GET_SIZE(args[1]); g++) inputs.lists.push_back(PyTuple_GET_ITEM(args[1], g));
+    for (Py_ssize_t g = 0; g < PyTuple_GET_SIZE(args[1]); g++) inputs.lists.push_back(Owned::borrowed(PyTuple_GET_ITEM(args[1], g)));
     inputs.state = args[2];
     const char* why = take_step(plan, inputs);
     if (why == kUnexpected) return as_list(plan->found);
@@ -247,6 +247,49 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* expected(PyObject*, PyObject* capsule) {
   const auto* plan = plan_of(capsule);
   return plan ? as_list(plan->expected) : nullptr;
+}
+
+// quick(plan, absent, empty, observed, watched, owner, update, evaluate, hyper_type, options, groups, contexts): a function
+// that takes one step of an optimizer in one call, or returns False and leaves it to `run`.
+//   absent: names of attributes that the optimizer must not have; empty: dicts, or names of its attributes that are dicts,
+//     which must be empty; observed(): must be False.
+//   watched: [(dict, key, attribute, ..., value)]: this value must be found there, or nothing.
+//   owner: the class of the rule. Its `update` must be this one.
+//   evaluate(hyper, counts): the scalars and the recurrent scalars of a rule that has some; None for others.
+//   hyper_type: of the hyperparameters; options: [(name, how many values of a hyper_type it is, or 0 for one that is no
+//     tuple, whether it is a number, whether it is a switch)] in their order.
+//   groups: [(switches, names of the scalars)] by param group.
+//   contexts: what returns the context of each launch.
+// All lists are tuples.
+PyObject* quick(PyObject*, PyObject* args) {
+  static PyMethodDef method = {"quick_step", quick_step, METH_O, nullptr};
+  auto quick = std::make_unique<Quick>();
+  PyObject* plan;
+  if (!PyArg_ParseTuple(args, "OO!O!OO!OOOO!O!O!O!", &plan, &PyTuple_Type, &quick->absent, &PyTuple_Type, &quick->empty,
+                        &quick->observed, &PyTuple_Type, &quick->watched, &quick->owner, &quick->update, &quick->evaluate,
+                        &PyType_Type, &quick->hyper_type, &PyTuple_Type, &quick->options, &PyTuple_Type, &quick->groups,
+                        &PyTuple_Type, &quick->contexts) ||
+      !(quick->plan = plan_of(plan)))
+    return nullptr;
+  return guarded([&]() -> PyObject* {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(quick->options); i++) {
+      const char* name;
+      Py_ssize_t parts;
+      int is_number, is_switch;
+      PyObject* option = PyTuple_GET_ITEM(quick->options, i);
+      if (!PyTuple_Check(option)) throw std::invalid_argument("an option must be a tuple");
+      if (!PyArg_ParseTuple(option, "snpp", &name, &parts, &is_number, &is_switch)) return nullptr;
+      for (Py_ssize_t p = 0; p < std::max<Py_ssize_t>(1, parts); p++) {
+        quick->is_number.push_back(is_number);
+        quick->is_switch.push_back(is_switch);
+      }
+    }
+    const Owned capsule(PyCapsule_New(quick.get(), "compiled_optim.quick", drop_quick));
+    if (!capsule) return nullptr;
+    quick.release();
+    const Owned self(PyTuple_Pack(2, capsule.get(), args));
+    return self ? PyCFunction_New(&method, self) : nullptr;
+  });
 }
 
 // refusal(tensor): why no kernel can walk a tensor, or None.
@@ -297,6 +340,7 @@ PyMethodDef methods[] = {{"make", make, METH_VARARGS, nullptr},
                          {"seal", seal, METH_VARARGS, nullptr},
                          {"conflicts", conflicts, METH_VARARGS, nullptr},
                          {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL, nullptr},
+                         {"quick", quick, METH_VARARGS, nullptr},
                          {"expected", expected, METH_O, nullptr},
                          {"norm", norm, METH_VARARGS, nullptr},
                          {"zero", zero, METH_VARARGS, nullptr},

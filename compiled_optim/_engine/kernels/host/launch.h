@@ -44,11 +44,18 @@ void count(Plan* plan, const PredictedScalars& scalars) {
 
 // What a step is taken on. Nothing here may die before it is over.
 struct Inputs {
-  std::vector<PyObject*> lists;  // of parameters, by param group
+  std::vector<Owned> lists;  // of parameters, by param group
   PyObject* state;
   SubstituteGrads substitutes;
-  std::vector<void*> contexts;   // of the launches
+  std::vector<void*> contexts;  // of the launches
   PredictedScalars scalars;
+
+  void clear() {
+    lists.clear();
+    substitutes.clear();
+    contexts.clear();
+    scalars.clear();
+  }
 };
 
 // What a step returns that needs other scalars, those of `Plan::found`.

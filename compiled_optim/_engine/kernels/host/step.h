@@ -25,13 +25,14 @@ bool collect_state(Plan* plan, PyObject* state) {
   return i == plan->tracked.size();
 }
 
-bool same_params(const Plan* plan, const std::vector<PyObject*>& lists) {
+bool same_params(const Plan* plan, const std::vector<Owned>& lists) {
   if (lists.size() != plan->group_sizes.size()) return false;
   size_t at = 0;
   for (size_t g = 0; g < lists.size(); g++) {
-    if (!PyList_Check(lists[g]) || PyList_GET_SIZE(lists[g]) != plan->group_sizes[g]) return false;
+    PyObject* list = lists[g];
+    if (!PyList_Check(list) || PyList_GET_SIZE(list) != plan->group_sizes[g]) return false;
     for (Py_ssize_t i = 0; i < plan->group_sizes[g]; i++)
-      if (PyList_GET_ITEM(lists[g], i) != plan->entries[at++].param) return false;
+      if (PyList_GET_ITEM(list, i) != plan->entries[at++].param) return false;
   }
   return true;
 }

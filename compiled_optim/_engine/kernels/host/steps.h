@@ -16,6 +16,14 @@ struct PredictedScalars {
 
   bool are_numbers = true;  // if not, reading stopped there
 
+  void clear() {
+    rows.clear();
+    table.clear();
+    addresses.clear();
+    ends.clear();
+    columns = 0;
+  }
+
   // False on a Python error. Runs no Python.
   bool read(const Plan* plan, PyObject* list) {
     rows.width = plan->found.width;
@@ -24,7 +32,7 @@ struct PredictedScalars {
       if (PyTuple_Check(row) && PyTuple_GET_SIZE(row) == 3 && PyTuple_Check(PyTuple_GET_ITEM(row, 2)))
         columns = std::max<int64_t>(columns, PyTuple_GET_SIZE(PyTuple_GET_ITEM(row, 2)));
     }
-    for (Py_ssize_t r = 0; r < PyList_GET_SIZE(list); r++)
+    for (Py_ssize_t r = 0; are_numbers && r < PyList_GET_SIZE(list); r++)
       if (!read_row(plan, PyList_GET_ITEM(list, r))) return false;
     return true;
   }

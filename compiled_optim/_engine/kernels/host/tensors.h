@@ -1,8 +1,8 @@
 // Reading torch's tensors from C++ without pybind11: what a tensor is, whether a kernel can walk it, where it lies.
 #pragma once
-#include <Python.h>
-
 #include <ATen/core/TensorBase.h>
+
+#include "objects.h"
 
 namespace {
 
@@ -104,6 +104,11 @@ bool is_whole(const c10::TensorImpl* t) { return is_whole(t, reach(t), static_ca
 bool is_number(const at::TensorBase* t, const Plain& plain) {
   return t && plain(t->unsafeGetTensorImpl()) && t->numel() == 1 &&
          (t->scalar_type() == at::kFloat || t->scalar_type() == at::kDouble);
+}
+
+double number_of(const at::TensorBase* t) {
+  const void* data = t->const_data_ptr();
+  return t->scalar_type() == at::kFloat ? *static_cast<const float*>(data) : *static_cast<const double*>(data);
 }
 
 // The address of such a number; its lowest bit tells that it is a float32.
