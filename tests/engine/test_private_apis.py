@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+import torch._dynamo.eval_frame
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.trace import Signature, trace
@@ -54,6 +55,25 @@ def test_hooks_of_optimizers_are_where_they_were() -> None:
     optimizer.register_step_post_hook(lambda *_: None)
     assert optim.step_is_observed(optimizer)
     assert callable(torch.optim.Optimizer.profile_hook_step)
+
+
+def test_a_quick_step_finds_hooks_and_switches_where_they_were() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+
+    def hooks() -> list[Any]:
+        return [vars(optimizer)[it] if isinstance(it, str) else it for it in optim.HOOKS]
+
+    assert not any(hooks())
+    handles = [register_optimizer_step_pre_hook(print), register_optimizer_step_post_hook(print)]
+    handles += [optimizer.register_step_pre_hook(print), optimizer.register_step_post_hook(print)]
+    assert all(hooks())
+    for handle in handles:
+        handle.remove()
+    for found, key, *attributes, value in dynamo.watched():
+        found = found[key]
+        for name in attributes:
+            found = getattr(found, name)
+        assert found is value, f"{key} is not {value}: quick steps are none"
 
 
 def test_profiler_state_can_be_asked() -> None:
