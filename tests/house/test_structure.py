@@ -25,15 +25,15 @@ def test_no_file_over_400_lines(file: Path) -> None:
 
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
-    "compiled_optim": 1340,
+    "compiled_optim": 1350,
     "compiled_optim/_engine": 800,
     "compiled_optim/_engine/cache": 640,
-    "compiled_optim/_engine/executions": 2310,
+    "compiled_optim/_engine/executions": 2340,
     "compiled_optim/_engine/in_graph": 460,
     "compiled_optim/_engine/kernels": 640,
     "compiled_optim/_engine/kernels/backends": 530,
     "compiled_optim/_engine/kernels/host": 1980,
-    "compiled_optim/_engine/torch_private": 650,
+    "compiled_optim/_engine/torch_private": 660,
     "compiled_optim/algorithms": 430,
     "compiled_optim/lbfgs": 620,
     "compiled_optim/lr_scheduler": 1030,
