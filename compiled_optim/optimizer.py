@@ -380,7 +380,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         """Resets the gradients, as in torch.optim."""
         if torch.compiler.is_compiling():
             operators.trace_zero_grad(self, set_to_none)
-        else:
+        elif set_to_none or self._execution is None or not self._execution.zero_gradients(self.param_groups):
             optim.undecorated("zero_grad")(self, set_to_none)
             if self._execution is not None:
                 self._execution.restart()

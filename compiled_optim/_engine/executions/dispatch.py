@@ -18,13 +18,13 @@ from compiled_optim._engine.executions.scaling import Scaling, unscale
 from compiled_optim._engine.executions.state import counted_on_device, withdraw
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.fallback import COMPILE_ERRORS, Fallback
-from compiled_optim._engine.kernels import registry
+from compiled_optim._engine.kernels import gradients, registry
 from compiled_optim._engine.kernels.backends import backend_of
 from compiled_optim._engine.kernels.registry import Kernel
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.one_pass import OnePass
 from compiled_optim._engine.rule import Rule, first_scalars
-from compiled_optim._engine.torch_private import inductor, version
+from compiled_optim._engine.torch_private import inductor, optim, version
 
 if TYPE_CHECKING:
     from compiled_optim._engine.executions.traced_lists import ListGraph
@@ -142,6 +142,24 @@ class Execution:
             except COMPILE_ERRORS as error:
                 self._fallback.give_up(str(error), _REMEDY)
         return clipping.begin(work, one_pass, scaling, skips=skips, compiled=False)
+
+    def zero_gradients(self, groups: list[dict[str, Any]]) -> bool:
+        """Sets gradients to zero, those in host memory in one pass; False if nothing was done, as none was launched."""
+        launched = self.plan is not None and any(launch.device.type == "cpu" for launch in self.plan.launches)
+        if not launched or self._fallback.reason() or optim.is_profiled():
+            return False
+        try:
+            others = gradients.zero([p.grad for group in groups for p in group["params"] if p.grad is not None])
+        except COMPILE_ERRORS as error:
+            self._fallback.give_up(str(error), _REMEDY)
+            return False
+        for grad in others:  # as torch.optim does
+            if grad.grad_fn is not None:
+                grad.detach_()
+            else:
+                grad.requires_grad_(False)
+            grad.zero_()
+        return True
 
     def _unscale(self, work: Work, scaling: Scaling) -> bool:
         """Divides the gradients by their scale, or leaves that to the launches; False if the step must be skipped."""

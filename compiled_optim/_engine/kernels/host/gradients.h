@@ -30,6 +30,12 @@ Numbers numbers_of(const c10::TensorImpl* t) {
   }
 }
 
+// Whether autograd has to know when a tensor is written, beside the version.
+bool is_followed(const at::TensorBase& tensor) {
+  const auto* t = tensor.unsafeGetTensorImpl();
+  return t->requires_grad() || reinterpret_cast<const at::TensorBase&>(t->_fw_grad(0, tensor)).defined();
+}
+
 // The tensors that one pass takes, laid end to end, and a list of those that it does not take.
 struct Walk {
   std::vector<char*> data;
@@ -50,7 +56,7 @@ struct Walk {
       const auto* tensor = unpack(item);
       const auto* t = tensor && tensor->defined() ? tensor->unsafeGetTensorImpl() : nullptr;
       const bool dense = t && in_memory(t) && t->is_cpu() && t->is_non_overlapping_and_dense();
-      if (dense && add(t)) tensors.push_back(t);
+      if (dense && add(*tensor, t)) tensors.push_back(t);
       else if (PyList_Append(others, item) < 0) return false;
     }
     return true;
@@ -78,7 +84,7 @@ PyObject* norm(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     Walk walk;
     std::vector<int8_t> types;
-    const bool collected = walk.collect(list, [&](const c10::TensorImpl* t) {
+    const bool collected = walk.collect(list, [&](const at::TensorBase&, const c10::TensorImpl* t) {
       const auto numbers = numbers_of(t);
       const int64_t itemsize = numbers.itemsize * numbers.width;
       if (!numbers.width || (largest && numbers.width > 1) || !is_whole(t, t->numel(), itemsize)) return false;
@@ -97,8 +103,8 @@ PyObject* norm(PyObject*, PyObject* args) {
   });
 }
 
-// zero(tensors, address of the function, threads, bytes of a long pass): sets those to zero that can be written here and
-// that autograd does not follow; returns a list of the others.
+// zero(tensors, address of the function, threads, bytes of a long pass): sets those to zero that can be written here;
+// returns a list of the others.
 PyObject* zero(PyObject*, PyObject* args) {
   PyObject* list;
   unsigned long long function;
@@ -107,9 +113,9 @@ PyObject* zero(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "O!KiL", &PyList_Type, &list, &function, &threads, &long_bytes)) return nullptr;
   return guarded([&]() -> PyObject* {
     Walk walk;
-    const bool collected = walk.collect(list, [&](const c10::TensorImpl* t) {
+    const bool collected = walk.collect(list, [&](const at::TensorBase& tensor, const c10::TensorImpl* t) {
       const auto itemsize = static_cast<int64_t>(t->itemsize());
-      if (!on_host(t) || t->autograd_meta() || !is_whole(t, t->numel(), itemsize)) return false;
+      if (!on_host(t) || is_followed(tensor) || !is_whole(t, t->numel(), itemsize)) return false;
       walk.data.push_back(const_cast<char*>(range(t, t->numel(), itemsize, false).begin));
       walk.begins.push_back(walk.begins.back() + t->numel() * itemsize);
       return true;
