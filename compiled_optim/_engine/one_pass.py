@@ -13,6 +13,8 @@ from torch import Tensor
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 _EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
+RANDOM_NUMBERS = 1 << 24  # that a step can have, each exact in float32
+_SEED_FACTOR = 0x5851F42D4C957F2D  # so that seeds in a row begin far apart
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,7 +28,7 @@ class Extras(NamedTuple):
     Attributes:
         factor: whether gradients are multiplied by a number that each step has anew.
         ema, master: whether there is an average, and a float32 master of half-precision parameters.
-        seed: of stochastic rounding, or None.
+        rounding: whether bfloat16 parameters are rounded at random.
         state_dtype: of the moments, or None for the dtype that they have by default.
         counts: whether steps are counted even if the algorithm itself needs no count.
     """
@@ -34,14 +36,14 @@ class Extras(NamedTuple):
     factor: bool = False
     ema: bool = False
     master: bool = False
-    seed: int | None = None
+    rounding: bool = False
     state_dtype: torch.dtype | None = None
     counts: bool = False
 
     @property
     def numbers(self) -> tuple[str, ...]:
         """What each step is given beside the hyperparameters."""
-        return ("grad_factor",) * self.factor + ("ema_decay",) * self.ema
+        return ("grad_factor",) * self.factor + ("ema_decay",) * self.ema + ("rounding_seed",) * self.rounding
 
     @property
     def any(self) -> bool:
@@ -54,7 +56,7 @@ class Extras(NamedTuple):
         return self.state_dtype or (arithmetic_dtype(dtype) if self.master else dtype)
 
     def __str__(self) -> str:
-        words = {"factor": self.factor, "ema": self.ema, "master": self.master, "rounded": self.seed is not None}
+        words = {"factor": self.factor, "ema": self.ema, "master": self.master, "rounded": self.rounding}
         return ", ".join(word for word, on in words.items() if on)
 
 
@@ -111,16 +113,16 @@ class OnePass:
 
     @property
     def extras(self) -> Extras:
-        seed = None if self.stochastic_rounding is False else int(self.stochastic_rounding)
+        rounding = self.stochastic_rounding is not False
         return Extras(
             # with an average alone, for the sake of a GradScaler
             factor=self.needs_norm or self.ema_decay is not None,
             ema=self.ema_decay is not None,
             master=bool(self.master_weights),
-            seed=seed,
+            rounding=rounding,
             state_dtype=self.state_dtype,
             # a step that a device skips is not counted, so that the host cannot tell which was the first
-            counts=seed is not None or self.ema_decay is not None or self.skip_nonfinite,
+            counts=rounding or self.ema_decay is not None or self.skip_nonfinite,
         )
 
     @property
@@ -141,7 +143,8 @@ class OnePass:
 
     def given(self, factor: Any) -> dict[str, Any]:
         """The `Extras.numbers` of a step: the decay is a number, or a function of the step."""
-        return {"grad_factor": factor, "ema_decay": self.ema_decay}
+        seed = float(int(self.stochastic_rounding) * _SEED_FACTOR % RANDOM_NUMBERS)
+        return {"grad_factor": factor, "ema_decay": self.ema_decay, "rounding_seed": seed}
 
 
 # The arguments, with their defaults.

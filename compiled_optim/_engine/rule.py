@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from compiled_optim._engine.declaration import Declaration
-from compiled_optim._engine.one_pass import Extras, arithmetic_dtype
-from compiled_optim._engine.values import lerp, where
+from compiled_optim._engine.one_pass import RANDOM_NUMBERS, Extras, arithmetic_dtype
+from compiled_optim._engine.values import lerp, rounded_at_random, where
+
+_STEP_FACTOR = 0x9E3779  # odd, so that all numbers have their turn before one returns
 
 
 class Namespace:
@@ -80,6 +82,10 @@ class Rule:
     def accepts_dense(self) -> bool:
         return bool(self.owner.accepts_dense)
 
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Whether parameters of ``dtype`` are rounded at random."""
+        return self.extras.rounding and dtype is torch.bfloat16
+
     @property
     def state_at_construction(self) -> bool:
         return bool(self.owner.state_at_construction)
@@ -116,6 +122,9 @@ def _extra_scalars(extras: Extras, step: Any, given: Mapping[str, Any]) -> dict[
         decay = given["ema_decay"]
         # the first average is the parameter
         scalars["ema_weight"] = where(step == 1, 1.0, 1 - (decay(int(step)) if callable(decay) else decay))
+    if extras.rounding:
+        exact = step.double() if isinstance(step, torch.Tensor) else step
+        scalars["rounding_noise"] = (given["rounding_seed"] + exact * _STEP_FACTOR) % RANDOM_NUMBERS
     return scalars
 
 
@@ -135,7 +144,8 @@ def apply(
     Args:
         rule: whose ``update`` is run.
         on: its switches, a named tuple of bools.
-        p: the parameter's value; g: its gradient; state: the kept buffers by name; scalars: what ``scalars`` returned.
+        p: the parameter's value; g: its gradient; state: the kept buffers by name; scalars: what `evaluate` returned;
+            "first" among them is the place of the value's first element in the parameter, if that is not 0.
 
     Returns:
         The new parameter and the new buffers, each in the dtype it came in. Nothing is written.
@@ -165,6 +175,8 @@ def apply(
             written[name] = new
         elif name == "ema":
             written[name] = lerp(state[name], new, k.ema_weight)
+    if rule.rounds(p.dtype):
+        new = rounded_at_random(new, k.rounding_noise, scalars.get("first", 0))
     return new.to(p.dtype), {name: written[name].to(value.dtype) for name, value in state.items()}
 
 
@@ -174,7 +186,7 @@ def _unrounded(p: Any, master: Any, dtype: torch.dtype) -> Any:
     A comparison with the rounded master would be exact, but Inductor leaves out conversions to a dtype and back.
     """
     about = torch.finfo(dtype)
-    return where((p - master).abs() < p.abs() * (about.eps * 0.501) + about.smallest_normal * about.eps, master, p)
+    return where((p - master).abs() < p.abs() * (about.eps * 0.50001) + about.smallest_normal * about.eps, master, p)
 
 
 # ---- errors in the words of a rule

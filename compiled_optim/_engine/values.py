@@ -102,6 +102,9 @@ class Value:
     def masked_fill(self, condition: Any, value: float) -> Any:
         return self._apply("masked_fill", condition, value)
 
+    def rounded_at_random(self, noise: Any) -> Any:
+        return self._apply("rounded_at_random", noise)
+
 
 class TensorList(Value):
     """A list of tensors of one dtype and one device: each operator is one ``torch._foreach_*`` call."""
@@ -142,9 +145,28 @@ def each(method: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
 
 IN_FOREACH = ["add", "sub", "mul", "div", "pow", "neg", "reciprocal", "maximum", "minimum", "clamp_min"]
 IN_FOREACH += ["addcmul", "lerp", "sqrt", "abs", "sign"]
+
+
+def _round_at_random(x: Tensor, noise: Any, first: Any = 0) -> Tensor:
+    """See `rounded_at_random`."""
+    bits = x.view(torch.int32)
+    place = torch.arange(x.numel(), dtype=torch.int32, device=x.device)
+    if x.dim() != 1:
+        place = place.as_strided(x.shape, x.stride())  # in memory, so that a launch has the same
+    first, noise = (v.to(torch.int32) if isinstance(v, Tensor) else int(v) for v in (first, noise))
+    # Wellons' hash "lowbias32" in int32, whose products wrap; its shifts keep the sign, which mixes as well
+    mixed = ((place + first) * -0x61C88647 + noise) ^ bits
+    mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
+    mixed = (mixed ^ (mixed >> 15)) * -0x7B935975
+    random = (mixed ^ (mixed >> 16)) & 0xFFFF
+    kept = ((bits + random) & -0x10000).view(torch.float32)
+    return torch.where(x == x, kept, x)  # the sum of a NaN may be a number
+
+
 _IN_TENSOR = ["gt", "lt", "eq", "ne", "where", "masked_fill"]
 FUNCTIONS: dict[str, Callable[..., Any]] = {name: getattr(torch, f"_foreach_{name}") for name in IN_FOREACH}
 FUNCTIONS |= {name: each(getattr(Tensor, name)) for name in _IN_TENSOR}
+FUNCTIONS["rounded_at_random"] = each(_round_at_random)
 
 
 def maximum(a: Any, b: float) -> Any:
@@ -161,6 +183,18 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     # of two Python floats torch.where makes a float32, also in a float64 model
     a, b = (v if isinstance(v, Tensor) else torch.full_like(condition, v, dtype=torch.float64) for v in (a, b))
     return torch.where(condition, a, b)
+
+
+def rounded_at_random(x: Any, noise: Any, first: Any) -> Any:
+    """``x`` in float32, up or down to a value of bfloat16, which is ``x`` in the mean.
+
+    The choice follows from the noise, the place of an element in its tensor and its value: it is a hash of these.
+
+    Args:
+        noise: an integer number below 2**24.
+        first: the place of the first element.
+    """
+    return x.rounded_at_random(noise) if isinstance(x, Value) else _round_at_random(x, noise, first)
 
 
 def lerp(start: Any, end: Any, weight: Any) -> Any:

@@ -131,6 +131,8 @@ class Execution:
 
     def surround(self, work: Work, one_pass: OnePass | None, scaling: Scaling | None) -> bool:
         """Does what comes before the update, and says what goes into its launch; False if the step must be skipped."""
+        if one_pass is not None:
+            work.given = one_pass.given(1.0)
         if one_pass is None or not work.rule.extras.factor:
             return scaling is None or self._unscale(work, scaling)
         skips = self._may_scale(work) if self.plan is None else self.plan.skips

@@ -306,6 +306,8 @@ def _reason(work: Work, choice: Group, m: Member) -> str:
     backend = backend_of(p)
     if backend is None:
         return f"it is {p.dtype} on {p.device.type}"
+    if backend.asynchronous and work.rule.rounds(p.dtype):
+        return f"it is rounded at random, which kernels on {backend.name} cannot do"
     grad = m.grad if m.param is not m.listed else work.gradient(p)  # not the copy in COO layout
     if grad is None or (type(grad) in PLAIN and grad.layout is torch.strided):
         return ""
@@ -313,6 +315,8 @@ def _reason(work: Work, choice: Group, m: Member) -> str:
         return f"its gradient is a {type(grad).__name__} with layout {grad.layout}"
     if not backend.sparse:
         return f"its gradient is sparse and kernels on {backend.name} update every row"
+    if work.rule.rounds(p.dtype):
+        return "its gradient is sparse, and rounding at random depends on the place in the whole parameter"
     if not work.rule.keeps_untouched_rows(choice.switches):
         return "its gradient is sparse and these options update every row"
     if p.is_complex() or not p.is_contiguous() or grad.dtype != _gradient_dtype(p, grad.dtype):

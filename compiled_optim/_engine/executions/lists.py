@@ -203,7 +203,7 @@ def run_bucket(update: Update, columns: list[list[Tensor]]) -> None:
             run_value(rule, on, list(tensors), buffers, scalars)
         return
     by_tensor = any(isinstance(v, TensorList) for v in scalars.values())
-    cuts = program is None or program.makes_temporaries
+    cuts = (program is None or program.makes_temporaries) and not rule.rounds(columns[0][0].dtype)
     for part in [columns] if by_tensor else _parts(columns, single, cuts):
         if program is not None:
             program.run(part)

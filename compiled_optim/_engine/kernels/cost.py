@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 
 from compiled_optim._engine.kernels.backends import backend_named
@@ -89,7 +90,7 @@ def of_traced(traced: Traced) -> Cost:
             stores = [user for user in node.users if _kind(user) == "copy_" and user.args[0] is node]
             written[role] = widths[role] * bool(stores)
             read[role] = widths[role] * (len(node.users) > len(stores))
-        elif node.op == "call_function" and (kind := _kind(node)) not in _FREE:
+        elif isinstance(node.meta.get("val"), Tensor) and (kind := _kind(node)) not in _FREE:
             counted = per_element if node.meta["val"].dim() else per_tensor
             counted[_KINDS.get(kind, kind)] += 1
     minimum = 2 * sum(widths.values()) - (0 if signature.scaled else widths["grad"])

@@ -56,6 +56,11 @@ class Signature:
         return (*self.scalars, "grad_scale") if self.scaled else self.scalars
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """What the kernel is told of each span: where in its tensor it begins, if elements are told apart."""
+        return ("first",) if self.rule.rounds(self.dtypes[0]) else ()
+
+    @property
     def scalar_dtype(self) -> torch.dtype:
         return arithmetic_dtype(self.dtypes[0])
 
@@ -82,7 +87,7 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
     Raises:
         inductor.UntraceableError: if the rule raises, or if it is a user's and its trace does something else.
     """
-    names = signature.flat + signature.factors
+    names = signature.flat + signature.factors + signature.places
     flat, scaled = len(signature.flat), signature.scaled
 
     def body(*values: Any) -> list[Any]:
@@ -90,12 +95,13 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
         state = dict(zip(signature.buffers, buffers, strict=True))
         if scaled:
             g = g.to(signature.scalar_dtype) / values[-1]
-        scalars = dict(zip(signature.scalars, values[flat : len(names) - scaled], strict=True))
+        scalars = dict(zip(signature.scalars, values[flat:], strict=False))
+        scalars |= dict(zip(signature.places, values[len(names) - 1 :], strict=True))
         new, new_state = apply(signature.rule, signature.switches, p, g, state, scalars)
         unscaled = [g.to(signature.flat_dtypes[1])] if scaled else []
         return [new, *unscaled, *(new_state[name] for name in signature.buffers)]
 
-    scalar_dtypes = [signature.scalar_dtype] * len(signature.factors)
+    scalar_dtypes = [*[signature.scalar_dtype] * len(signature.factors), *[torch.int64] * len(signature.places)]
     try:
         graph, mode, inputs = inductor.trace_flat(body, list(signature.flat_dtypes), scalar_dtypes, device)
     except Exception as error:  # from a user's rule, or from private parts of torch
@@ -106,7 +112,11 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
     write(graph, [placeholders[0], *placeholders[1 if scaled else 2 : flat]])
     traced = Traced(signature.name, graph, mode, inputs, signature)
     if not is_own(signature.rule.update):
-        _try(traced) if device == "cpu" else trace(replace(signature, scaled=False))  # which tries it
+        if device != "cpu" or signature.places:  # try what elements alone decide
+            plain = signature.rule.extended(signature.rule.extras._replace(rounding=False))
+            trace(replace(signature, scaled=False, rule=plain))
+        else:
+            _try(traced)
     return traced
 
 

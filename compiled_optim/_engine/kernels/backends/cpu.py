@@ -109,7 +109,9 @@ def full_source(signature: Signature, lowered: Lowered) -> str:
     def argument(i: int | None) -> str:
         if i is None:
             return "n"
-        return f"Address{{table[t * {flat} + {i}], o * {widths[i]}}}" if i < flat else f"&k[{i - flat}]"
+        if i < flat:
+            return f"Address{{table[t * {flat} + {i}], o * {widths[i]}}}"
+        return f"&k[{i - flat}]" if i < flat + len(signature.scalars) else "&o"
 
     arguments = ", ".join(argument(i) for i in lowered.arguments)
     return f"""\
