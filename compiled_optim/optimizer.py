@@ -348,7 +348,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         values = [{k: v.detach().clone() for k, v in tensors.items()} for tensors in kept]
         try:
             try:
-                optim.undecorated("load_state_dict")(self, state_dict)
+                with self._loading():
+                    optim.undecorated("load_state_dict")(self, state_dict)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 declared = self.rule.declaration
                 from compiled_optim._engine import checkpoint

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,26 @@ class Row:
     milliseconds: float | None = None
 
 
+@dataclass(frozen=True)
+class StateMemory:
+    """The buffers that parameters of one kind have.
+
+    Attributes:
+        dtype: of the parameters. elements: in them, a complex one counts once.
+        bytes_per_element: of all buffers together.
+        buffers: their dtypes by name.
+    """
+
+    dtype: str
+    elements: int
+    bytes_per_element: int
+    buffers: dict[str, str]
+
+    def __str__(self) -> str:
+        named = ", ".join(f"{name} {dtype}" for name, dtype in self.buffers.items())
+        return f"state of {self.elements} {self.dtype} elements: {self.bytes_per_element} bytes each ({named})"
+
+
 _SUMMED = ("tensors", "elements", "launches", "bytes", "operations", "milliseconds")
 _COSTS = 3  # how many fields of a row, the last, say what a step costs
 
@@ -62,10 +82,11 @@ class Explanation:
     Attributes:
         rows: a `Row` for each part of the step.
         rebuilt: why each of the last plans was made, the newest last.
+        state: a `StateMemory` for each kind of parameter that has buffers.
     """
 
-    def __init__(self, rows: list[Row], rebuilt: list[str]) -> None:
-        self.rows, self.rebuilt = rows, rebuilt
+    def __init__(self, rows: list[Row], rebuilt: list[str], state: Sequence[StateMemory] = ()) -> None:
+        self.rows, self.rebuilt, self.state = rows, rebuilt, list(state)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -79,7 +100,9 @@ class Explanation:
             table = [row[:-_COSTS] for row in table]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-        return "\n".join([*lines, *(f"plan {i + 1}: {why}" for i, why in enumerate(self.rebuilt))])
+        return "\n".join(
+            [*lines, *map(str, self.state), *(f"plan {i + 1}: {why}" for i, why in enumerate(self.rebuilt))]
+        )
 
 
 def explain(optimizer: torch.optim.Optimizer, *, bandwidth: float | None = None) -> Explanation:
@@ -107,6 +130,13 @@ def explain(optimizer: torch.optim.Optimizer, *, bandwidth: float | None = None)
     if bandwidth is not None and not bandwidth > 0:
         raise ValueError(f"bandwidth must be above 0 GB/s, got {bandwidth!r}")
     optimizer = _unwrapped(optimizer)
+    found = _explain(optimizer, bandwidth)
+    if isinstance(optimizer, Optimizer):
+        found.state = _memory(optimizer)
+    return found
+
+
+def _explain(optimizer: Optimizer | LBFGS, bandwidth: float | None) -> Explanation:
     execution: Any = optimizer._execution
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     if not optimizer._compiled:
@@ -169,6 +199,19 @@ def _with_cost(row: Row, signature: Signature, bandwidth: float) -> Row:
     moved, computed = (int(found.at(e, *sizes)) for e in (found.bytes, found.arithmetic))
     milliseconds = found.at(found.seconds, *sizes, bandwidth * 1e9) * 1e3
     return replace(row, bytes=moved, operations=computed, milliseconds=milliseconds)
+
+
+def _memory(optimizer: Optimizer) -> list[StateMemory]:
+    elements: Counter[Any] = Counter()
+    for p in [p for group in optimizer.param_groups for p in group["params"]]:
+        state = optimizer.state.get(p, {})
+        buffers = {name: state[name].dtype for name in optimizer.rule.declaration.buffers if name in state}
+        if buffers:
+            elements[p.dtype, tuple(buffers.items())] += p.numel()
+    return [
+        StateMemory(_dtype(dtype), n, sum(d.itemsize for _, d in buffers), {k: _dtype(d) for k, d in buffers})
+        for (dtype, buffers), n in elements.items()
+    ]
 
 
 def _unwrapped(wrapper: Any) -> Optimizer | LBFGS:

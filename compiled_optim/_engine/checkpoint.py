@@ -1,8 +1,10 @@
-"""Explains why torch.optim's ``load_state_dict`` could not load a checkpoint."""
+"""Around torch.optim's ``load_state_dict``: why it could not load a checkpoint, and dtypes that it would not keep."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +45,32 @@ def problem(optimizer: str, state_names: Collection[str], state_dict: Any) -> Ex
                 what = f"{optimizer}: state {name!r} of parameter {key!r}"
                 return TypeError(f"{what} must be a tensor or a number, got {_shown(value)}")
     return None
+
+
+@contextmanager
+def declared_dtypes(optimizer: Any) -> Iterator[None]:
+    """Keeps what ``load_state_dict`` loads in the dtypes that are declared. torch.optim casts it to the parameter's."""
+    declaration = optimizer.rule.declaration
+    given: list[Any] = []
+
+    def load(optimizer: Any) -> None:
+        ids = chain.from_iterable(group["params"] for group in given[-1]["param_groups"])
+        params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        for i, p in zip(ids, params, strict=True):
+            saved = given[-1]["state"].get(i, {})
+            for name in declaration.buffers.keys() & saved.keys():
+                dtype, value = declaration.dtype_of(name, p.dtype), saved[name]
+                if isinstance(value, Tensor) and dtype != p.dtype:
+                    optimizer.state[p][name] = (value.to_dense() if value.is_sparse else value).to(p.device, dtype)
+
+    # after the hooks that change what is loaded, and before those that see what was
+    before = optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: given.append(state_dict))
+    after = optimizer.register_load_state_dict_post_hook(load, prepend=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
 
 
 def _is_array(value: Any) -> bool:

@@ -155,7 +155,7 @@ def _round_at_random(x: Tensor, noise: Any, first: Any = 0) -> Tensor:
         place = place.as_strided(x.shape, x.stride())  # in memory, so that a launch has the same
     first, noise = (v.to(torch.int32) if isinstance(v, Tensor) else int(v) for v in (first, noise))
     # Wellons' hash "lowbias32" in int32, whose products wrap; its shifts keep the sign, which mixes as well
-    mixed = ((place + first) * -0x61C88647 + noise) ^ bits
+    mixed = ((place + first) * -0x61C88647 + noise) ^ (bits & -0x10000)
     mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
     mixed = (mixed ^ (mixed >> 15)) * -0x7B935975
     random = (mixed ^ (mixed >> 16)) & 0xFFFF
@@ -188,7 +188,9 @@ def where(condition: Any, a: Any, b: Any) -> Any:
 def rounded_at_random(x: Any, noise: Any, first: Any) -> Any:
     """``x`` in float32, up or down to a value of bfloat16, which is ``x`` in the mean.
 
-    The choice follows from the noise, the place of an element in its tensor and its value: it is a hash of these.
+    The choice is up where the bits that are dropped and a hash carry: of the noise, the place of an element in its
+    tensor, and the bits that are kept. The dropped ones are no part of it, so that a rounding error of float32 seldom
+    makes another choice.
 
     Args:
         noise: an integer number below 2**24.

@@ -101,7 +101,9 @@ def columns(seed: int) -> list[list[Tensor]]:
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 10**9), length=st.integers(0, 12))
 def test_a_recorded_rule_does_what_it_does_on_lists(seed: int, length: int) -> None:
-    rule: Any = SimpleNamespace(update=random_rule(seed, length), declaration=Subject.rule.declaration, name="Subject")
+    whole = Subject.rule
+    same = {name: getattr(whole, name) for name in ("declaration", "extras", "rounds", "name")}
+    rule: Any = SimpleNamespace(update=random_rule(seed, length), **same)
     on = Subject.rule.declaration.switch_type._make([False])
     given_tensors, tensors = columns(seed), columns(seed)
     p, g, *state = map(TensorList, given_tensors)

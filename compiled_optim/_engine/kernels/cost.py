@@ -90,7 +90,8 @@ def of_traced(traced: Traced) -> Cost:
             stores = [user for user in node.users if _kind(user) == "copy_" and user.args[0] is node]
             written[role] = widths[role] * bool(stores)
             read[role] = widths[role] * (len(node.users) > len(stores))
-        elif isinstance(node.meta.get("val"), Tensor) and (kind := _kind(node)) not in _FREE:
+        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor) and _kind(node) not in _FREE:
+            kind = _kind(node)
             counted = per_element if node.meta["val"].dim() else per_tensor
             counted[_KINDS.get(kind, kind)] += 1
     minimum = 2 * sum(widths.values()) - (0 if signature.scaled else widths["grad"])

@@ -96,7 +96,7 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
         if scaled:
             g = g.to(signature.scalar_dtype) / values[-1]
         scalars = dict(zip(signature.scalars, values[flat:], strict=False))
-        scalars |= dict(zip(signature.places, values[len(names) - 1 :], strict=True))
+        scalars |= dict(zip(signature.places, values[len(names) - len(signature.places) :], strict=True))
         new, new_state = apply(signature.rule, signature.switches, p, g, state, scalars)
         unscaled = [g.to(signature.flat_dtypes[1])] if scaled else []
         return [new, *unscaled, *(new_state[name] for name in signature.buffers)]
