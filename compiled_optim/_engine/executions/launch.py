@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from compiled_optim._engine.declaration import Group
-from compiled_optim._engine.executions import dtensors
+from compiled_optim._engine.executions import dtensors, gradients
 from compiled_optim._engine.executions.checks import COUNT_DTYPES, PLAIN, is_count
 from compiled_optim._engine.executions.state import Journal, counted_on_device, withdraw
 from compiled_optim._engine.executions.survey import Member, commit, look
@@ -23,7 +23,7 @@ from compiled_optim._engine.kernels.backends import backend_named, backend_of, i
 from compiled_optim._engine.kernels.prologue import constants_of
 from compiled_optim._engine.kernels.references import Form, UnknownReferenceError, all_references, refer_to
 from compiled_optim._engine.kernels.trace import Signature
-from compiled_optim._engine.torch_private import dynamo, inductor, tensor_parts
+from compiled_optim._engine.torch_private import inductor, tensor_parts
 
 _NO_LAUNCH, _NO_STATE = -1, -2  # as in host/plan.h
 
@@ -121,7 +121,7 @@ class Plan:
         copied = [(p, grad) for p in self.copied if (grad := work.gradient(p)) is not None and not grad.is_sparse]
         stand_ins: list[tuple[Tensor, ...]] = list((work.substitutes or {}).items())
         if copied:  # the host module names a gradient whose storage is too short
-            stand_ins += [(p, _like_parameter(p, grad)) for p, grad in copied if self.host.is_whole(grad)]
+            stand_ins += [(p, gradients.like_parameter(p, grad)) for p, grad in copied if self.host.is_whole(grad)]
         for p in self.sparse:
             if p.grad is not None and p.grad.is_sparse:
                 values, indices = (tensor_parts.sparse_parts if p.is_cpu else tensor_parts.touched_rows)(p.grad)
@@ -156,9 +156,9 @@ class Plan:
         given = [(p, grad) for p in self.sharded if (grad := work.gradient(p)) is not None]
         shards = [(dtensors.local(p), dtensors.local_gradient(p, grad)) for p, grad in given]
         host = self.host
-        as_they_are = [_is_read_as_it_is(host, p, grad) or not host.is_whole(grad) for p, grad in shards]
+        as_they_are = [gradients.is_read_as_it_is(host, p, grad) or not host.is_whole(grad) for p, grad in shards]
         pairs = zip(shards, as_they_are, strict=True)
-        return [(p, grad if as_it_is else _like_parameter(p, grad)) for (p, grad), as_it_is in pairs]
+        return [(p, grad if as_it_is else gradients.like_parameter(p, grad)) for (p, grad), as_it_is in pairs]
 
 
 def make_plan(
@@ -212,7 +212,9 @@ def make_plan(
                 launch = _launch_of(plan, declaration.slots, m, taken[id(m)])
                 if m.grad is not None and m.grad.is_sparse:
                     plan.sparse.append(m.param)
-                elif m.grad is not None and m.param is m.listed and not _is_read_as_it_is(host, m.param, m.grad):
+                elif (
+                    m.grad is not None and m.param is m.listed and not gradients.is_read_as_it_is(host, m.param, m.grad)
+                ):
                     plan.copied.append(m.param)
             entries[m.group].append((m.param, launch, launch >= 0 and m.fresh))
         for its in plan.launches:
@@ -252,8 +254,7 @@ def _sorted_by_kernel(work: Work, choices: list[Group], scalar_names: list[tuple
             dtypes = tuple(dtype.to_real() for dtype in (p.dtype, *of_state))
             backend = backend_of(p)
             assert backend is not None
-            foreseen = m.listed.grad_dtype if m.listed.is_leaf else None  # what autograd would make
-            given = _gradient_dtype(p, foreseen if m.grad is None else m.grad.dtype).to_real()
+            given = gradients.dtype_of(m).to_real()
             m.signature = Signature(
                 *(work.rule, choice.switches, dtypes, m.buffers, scalar_names[m.group], references(False)),
                 backend=backend.name,
@@ -319,7 +320,7 @@ def _reason(work: Work, choice: Group, m: Member) -> str:
         return "its gradient is sparse, and rounding at random depends on the place in the whole parameter"
     if not work.rule.keeps_untouched_rows(choice.switches):
         return "its gradient is sparse and these options update every row"
-    if p.is_complex() or not p.is_contiguous() or grad.dtype != _gradient_dtype(p, grad.dtype):
+    if p.is_complex() or not p.is_contiguous() or grad.dtype != gradients.read_dtype(p, grad.dtype):
         return f"its gradient is sparse, {grad.dtype} for a {p.dtype} parameter, and rows are taken of contiguous reals"
     return ""
 
@@ -358,21 +359,12 @@ def _launch_of(plan: Plan, slots: tuple[str, ...], m: Member, kernel: registry.K
         plan.launches.append(Launch(kernel, m.param.dtype, device))
         samples = {slots.index(name): m.state[name] for name in signature.buffers}
         plan.scaled = plan.scaled or signature.scaled
-        differs = (signature.on_device, signature.by_rows, signature.scaled, *_sample_gradient(m.param, signature))
+        differs = (signature.on_device, signature.by_rows, signature.scaled, *gradients.samples(m.param, signature))
         plan.host.add_launch(plan.native, kernel.entry, m.param, samples, backend.long_launch, *differs)
     launch = plan.launches[index]
     launch.tensors += 1
     launch.elements += m.param.numel() * (2 if m.param.is_complex() else 1)
     return index
-
-
-def _sample_gradient(p: Tensor, signature: Signature) -> list[Tensor]:
-    """A tensor with the dtype of the gradients, if that is not the parameter's."""
-    dtype = signature.grad_dtype
-    if dtype is None:
-        return []
-    with dynamo.outside_modes():
-        return [torch.empty(0, dtype=dtype.to_complex() if p.is_complex() else dtype, device="cpu")]
 
 
 def _on(device: torch.device, value: Tensor) -> Tensor | float:
@@ -385,20 +377,3 @@ def _on(device: torch.device, value: Tensor) -> Tensor | float:
 def _local_states(work: Work) -> dict[Tensor, dict[str, Any]]:
     buffers = work.rule.declaration.buffers
     return {dtensors.local(p): dtensors.local_state(p, state, buffers) for p, state in work.state.items()}
-
-
-def _gradient_dtype(p: Tensor, given: torch.dtype | None) -> torch.dtype:
-    """The dtype that a kernel reads gradients of ``p`` in: the given one, or the parameter's where it cannot."""
-    backend = backend_of(p)
-    if given is None or backend is None or given not in backend.dtypes or given.is_complex != p.is_complex():
-        return p.dtype
-    return given
-
-
-def _is_read_as_it_is(host: Any, p: Tensor, grad: Tensor) -> bool:
-    return grad.dtype == _gradient_dtype(p, grad.dtype) and bool(host.matches(grad, p))
-
-
-def _like_parameter(p: Tensor, grad: Tensor) -> Tensor:
-    """A copy of the gradient in the parameter's layout, and in a dtype that its kernel reads."""
-    return torch.empty_like(p, dtype=_gradient_dtype(p, grad.dtype), requires_grad=False).copy_(grad.detach())
