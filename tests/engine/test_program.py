@@ -42,7 +42,7 @@ WITH_NUMBER: list[Callable[[Any, float], Any]] = [
     lambda a, n: a.minimum(n),
     lambda a, n: a.clamp_min(n),
     lambda a, n: a.masked_fill(a > n, n),
-    lambda a, n: (a != n) * n,
+    lambda a, n: a * 0 + (a != n) * n,
 ]
 BINARY: list[Callable[[Any, Any, float], Any]] = [
     lambda a, b, n: a + b,
