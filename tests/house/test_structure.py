@@ -26,9 +26,9 @@ def test_no_file_over_400_lines(file: Path) -> None:
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
     "compiled_optim": 1380,
-    "compiled_optim/_engine": 830,
+    "compiled_optim/_engine": 840,
     "compiled_optim/_engine/cache": 640,
-    "compiled_optim/_engine/executions": 2360,
+    "compiled_optim/_engine/executions": 2380,
     "compiled_optim/_engine/in_graph": 460,
     "compiled_optim/_engine/kernels": 650,
     "compiled_optim/_engine/kernels/backends": 530,
