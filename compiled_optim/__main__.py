@@ -14,12 +14,22 @@ import torch
 
 from compiled_optim import algorithms, inspection
 from compiled_optim._engine.cache.compiler import BuildError
+from compiled_optim._engine.documentation import SHARED
 from compiled_optim._engine.torch_private.inductor import LoweringError, UntraceableError
 from compiled_optim.declare import Flag
 from compiled_optim.optimizer import Optimizer
 
 _TARGETS = ("cpu", *(f"sm_{n}" for n in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121)))
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What one pass does beside the update, as far as it decides a kernel, with the values of flags that are given none.
+_AROUND = {
+    "max_grad_norm": 1.0,
+    "skip_nonfinite": True,
+    "ema_decay": 0.999,
+    "master_weights": True,
+    "stochastic_rounding": True,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,10 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     parser = _parser_of(cls, name)
     chosen = parser.parse_args(given[2:])
-    switches = {switch: getattr(chosen, switch) for switch in inspection.switches_of(cls)}
+    options = {name: getattr(chosen, name) for name in (*inspection.switches_of(cls), *_AROUND)}
     dtypes = (_DTYPES[chosen.dtype], _DTYPES.get(chosen.state_dtype))
     try:
-        signature = inspection.signature_of(cls, switches, *dtypes, chosen.target, chosen.on_device)
+        signature = inspection.signature_of(cls, options, *dtypes, chosen.target, chosen.on_device)
         text = _text(inspection.Inspection(signature), chosen.part, chosen.bandwidth)
     except (ValueError, BuildError, LoweringError, UntraceableError) as error:
         parser.error(str(error).removeprefix(f"{cls.__name__}: "))
@@ -70,8 +80,13 @@ def _parser_of(cls: type[Optimizer], name: str) -> _Parser:
         if not isinstance(field, Flag):
             how = {"nargs": "?", "type": float, "const": 0.1, "default": field.default, "metavar": "VALUE"}
         parser.add_argument(f"--{switch.replace('_', '-')}", dest=switch, help=field.help or None, **how)
+    for name, value in _AROUND.items():
+        how = {"action": "store_true"}
+        if value is not True:
+            how = {"nargs": "?", "type": float, "const": value, "metavar": "VALUE"}
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=SHARED[name], **how)
     parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of parameters and gradients (default: fp32)")
-    parser.add_argument("--state-dtype", choices=_DTYPES, help="of the state (default: as the parameters)")
+    parser.add_argument("--state-dtype", choices=_DTYPES, help="of the moments (default: as by declaration)")
     parser.add_argument("--target", choices=_TARGETS, default="cpu", help="cpu, or a kind of GPU (default: cpu)")
     parser.add_argument("--on-device", action="store_true", help="steps are counted on the GPU, as if capturable")
     parser.add_argument("--bandwidth", type=float, default=1000, help="GB/s, to predict times (default: 1000)")

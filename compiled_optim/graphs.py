@@ -43,14 +43,16 @@ lower it for a GPU, without those to make machine code.
 
 @dataclass(frozen=True)
 class Selection:
-    """An algorithm and the options under which it is recorded: its defaults, or all switches on."""
+    """An algorithm, the options under which it is recorded, and the dtype whose sources are in the record."""
 
     name: str
     cls: type[Optimizer]
     options: Mapping[str, Any]
+    dtype: str = "fp32"
 
-    def inspect(self, dtype: str = "fp32", target: str = "cpu", on_device: bool = False) -> Inspection:
-        signature = signature_of(self.cls, self.options, DTYPES[dtype], target=target, on_device=on_device)
+    def inspect(self, dtype: str = "", target: str = "cpu", on_device: bool = False) -> Inspection:
+        of_params = DTYPES[dtype or self.dtype]
+        signature = signature_of(self.cls, self.options, of_params, target=target, on_device=on_device)
         return Inspection(signature, portable=True)
 
     def resources(self, dtype: str, gpu: str) -> dict[str, Sequence[int]]:
@@ -61,15 +63,18 @@ class Selection:
 
 
 def selections() -> Iterator[Selection]:
+    """Each algorithm with its defaults and with all its switches on, and one with all that one pass does beside it."""
     for name in algorithms.__all__:
         cls: type[Optimizer] = getattr(algorithms, name)
         everything = {k: True if isinstance(v, Flag) else 0.1 for k, v in switches_of(cls).items()}
         yield Selection(name, cls, {})
         yield Selection(f"{name}-all-switches", cls, everything)
+    one_pass = {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.999, "master_weights": True}
+    yield Selection("AdamW-one-pass", algorithms.AdamW, one_pass, "bf16")
 
 
 def signatures() -> Iterator[tuple[str, Signature]]:
-    """A name and a kernel: of each algorithm in float32, with its defaults and with all its switches on."""
+    """A name and a kernel of each selection."""
     for selection in selections():
         yield selection.name, selection.inspect().signature
 

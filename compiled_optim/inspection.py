@@ -14,6 +14,7 @@ from compiled_optim._engine.kernels.backends import Backend, backend_named
 from compiled_optim._engine.kernels.backends.cuda import Cuda
 from compiled_optim._engine.kernels.prologue import constants_of
 from compiled_optim._engine.kernels.trace import Signature, Traced, trace
+from compiled_optim._engine.one_pass import ARGUMENTS, OnePass
 from compiled_optim._engine.rule import first_scalars
 from compiled_optim._engine.torch_private import triton
 from compiled_optim._engine.torch_private.inductor import Lowered
@@ -39,14 +40,15 @@ def signature_of(
 
     Args:
         cls: a class with a rule; options: arguments of its constructor.
-        dtype: of parameters and gradients; state_dtype: of buffers, if another.
+        dtype: of parameters and gradients; state_dtype: of the moments, if not what the options say.
         target: the name of a backend, such as "cpu" or "sm_90".
         on_device: whether steps are counted on the device, as with ``capturable=True``.
 
     Raises:
         ValueError: for options that are out of range or do not go together, and for what the target has no kernel of.
     """
-    declaration, backend = cls.rule.declaration, backend_named(target)
+    rule = cls.rule.extended(OnePass(**{k: v for k, v in options.items() if k in ARGUMENTS}).extras)
+    declaration, backend = rule.declaration, backend_named(target)
     hyper, switches, _ = declaration.read(declaration.check({**options}))
     cls.validate(hyper)
     for given in (dtype, state_dtype or dtype):
@@ -54,9 +56,10 @@ def signature_of(
             raise ValueError(f"{target} has no kernel for {str(given).removeprefix('torch.')}")
     if on_device and not backend.asynchronous:
         raise ValueError(f"{target} has no kernel that counts steps on the device: there the host counts")
-    buffers, scalars = declaration.kept(switches, dtype), tuple(first_scalars(cls.rule, hyper))
-    dtypes = (dtype, *[state_dtype or dtype] * len(buffers))
-    signature = Signature(cls.rule, switches, dtypes, buffers, scalars, backend=target)
+    buffers, scalars = declaration.kept(switches, dtype), tuple(first_scalars(rule, hyper))
+    moments = declaration.buffers.keys() - declaration.copies.keys()
+    of_state = [(state_dtype if name in moments else None) or declaration.dtype_of(name, dtype) for name in buffers]
+    signature = Signature(rule, switches, (dtype, *of_state), buffers, scalars, backend=target)
     return replace(signature, on_device=True, constants=constants_of(signature, hyper)) if on_device else signature
 
 

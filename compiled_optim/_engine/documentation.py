@@ -11,7 +11,7 @@ from compiled_optim._engine.declaration import Declaration
 from compiled_optim.declare import Carried, Number
 
 # Arguments that mean the same in every class: the library acts on them, and no rule reads them.
-_SHARED = {
+SHARED = {
     "params": "parameters, named parameters, or dicts that define param groups, as in torch.optim",
     "maximize": "ascend instead of descend",
     "foreach": "False updates one tensor at a time in eager steps; otherwise lists of tensors are updated",
@@ -28,7 +28,8 @@ _SHARED = {
     "the update. Gradients are not written. ``grad_norm`` is the norm of the last step",
     "norm_type": "2 or inf, the norm that is clipped",
     "error_if_nonfinite": "raise RuntimeError, and update nothing, if the norm is not finite",
-    "skip_nonfinite": "leave out a step in which a gradient is not finite, and count it in ``skipped_steps``",
+    "skip_nonfinite": "leave out a step in which a gradient is not finite, and count it in ``skipped_steps``; where "
+    "step counts lie on a GPU, the host waits for nothing, otherwise for the norm",
     "ema_decay": "keep an average of each parameter, ``ema += (1 - ema_decay) * (parameter - ema)``, as the state "
     '"ema"; a function is called with the step, 1 at first. The first average is the parameter. See ``averaged()``',
     "state_dtype": "torch.float32 or torch.bfloat16, the dtype of the moments of real parameters; by default that of "
@@ -69,13 +70,13 @@ def _indent(line: str) -> str:
 
 
 def _arguments(declaration: Declaration) -> Iterator[str]:
-    yield f"params: {_SHARED['params']}."
+    yield f"params: {SHARED['params']}."
     for name, parameter in [*declaration.signature().parameters.items()][2:]:
         field = declaration.options.get(name)
         annotation = parameter.annotation
         kind = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
         label = name if annotation is parameter.empty else f"{name} ({kind})"
-        what = [(field.help if field else "") or _SHARED.get(name, "")]
+        what = [(field.help if field else "") or SHARED.get(name, "")]
         if isinstance(field, Number):
             each = "each " if isinstance(field.default, tuple) else ""
             what += [f"unit: {field.unit}" if field.unit else "", f"{each}{field.bounds}" if field.bounds else ""]

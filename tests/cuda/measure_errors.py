@@ -20,7 +20,8 @@ from compiled_optim import graphs
 def error(selection: graphs.Selection, dtype: torch.dtype) -> float:
     """The largest of all finite elements of a step, relative where a value exceeds 1."""
     torch.manual_seed(0)
-    launch = Launch(selection.cls, dict(selection.options), dtype)
+    wide = [torch.float32] if "master_weights" in selection.options else []  # the state of what has a master
+    launch = Launch(selection.cls, dict(selection.options), dtype, *wide)
     launch.update()
     worst = 0.0
     for i in set(range(len(launch.tensors))) - {SKIPPED}:

@@ -10,10 +10,12 @@ import torch
 from cases import CLASSES, FEW, accepted, named, numbers_of, sample, switch_sets, with_all_numbers
 from torch import Tensor
 
+from compiled_optim import AdamW
 from compiled_optim._engine.kernels.backends.cuda import Cuda, block_of
 from compiled_optim._engine.kernels.backends.triton_text import PROLOGUE_ARGUMENTS, UPDATE_ARGUMENTS
 from compiled_optim._engine.kernels.prologue import hypers_of
 from compiled_optim._engine.kernels.trace import Signature, trace
+from compiled_optim._engine.one_pass import ARGUMENTS, OnePass
 from compiled_optim._engine.rule import apply, evaluate, first_scalars
 
 interpreted = pytest.importorskip("interpreted", exc_type=ImportError)
@@ -21,26 +23,30 @@ BACKEND = Cuda(90)
 REPEAT = 2  # blocks of a chunk
 SKIPPED, MISALIGNED, NOT_FINITE = 3, 6, 7  # tensors
 SCALE = 64.0
+GIVEN = {"grad_factor": 0.7, "ema_decay": 0.9}  # in each step
+ONE_PASS = {"max_grad_norm": 1.0, "ema_decay": GIVEN["ema_decay"], "master_weights": True}
 
 
 def signature_of(cls: Any, options: dict[str, Any], *dtypes: torch.dtype, **changes: Any) -> Signature:
     """Of a parameter with the first dtype and state with the last."""
-    declaration = cls.rule.declaration
+    rule = cls.rule.extended(OnePass(**{k: v for k, v in options.items() if k in ARGUMENTS}).extras)
+    declaration = rule.declaration
     choice = declaration.read(declaration.check(options))
     buffers = declaration.kept(choice.switches, dtypes[0])
-    scalars = tuple(first_scalars(cls.rule, choice.hyper))
+    scalars = tuple(first_scalars(rule, choice.hyper))
     if changes.get("on_device"):
         others = [(k, v) for k, v in choice.hyper._asdict().items() if k not in declaration.numbers]
         changes["constants"] = tuple(others)
     all_dtypes = (dtypes[0], *dtypes[-1:] * len(buffers))
-    return Signature(cls.rule, choice.switches, all_dtypes, buffers, scalars, backend=BACKEND.name, **changes)
+    return Signature(rule, choice.switches, all_dtypes, buffers, scalars, backend=BACKEND.name, **changes)
 
 
 def groups(cls: Any, switches: dict[str, Any]) -> list[dict[str, Any]]:
     """The options of two param groups with these switches and other values of the numbers."""
-    first = with_all_numbers(cls, switches)
+    around = {k: v for k, v in switches.items() if k in ARGUMENTS}
+    first = with_all_numbers(cls, {k: v for k, v in switches.items() if k not in around})
     second = {**first, **{k: sample(k, f, 0.3) for k, f in numbers_of(cls).items() if k in first}}
-    return [first, second if accepted(cls, second) else first]
+    return [{**first, **around}, {**(second if accepted(cls, second) else first), **around}]
 
 
 def address(t: Tensor) -> int:
@@ -73,7 +79,7 @@ class Launch:
         self.wanted, self.counted = [], []
         for i, row in enumerate(values):
             before = [c.item() for c in self.counts[i]] if self.counts else row
-            scalars, carried = evaluate(rule, self.hypers[i % 2], (before[0] + 1, *before[1:]))
+            scalars, carried = evaluate(rule, self.hypers[i % 2], (before[0] + 1, *before[1:]), GIVEN)
             self.wanted.append([*map(float, scalars.values()), *([SCALE] if signature.scaled else [])])
             self.counted.append([before[0] + 1, *carried])
         self.factors = torch.tensor(self.wanted, dtype=signature.scalar_dtype)
@@ -92,6 +98,8 @@ class Launch:
             row[1][:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
         if self.signature.scaled:
             row[1] *= SCALE
+        if "master" in self.signature.buffers:
+            row[0].copy_(row[self.signature.flat.index("master")])
         return row
 
     def words(self, i: int) -> list[int]:
@@ -100,6 +108,8 @@ class Launch:
         words.append(self.skip[int(i == SKIPPED)].data_ptr())
         if self.signature.on_device:
             words += [*map(address, self.counts[i] if self.counts else []), self.given[i % 2].data_ptr()]
+        elif "grad_factor" in self.signature.scalars:
+            words.append(self.factors[i, self.signature.scalars.index("grad_factor")].data_ptr())
         return words
 
     def table(self) -> Tensor:
@@ -110,7 +120,7 @@ class Launch:
         self.factors.fill_(torch.nan)
         names = hypers_of(self.signature)
         kinds = itertools.cycle((torch.float64, torch.float64, torch.float32))
-        others = {"step": 2.0, "grad_scale": SCALE}
+        others = {"step": 2.0, "grad_scale": SCALE, **GIVEN}
         # a float32 where that holds the value exactly
         self.numbers = [
             [torch.tensor(float({**others, **h._asdict()}[n]), dtype=next(kinds)) for n in names] for h in self.hypers
@@ -150,6 +160,8 @@ class Launch:
     def expected(self, i: int) -> list[Tensor]:
         signature = self.signature
         p, g, *state = (t.double() for t in self.before[i])
+        if "master" in signature.buffers:
+            p = state[signature.buffers.index("master")]
         g = g / SCALE if signature.scaled else g
         scalars = dict(zip(signature.scalars, torch.tensor(self.wanted[i], dtype=torch.float64), strict=False))
         named_state = dict(zip(signature.buffers, state, strict=True))
@@ -226,6 +238,16 @@ def test_update(case: tuple[Any, ...]) -> None:
 @cases([(*pair, *dtypes) for pair in FEW[:1] for dtypes in ((torch.bfloat16, torch.float32), (torch.float32,))])
 def test_update_of_gradients_of_another_dtype(case: tuple[Any, ...]) -> None:
     launch = Launch(*case, grad_dtype=torch.float32 if torch.bfloat16 in case else torch.bfloat16)
+    launch.update()
+    launch.compare()
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+def test_one_pass(on_device: bool) -> None:
+    """The master takes the place of the parameter, which is rounded from it; the average is of masters."""
+    launch = Launch(AdamW, ONE_PASS, torch.bfloat16, torch.float32, on_device=on_device)
+    if on_device:
+        launch.prologue()
     launch.update()
     launch.compare()
 

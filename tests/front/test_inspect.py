@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from beside_torch import parameters, set_gradients
 from cases import CLASSES, FEW, named
 
@@ -47,6 +48,21 @@ def test_explain_names_the_same_kernel(capsys: pytest.CaptureFixture[str]) -> No
     assert f"at 10 GB/s = {row.bytes_per_element * 100:g}\n" in text
 
 
+def test_what_one_pass_does_beside_the_update(capsys: pytest.CaptureFixture[str]) -> None:
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    optimizer = compiled_optim.SGD([p], max_grad_norm=0.5, ema_decay=0.9, master_weights=True, compiled=True)
+    optimizer.step()
+    (row,) = compiled_optim.explain(optimizer)
+    flags = ("--max-grad-norm", "--ema-decay", "0.9", "--master-weights")
+    text = inspect(capsys, "SGD", *flags, "--dtype", "bf16")
+    assert text.startswith(f"{row.kernel}\n")
+    assert f"bytes of an element: {row.bytes_per_element}, at least {2 + 2 + 2 + 8 + 8}" in text
+    for on_device in ((), ("--on-device",)):
+        source = inspect(capsys, "SGD", *flags, "--dtype", "bf16", "--target", "sm_90", "--source", *on_device)
+        assert ("factor = tl.load" in source) != bool(on_device)  # which reads it as it reads hyperparameters
+
+
 def test_each_part_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(capsys, "SGD", "--fx").splitlines() == [
         *("param: flat torch.float32", "grad: flat torch.float32", "lr: 0-d torch.float32"),
@@ -83,6 +99,7 @@ def test_a_class_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
         (["inspect", "AdamW", "--centered"], "unrecognized arguments: --centered"),
         (["inspect", "SGD", "--nesterov"], "nesterov=True needs momentum above 0"),
         (["inspect", "SGD", "--momentum=-1"], "momentum must be at least 0, got -1.0"),
+        (["inspect", "SGD", "--ema-decay", "2"], "ema_decay must be at least 0 and at most 1, .*, got 2.0"),
         (["inspect", "AdamW", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["inspect", "AdamW", "--target", "sm_1"], "argument --target: invalid choice: 'sm_1'"),
         (["inspect", "AdamW", "--ptx"], "a kernel for cpu has no PTX"),
