@@ -120,6 +120,8 @@ class Blocks(Execution):
         elements: a block has at least so many, except the last. About twice as many wait at most.
     """
 
+    in_backward = True
+
     def __init__(
         self,
         rule: Rule,

@@ -62,7 +62,10 @@ class Execution:
 
     ``quick``: takes the next step if nothing but values changed since the last. ``reason``: why the last step ran
     eagerly, if it did; ``rebuilt``: why the last plans were made.
+    ``in_backward``: whether parameters are updated during the backward pass.
     """
+
+    in_backward = False
 
     def __init__(self, rule: Rule, compiled: bool | str) -> None:
         self._work = Work(rule, [], {}, {}, Memory())

@@ -109,13 +109,17 @@ class LiveInputs:
     def guarded(self) -> list[Any]:
         """Brings the lists up to date. Returns what else a graph depends on."""
         self.refresh()
-        return [self._changes_gradients()]
+        return [self._changes_gradients(), self._steps_in_backward()]
 
     def _changes_gradients(self) -> bool:
         optimizer = self.optimizer
         scaled = vars(optimizer)
         scaling = scaled.get("grad_scale") is not None or scaled.get("found_inf") is not None
         return scaling or optim.step_has_hooks(optimizer)
+
+    def _steps_in_backward(self) -> bool:
+        execution = getattr(self.optimizer, "_execution", None)  # an optimizer of torch has none
+        return bool(getattr(execution, "in_backward", False))
 
     # These are called while a graph is traced. What they return is a constant of the graph.
 
@@ -127,7 +131,7 @@ class LiveInputs:
             _define_operators()
         if obstacle := dynamo.join_trace(type(self._owner())):
             _fallback.tell(f"steps run outside of graphs: {obstacle}", "install a version that is known to work")
-        return not obstacle
+        return not obstacle and not self._steps_in_backward()
 
     @dynamo.constant_in_graphs
     def begin_kernels(self) -> None:

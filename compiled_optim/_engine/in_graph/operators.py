@@ -27,7 +27,7 @@ def inputs_of(optimizer: Any) -> LiveInputs:
 
 
 def _enter(owner: Any) -> Any:
-    """The inputs of its graphs, or None if steps cannot be a part of graphs in this version of torch."""
+    """The inputs of its graphs; None where steps are no part of graphs, be it for the version of torch."""
     inputs = owner._inputs
     if not inputs.begin_trace():
         return None
