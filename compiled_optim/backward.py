@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
@@ -36,7 +36,12 @@ class StepsInBackward:
     """A part of `Optimizer`."""
 
     def step_in_backward(
-        self, model: Module | None = None, *, micro_steps: int = 1, block_elements: int = 1 << 20
+        self,
+        model: Module | None = None,
+        *,
+        micro_steps: int = 1,
+        block_elements: int = 1 << 20,
+        norm: Literal["previous"] | None = None,
     ) -> BackwardHandle:
         """From now on ``loss.backward()`` updates parameters as soon as their gradients are there, and frees those.
 
@@ -65,17 +70,22 @@ class StepsInBackward:
                 updated. ``step()`` updates those that were accumulated less often.
             block_elements: parameters are gathered into blocks of at least so many elements, because to launch a kernel
                 for a small one takes longer than to update it. With 1 each parameter is updated alone.
+            norm: by which ``max_grad_norm`` clips. Not all gradients are there when the first is used, so the norm of
+                this iteration is not known: "previous" takes the last finite norm of an iteration, and in the first
+                iteration that of the gradients used so far. ``grad_norm`` is of all gradients, after ``step()``.
 
         Returns:
             A handle to undo it.
 
         Raises:
-            TypeError: if ``model`` is not a module, or is or contains a DistributedDataParallel, whose gradients are
-                reduced only after they were accumulated. FSDP2 and tensor parallel work.
+            TypeError: if ``model`` is no module, or has a DistributedDataParallel in it, which reduces gradients after
+                they were accumulated. FSDP2 and tensor parallel work.
             ValueError: if it was called before; for numbers below 1; for ``differentiable=True``; if the optimizer has
-                no parameter of the model.
+                no parameter of the model; for ``skip_nonfinite=True``; for ``max_grad_norm`` without ``norm``, and the
+                reverse.
             RuntimeError: during ``backward()``, if a gradient is accumulated more than ``micro_steps`` times before
-                ``step()``; during ``step()``, for a GradScaler, whose verdict comes too late.
+                ``step()``; during ``step()``, for a GradScaler, whose verdict comes too late, and for a gradient that
+                was set after the update.
 
         Example:
             >>> import torch
@@ -97,6 +107,10 @@ class StepsInBackward:
             raise ValueError("step_in_backward was called before: remove() its handle first")
         if optimizer.defaults.get("differentiable"):
             raise ValueError("step_in_backward does not support differentiable=True: it frees the gradients")
+        if norm not in (None, "previous"):
+            raise ValueError(f"norm must be 'previous' or None, got {norm!r}")
+        if norm is not None and optimizer.max_grad_norm is None:
+            raise ValueError(f"norm={norm!r} needs an optimizer that clips, got max_grad_norm=None")
         if model is not None:
             _check_model(optimizer, model)
         reference = weakref.ref(optimizer)
@@ -115,7 +129,9 @@ class StepsInBackward:
         def chosen() -> set[int] | None:
             return None if model is None else {*map(id, model.parameters())}
 
-        blocks = Blocks(optimizer.rule, optimizer._compiled, begin, chosen, micro_steps, block_elements)
+        blocks = Blocks(
+            optimizer.rule, optimizer._compiled, begin, chosen, micro_steps, block_elements, norm is not None
+        )
         blocks.surround(
             blocks.work_on(optimizer.param_groups, optimizer.state, optimizer.defaults), optimizer._one_pass, None
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 import weakref
 from collections.abc import Callable, Sequence
@@ -270,6 +271,62 @@ def test_a_compiled_iteration(compiled: bool) -> None:
     iteration(ours, mine)
 
 
+# ---- clipping
+
+
+@both
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_the_norm_of_the_iteration_before_clips(compiled: bool, norm_type: float) -> None:
+    """In the first iteration that of the gradients so far, in the order in which they arrive."""
+    ours, theirs = twins()
+    mine = Adam(ours, lr=0.1, compiled=compiled, max_grad_norm=0.5, norm_type=norm_type)
+    stock = torch.optim.Adam(theirs, lr=0.1)
+    mine.step_in_backward(block_elements=1, norm="previous")
+    before = None
+    for i in range(4):
+        grads = torch.autograd.grad(product(theirs), theirs)
+        norm = torch.linalg.vector_norm(torch.cat(grads), norm_type)
+        for k, p in enumerate(theirs):
+            so_far = torch.linalg.vector_norm(torch.cat(grads[k:]), norm_type)
+            p.grad = grads[k] * min(1.0, mine.max_grad_norm / ((so_far if before is None else before) + 1e-6))
+        stock.step()
+        train(mine, lambda i: product(ours), 1)
+        torch.testing.assert_close(mine.grad_norm, norm, rtol=1e-12, atol=0)
+        assert_equal(ours, theirs)
+        before = norm
+        mine.max_grad_norm = 0.4 - 0.1 * i
+
+
+@both
+def test_a_norm_that_is_not_finite_clips_nothing(compiled: bool) -> None:
+    ours, theirs = twins()
+    options: dict[str, Any] = {"lr": 0.1, "compiled": compiled, "max_grad_norm": 0.5}
+    mine, other = SGD(ours, **options), SGD(theirs, **options)
+    for optimizer in (mine, other):
+        optimizer.step_in_backward(norm="previous")
+    train(mine, lambda i: product(ours), 1)
+    train(other, lambda i: product(theirs), 1)
+    values = [p.detach().clone() for p in ours]
+    train(mine, lambda i: product(ours, math.inf), 1)
+    assert mine.grad_norm == math.inf
+    with torch.no_grad():
+        for p, value in zip(ours, values, strict=True):
+            p.copy_(value)
+    train(mine, lambda i: product(ours), 1)
+    train(other, lambda i: product(theirs), 1)
+    assert_exact(mine, other)
+
+
+def test_a_norm_that_is_not_finite_can_be_an_error() -> None:
+    (params, _) = twins()
+    optimizer = SGD(params, lr=0.1, max_grad_norm=0.5, error_if_nonfinite=True)
+    optimizer.step_in_backward(block_elements=1, norm="previous")
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=r"is not finite"):
+        product(params, math.inf).backward()
+    assert_equal(params, before, atol=0)
+
+
 # ---- gradients and kernels
 
 
@@ -534,11 +591,15 @@ def test_a_grad_scaler_is_refused() -> None:
 
 def test_arguments_are_checked() -> None:
     (params, _) = twins()
+    optimizer = SGD(params, lr=0.1)
     for given in ({"max_grad_norm": 1.5}, {"skip_nonfinite": True}):
         ((name, value),) = given.items()
         with pytest.raises(ValueError, match=f"does not support {name}={value}"):
             SGD(params, lr=0.1, **given).step_in_backward()
-    optimizer = SGD(params, lr=0.1)
+    with pytest.raises(ValueError, match=r"norm='previous' needs .* max_grad_norm=None"):
+        optimizer.step_in_backward(norm="previous")
+    with pytest.raises(ValueError, match="norm must be 'previous' or None, got 2"):
+        optimizer.step_in_backward(norm=2)  # type: ignore[arg-type]
     for name in ("micro_steps", "block_elements"):
         for value in (0, 1.5):
             with pytest.raises(ValueError, match=f"{name} must be an int of at least 1, got {value}"):

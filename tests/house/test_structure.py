@@ -25,11 +25,11 @@ def test_no_file_over_400_lines(file: Path) -> None:
 
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
-    "compiled_optim": 1400,
+    "compiled_optim": 1420,
     "compiled_optim/_engine": 840,
     "compiled_optim/_engine/cache": 640,
-    "compiled_optim/_engine/executions": 2380,
-    "compiled_optim/_engine/in_graph": 460,
+    "compiled_optim/_engine/executions": 2410,
+    "compiled_optim/_engine/in_graph": 470,
     "compiled_optim/_engine/kernels": 650,
     "compiled_optim/_engine/kernels/backends": 530,
     "compiled_optim/_engine/kernels/host": 1990,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import weakref
 from collections import defaultdict
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from compiled_optim._engine.executions.dispatch import Execution
+from compiled_optim._engine.executions.norms import combined
 from compiled_optim._engine.executions.scaling import Scaling
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.one_pass import OnePass
@@ -82,11 +84,12 @@ class Block:
         for i in place.groups:
             self._listed[i].append(place.param)
 
-    def step(self, work: Work) -> None:
-        groups = [{**work.groups[i], "params": params} for i, params in self._listed.items()]
-        part = self.execution.work_on(groups, _State(work.state, self.places), work.defaults)
-        part.listed_in, part.given = work.groups, work.given
-        self.execution.step(part)
+    def work_of(self, whole: Work) -> Work:
+        """What its step is taken on: the options and the state are those of the whole."""
+        groups = [{**whole.groups[i], "params": params} for i, params in self._listed.items()]
+        work = self.execution.work_on(groups, _State(whole.state, self.places), whole.defaults)
+        work.listed_in = whole.groups
+        return work
 
 
 class _State(dict[Tensor, dict[str, Any]]):
@@ -118,6 +121,8 @@ class Blocks(Execution):
         chosen: returns the identities of the parameters to update during the backward pass, or None for all.
         micro_steps: how often the gradient of a parameter is accumulated before it is complete.
         elements: a block has at least so many, except the last. About twice as many wait at most.
+        clips: whether gradients may be clipped. That is by the last finite norm of the gradients of an iteration; in
+            the first one by the norm of those that have been used so far.
     """
 
     in_backward = True
@@ -130,9 +135,14 @@ class Blocks(Execution):
         chosen: Callable[[], set[int] | None],
         micro_steps: int,
         elements: int,
+        clips: bool,
     ) -> None:
         self._places: dict[int, Place] = {}  # by the identity of the parameter
         super().__init__(rule, compiled)
+        self._clips = clips
+        self._one_pass: OnePass | None = None
+        self._norms: list[float | Tensor] = []  # of the gradients that were used in this iteration
+        self._norm_before: float | None = None
         self._begin, self._chosen, self._micro_steps, self._elements = begin, chosen, micro_steps, elements
         self._lock = threading.RLock()  # the backward pass has a thread for each device
         self._pass = -1
@@ -226,27 +236,40 @@ class Blocks(Execution):
                 "step_in_backward does not support a GradScaler: gradients are used before it can say whether one of "
                 "them overflowed. Remove it, or train in bfloat16, which needs no scaler"
             )
-        if one_pass is not None:
-            for name in ("max_grad_norm", "skip_nonfinite"):
-                if value := getattr(one_pass, name):
-                    raise ValueError(f"step_in_backward does not support {name}={value!r}: it depends on all gradients")
-            work.given = one_pass.given(1.0)
+        if one_pass is not None and one_pass.skip_nonfinite:
+            raise ValueError("step_in_backward does not support skip_nonfinite=True: it depends on all gradients")
+        if one_pass is not None and one_pass.max_grad_norm is not None and not self._clips:
+            raise ValueError(
+                f"step_in_backward does not support max_grad_norm={one_pass.max_grad_norm!r}, for which all gradients "
+                "must be there, unless by norm='previous', the norm of the iteration before"
+            )
+        self._one_pass = one_pass
         return True
 
     def step(self, work: Work) -> None:
         """Updates the parameters that still have a gradient, which stays. The next iteration begins."""
         with self._lock:
             self.follow(work)
-            for place in self._places.values():
-                if place.param.grad is not None:
-                    self._arrive(place)
+            left = [place for place in self._places.values() if place.param.grad is not None]
+            for place in left:
+                if place.count == self._micro_steps and not place.has_arrived:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(place.param.shape)} has another gradient after its update in the "
+                        "backward pass, as DistributedDataParallel sets: step_in_backward does not support that"
+                    )
+            for place in left:
+                self._arrive(place)
             self._update_all(free=False)
+            if self._norms and self._one_pass is not None:
+                self._one_pass.norm = norm = float(combined(self._norms, self._one_pass.norm_type))
+                self._norm_before = norm if math.isfinite(norm) else self._norm_before
             self.restart()
 
     def restart(self) -> None:
         with self._lock:
             for place in self._places.values():
                 place.count, place.has_arrived = 0, False
+            self._norms = []
             for block in self._blocks():
                 block.arrived = block.lane.waiting = 0
 
@@ -284,13 +307,29 @@ class Blocks(Execution):
         lane = block.lane
         if lane.open is block:
             lane.open = None
-        block.step(self._work)
+        work = block.work_of(self._work)
+        block.execution.surround(work, self._one_pass, None)
+        norms = self._clip(work)
+        block.execution.step(work)
+        self._norms = norms
         lane.waiting -= block.elements
         block.arrived = 0
         for place in block.places:
             place.has_arrived = False
             if free:
                 place.param.grad = None
+
+    def _clip(self, work: Work) -> list[float | Tensor]:
+        """Puts the factor of the gradients of a block in the place of what `surround` found; returns all norms."""
+        one_pass = self._one_pass
+        if one_pass is None or one_pass.max_grad_norm is None or one_pass.norm is None:
+            return []
+        norms, by = [*self._norms, one_pass.norm], self._norm_before
+        one_pass.norm = None  # a tensor would be written again
+        work.given = one_pass.given(
+            one_pass.factor(float(combined(norms, one_pass.norm_type)) if by is None else by, 1)
+        )
+        return norms
 
 
 # A compiled function that calls backward() would otherwise compile what its hooks call.

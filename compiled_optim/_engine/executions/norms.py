@@ -42,7 +42,7 @@ def total_norm(grads: Sequence[Tensor], norm_type: float, *, compiled: bool) -> 
     if not others:
         return norm
     with torch.no_grad():
-        return _combined([norm, *_norms(others, norm_type, compiled)], norm_type)
+        return combined([norm, *_norms(others, norm_type, compiled)], norm_type)
 
 
 def _norm_in_host_memory(tensors: list[Tensor], norm_type: float, compiled: bool) -> tuple[float, list[Tensor]]:
@@ -69,7 +69,7 @@ def _norms(grads: list[Any], norm_type: float, compiled: bool) -> Iterable[float
     yield _norm_of_plain(plain, norm_type, compiled)
     for (mesh, over), shards in sharded.items():
         norms = tensor_parts.gathered(_as_tensor(_norm_of_plain(shards, norm_type, compiled)), mesh, over)
-        yield _combined(norms.unbind(), norm_type)
+        yield combined(norms.unbind(), norm_type)
 
 
 def _norm_of_plain(tensors: list[Tensor], norm_type: float, compiled: bool) -> float | Tensor:
@@ -83,13 +83,13 @@ def _norm_of_plain(tensors: list[Tensor], norm_type: float, compiled: bool) -> f
     for (device, dtype), alike in kinds.items():
         wide = torch.promote_types(dtype, torch.float32)
         found = torch._foreach_norm(alike, norm_type, dtype=wide)
-        if device.type == "cpu" and not _SAFE <= _combined(found, norm_type) < math.inf:
+        if device.type == "cpu" and not _SAFE <= combined(found, norm_type) < math.inf:
             found = torch._foreach_norm(alike, norm_type, dtype=torch.promote_types(dtype, torch.float64))
         norms += found
-    return _combined(norms, norm_type)
+    return combined(norms, norm_type)
 
 
-def _combined(norms: Sequence[float | Tensor], norm_type: float) -> float | Tensor:
+def combined(norms: Sequence[float | Tensor], norm_type: float) -> float | Tensor:
     """The norm of norms: a number if all are in host memory, else a 0-d tensor."""
     devices = [n.device for n in norms if isinstance(n, Tensor) and n.device.type != "cpu"]
     device = devices[0] if devices else torch.device("cpu")
