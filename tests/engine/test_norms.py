@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compiled_optim._engine import process
 from compiled_optim._engine.executions.memory import ShortStorageError
@@ -171,6 +172,25 @@ def test_another_device_is_not_waited_for(norm_type: float, compiled: bool) -> N
     norm = total_norm([torch.ones(2), torch.ones(3, device="meta"), torch.ones(2)], norm_type, compiled=compiled)
     assert isinstance(norm, Tensor)
     assert (norm.device.type, norm.dtype, norm.shape) == ("meta", torch.float64, ())
+
+
+class Operations(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_as_many_operations_for_any_number_of_tensors_on_a_device() -> None:
+    counts = []
+    for tensors in (2, 50):
+        with Operations() as operations:
+            total_norm([torch.ones(3, device="meta") for _ in range(tensors)], 2.0, compiled=True)
+        counts.append(operations.count - tensors)
+    assert counts[0] == counts[1]
 
 
 def test_agrees_with_torch() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compiled_optim._engine.executions.checks import place
 from compiled_optim._engine.executions.memory import ShortStorageError
-from compiled_optim._engine.executions.norms import total_norm
+from compiled_optim._engine.executions.norms import total_norm, widest
 from compiled_optim._engine.executions.scaling import Scaling
 from compiled_optim._engine.executions.state import counted_on_device
 from compiled_optim._engine.executions.work import Work
@@ -92,13 +92,15 @@ def _decide_on_device(
 ) -> None:
     """The same in tensors: the host does not learn whether the step is skipped."""
 
-    def number(value: Any, dtype: torch.dtype = torch.float64) -> Tensor:
+    wide = widest(device)
+
+    def number(value: Any, dtype: torch.dtype = wide) -> Tensor:
         return torch.as_tensor(value).reshape(()).to(device, dtype, non_blocking=True)
 
     by: Any = 1.0 if scale is None else number(scale)
     total = None
     if norm is not None:
-        total = number(norm) / by
+        total = number(norm) if scale is None else number(norm) / by
         if isinstance(one_pass.norm, Tensor) and one_pass.norm.device == device:
             one_pass.norm.copy_(total)  # where replays of a graph write theirs
         else:

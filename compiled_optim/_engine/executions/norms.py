@@ -81,19 +81,25 @@ def _norm_of_plain(tensors: list[Tensor], norm_type: float, compiled: bool) -> f
             kinds[t.device, t.dtype].append(t)
     norms: list[float | Tensor] = [norm]
     for (device, dtype), alike in kinds.items():
-        wide = torch.promote_types(dtype, torch.float32)
-        found = torch._foreach_norm(alike, norm_type, dtype=wide)
-        if device.type == "cpu" and not _SAFE <= combined(found, norm_type) < math.inf:
-            found = torch._foreach_norm(alike, norm_type, dtype=torch.promote_types(dtype, torch.float64))
-        norms += found
+        total = _norm_of_alike(alike, norm_type, torch.promote_types(dtype, torch.float32))
+        if device.type == "cpu" and not _SAFE <= total.item() < math.inf:
+            total = _norm_of_alike(alike, norm_type, torch.float64)
+        norms.append(total)
     return combined(norms, norm_type)
+
+
+def _norm_of_alike(tensors: list[Tensor], norm_type: float, dtype: torch.dtype) -> Tensor:
+    """Of tensors of one dtype on one device, with sums of ``dtype``: a few launches, however many tensors."""
+    each = torch.stack(torch._foreach_norm(tensors, norm_type, dtype=dtype))
+    return torch.linalg.vector_norm(each, norm_type, dtype=widest(each.device))  # type: ignore[no-any-return]
 
 
 def combined(norms: Sequence[float | Tensor], norm_type: float) -> float | Tensor:
     """The norm of norms: a number if all are in host memory, else a 0-d tensor."""
     devices = [n.device for n in norms if isinstance(n, Tensor) and n.device.type != "cpu"]
     device = devices[0] if devices else torch.device("cpu")
-    total: Tensor = torch.linalg.vector_norm(torch.stack([_as_tensor(n, device) for n in norms]), norm_type)
+    parts = [_as_tensor(n, device) for n in norms if not devices or isinstance(n, Tensor) or n != 0]
+    total: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), norm_type)
     return total if devices else float(total)
 
 
@@ -101,5 +107,10 @@ def _as_tensor(number: float | Tensor, device: torch.device | None = None) -> Te
     """In float64 where the device has it."""
     if isinstance(number, Tensor):
         device = device or number.device
-        return number.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        return number.to(device, widest(device))
     return torch.full((), number, dtype=torch.float64, device=device or "cpu")
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype with the most digits that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
