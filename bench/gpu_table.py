@@ -40,6 +40,22 @@ def steps(report: Report) -> Iterator[str]:
     yield from table(["AdamW, microseconds on the device", *rivals, *fractions, *host], rows)
 
 
+def one_pass(report: Report) -> Iterator[str]:
+    rivals = ["torch fused, separate passes", "ours, separate passes", "ours", "ours, fused=True"]
+    rows = [
+        [
+            model(result),
+            *(number(result["device"][name]) for name in rivals),
+            ratio(result["device"][rivals[0]] / result["device"]["ours"]),
+            of_a_copy(result, "ours", report),
+            *(number(result["host"][name]) for name in rivals),
+        ]
+        for result in report["one_pass"]
+    ]
+    head = ["torch / ours", "ours, of a copy", *(f"{name}, host" for name in rivals)]
+    yield from table(["clip + AdamW + average, bf16 with masters, microseconds", *rivals, *head], rows)
+
+
 def algorithms(report: Report) -> Iterator[str]:
     rivals = ["torch foreach", "torch fused", "ours"]
     rows = [
@@ -104,7 +120,7 @@ def tables(report: Report) -> str:
         f"Medians of rivals in rotation on the same tensors. {machine['card']}, {copied}. torch {machine['torch']}, "
         f"triton {machine['triton']}, driver {machine['driver']}."
     ]
-    for part in (steps, algorithms, blocks, words, graphs, first_step):
+    for part in (steps, one_pass, algorithms, blocks, words, graphs, first_step):
         if part.__name__ in report:
             lines += part(report)
     for name, error in report.get("errors", {}).items():

@@ -54,6 +54,14 @@ def test_blocks(bench: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert updates == [*fp32 * 2, *bf16 * 2]
 
 
+def test_one_pass(bench: Any, gpu: Any) -> None:
+    results = bench.one_pass()
+    assert [(r["model"], r["dtype"]) for r in results[:2]] == [("100 small tensors", d) for d in ("fp32", "bf16")]
+    # parameter, two moments and average are read and written, the gradient is read twice; then bfloat16 with a master
+    assert [r["bytes"] for r in results[:2]] == [715 * (4 * 8 + 2 * 4), 715 * (4 + 4 * 8 + 2 * 2)]
+    assert {*results[0]["device"]} >= {"ours", "ours, fused=True"}
+
+
 def test_graphs(bench: Any) -> None:
     assert [(r["model"], r["dtype"]) for r in bench.graphs()] == [
         (model, dtype) for model in ("100 small tensors", "ResNet-50") for dtype in ("fp32", "bf16")

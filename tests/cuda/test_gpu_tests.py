@@ -34,6 +34,13 @@ from test_gpu_graphs import (  # noqa: E402, F401
     test_state_that_is_carried,
     test_what_the_host_counts_cannot_be_captured,
 )
+from test_gpu_one_pass import (  # noqa: E402, F401
+    test_a_grad_scaler_in_one_pass,
+    test_a_step_that_is_not_finite_is_skipped,
+    test_clipping_and_averaging_wait_for_nothing,
+    test_masters,
+    test_replays_follow_the_gradients,
+)
 
 
 @pytest.fixture

@@ -111,12 +111,15 @@ def test_without_a_gpu_it_says_so(bench: Any, tmp_path: Path) -> None:
 def test_every_table(bench: Any, table: Any) -> None:
     """Each part has one, of the numbers that are in its part of the report."""
     us = {"torch foreach": 40.0, "torch fused": 20.0, "ours": 10.0, "ours, fused=True": 16.0}
+    separate = {"torch fused, separate passes": 60.0, "ours, separate passes": 45.0}
+    passes = {**separate, "ours": 15.0, "ours, fused=True": 18.0}
     moved = {"model": "ResNet-50", "dtype": "fp32", "bytes": 5_000_000}  # 10 us at 500 GB/s
     host = {"same gradients": 5.0, "new gradients": 6.0, "giving them": 1.0, "pinned copy": 3.0}
     report = {
         "machine": MACHINE,
         "copy": 1000.0,
         "steps": [{**moved, "device": us, "host": us}],
+        "one_pass": [{**moved, "device": passes, "host": passes}],
         "blocks": [{**moved, "device": {"4 warps, 16 bytes": 10.0, "8 warps, 16 bytes": 5.0}}],
         "algorithms": [{**moved, "algorithm": "Adamax", "device": {"torch foreach": 40.0, "ours": 10.0}}],
         "words": [
@@ -132,6 +135,7 @@ def test_every_table(bench: Any, table: Any) -> None:
     assert rows["Adamax"] == ["40", "-", "10", "4.00x", "0.50"]
     assert rows["ResNet-50, 966 words"] == ["2", "2.5", "2", "5", "6", "1", "3"]
     assert "| ResNet-50, fp32 | 40 | 20 | 10 | 16 | 2.00x | 0.25 | 0.50 | 20 | 10 | 16 |" in table.tables(report)
+    assert "| ResNet-50, fp32 | 60 | 45 | 15 | 18 | 4.00x | 0.33 | 60 | 45 | 15 | 18 |" in table.tables(report)
     assert "| ResNet-50, fp32 | 0.50 | 1.00 |" in table.tables(report)
     assert "| ResNet-50, fp32 | 20 | 10 | 20 | 10 | 2.00x |" in table.tables(report)
 
