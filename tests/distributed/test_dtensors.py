@@ -98,6 +98,29 @@ def test_by_torch_compile(mesh: Any) -> None:
 
 
 @ways
+def test_masters_and_moments_are_sharded_as_their_parameter(mesh: Any, way: str) -> None:
+    around = {"master_weights": True, "state_dtype": torch.bfloat16}
+    run = Run(mesh, AdamW)
+    with torch.no_grad():
+        run.params = [torch.nn.Parameter(p.bfloat16()) for p in run.params]
+        run.plain = [torch.nn.Parameter(p.bfloat16()) for p in run.plain]
+    run.ours, run.stock = AdamW(run.params, **WAYS[way], **around), AdamW(run.plain, **WAYS[way], **around)
+    for _ in range(2):
+        run.step()
+    run.ours.load_state_dict(copy.deepcopy(run.ours.state_dict()))
+    run.step(1)
+    run.compare(0.0)
+    for p in run.params:
+        dtypes = {name: value.dtype for name, value in run.ours.state[p].items()}
+        assert dtypes == {
+            "step": torch.float32,
+            "master": torch.float32,
+            "exp_avg": torch.bfloat16,
+            "exp_avg_sq": torch.bfloat16,
+        }
+
+
+@ways
 def test_tensors_that_are_replaced(mesh: Any, way: str) -> None:
     """As FSDP replaces the tensors of a shard, frameworks the listed parameters, and checkpoints the state."""
     run = Run(mesh, AdamW, **WAYS[way])
