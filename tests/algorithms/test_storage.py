@@ -94,6 +94,21 @@ def test_the_parameter_is_the_rounded_master(cls: Any, options: dict[str, Any], 
     assert set(executions(ours)) == {"multi_tensor" if compiled else "eager"}
 
 
+@both
+def test_a_float32_gradient_reaches_the_master_unrounded(compiled: bool) -> None:
+    p = torch.nn.Parameter(torch.ones(40, dtype=BF16))
+    p.grad_dtype = FP32
+    optimizer = SGD([p], lr=0.5, master_weights=True, compiled=compiled)
+    expected = torch.ones(40)
+    for _ in range(3):
+        p.grad = torch.randn(40)
+        expected -= 0.5 * p.grad
+        optimizer.step()
+        assert torch.equal(optimizer.state[p]["master"], expected)
+        assert torch.equal(p, expected.to(BF16))
+    assert set(executions(optimizer)) == {"multi_tensor" if compiled else "eager"}
+
+
 def test_masters_in_a_graph_over_lists_and_in_a_users_graph() -> None:
     params, others, alone = (parameters(BF16, FP32) for _ in range(3))
     for p, q, r in zip(params, others, alone, strict=True):

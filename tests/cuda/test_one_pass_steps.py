@@ -10,7 +10,8 @@ import pytest
 import torch
 from beside_torch import assert_same, state_of
 
-from compiled_optim import SGD, Adagrad, AdamW, NAdam, explain
+from compiled_optim import SGD, Adagrad, AdamW, CompileError, NAdam, explain
+from compiled_optim.inspection import signature_of
 
 on_device = pytest.importorskip("on_device", exc_type=ImportError)
 stand_in = on_device.stand_in
@@ -266,6 +267,15 @@ def test_half_precision(gpu: Any, way: dict[str, Any], storage: dict[str, Any]) 
                     assert_same(state[name].cpu(), value, 1e-5, name)
     assert ours.skipped_steps == 2
     assert {row.execution for row in explain(ours)} == {"multi_tensor"}
+
+
+def test_no_kernel_rounds_at_random(gpu: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(3, device=GPU).bfloat16())
+    p.grad = torch.ones_like(p)
+    with pytest.raises(CompileError, match="it is rounded at random, which kernels on sm_[0-9]+ cannot do"):
+        AdamW([p], stochastic_rounding=3, compiled=True).step()
+    with pytest.raises(ValueError, match="sm_90 has no kernel that rounds at random"):
+        signature_of(AdamW, {"stochastic_rounding": True}, torch.bfloat16, target="sm_90")
 
 
 # ---- graphs

@@ -25,7 +25,8 @@ def test_the_model_counts_what_the_kernel_takes(name: str) -> None:
     traced = trace(signature)
     found = cost.of_traced(traced)
     assert found.bytes_per_element == registry.bytes_per_element(signature, cpu.lower(traced, portable=True))
-    assert found.bytes_per_element == found.minimum == 4 * (3 + 2 * len(signature.buffers))
+    param, grad, *buffers = (dtype.itemsize for dtype in signature.flat_dtypes)
+    assert found.bytes_per_element == found.minimum == 2 * param + grad + 2 * sum(buffers)
 
 
 class Lazy(Optimizer):

@@ -15,7 +15,8 @@ from compiled_optim._engine.kernels.trace import Signature, Traced, trace
 
 # By the name of an aten operator, what it counts as. The others count under their own names.
 _KINDS = {"sub": "add", "rsqrt": "sqrt", "reciprocal": "div", "convert_element_type": "convert", "_to_copy": "convert"}
-_FREE = {"copy_", "scalar_tensor"}  # a store, which counts as bytes, and a constant
+# a store, which counts as bytes, a constant, and other names of the same bits
+_FREE = {"copy_", "scalar_tensor", "alias", "view"}
 
 
 @dataclass(frozen=True)
