@@ -58,16 +58,24 @@ def test_steps_are_quick_from_the_second_on(cls: Any, long_steps: list[Any]) -> 
     run.compare(tolerance(cls))
 
 
-def in_groups(options: list[dict[str, Any]]) -> Lockstep:
+def in_groups(options: list[dict[str, Any]], ours: Any = Adam) -> Lockstep:
     def build(cls: Any, params: list[Any], **how: Any) -> Any:
         groups = [{"params": params[i :: len(options)], **group} for i, group in enumerate(options)]
         return cls(groups, **how)
 
     return Lockstep(
-        lambda params: build(torch.optim.Adam, params),
-        lambda params: build(Adam, params, compiled=True),
+        lambda params: build(oracle(ours), params),
+        lambda params: build(ours, params, compiled=True),
         tensors(SHAPES),
     )
+
+
+@pytest.mark.parametrize("cls", [c for c in CLASSES if c.rule.declaration.carried], ids=lambda cls: cls.__name__)
+def test_groups_carry_scalars_of_their_own(cls: Any, long_steps: list[Any]) -> None:
+    torch.set_default_dtype(torch.float64)
+    run = in_groups([{}, {"lr": 0.03}], cls)
+    run.step()
+    steps(run, long_steps, quick=True, count=3)
 
 
 def test_groups_and_step_counts_of_their_own(long_steps: list[Any]) -> None:

@@ -132,6 +132,7 @@ bool evaluate(Quick& quick, PyObject* groups) {
     if (!quick.hypers.back()) return false;
     scalars.columns = std::max<int64_t>(scalars.columns, PyTuple_GET_SIZE(PyTuple_GET_ITEM(known, 1)) + recurrent);
   }
+  scalars.rows.width = expected.width;
   scalars.rows.groups = expected.groups;  // a copy: the rule may step the optimizer
   scalars.rows.values = expected.values;
   for (size_t r = 0; r < scalars.rows.rows(); r++) {
