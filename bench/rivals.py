@@ -50,7 +50,7 @@ class Shared:
 
     def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> None:
         self.params = parameters(shapes, dtype)
-        self._state: dict[tuple[int, str], torch.Tensor] = {}
+        self._state: dict[tuple[int, str, torch.dtype], torch.Tensor] = {}
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Takes a first step, and puts the shared state in the place of the optimizer's."""
@@ -58,7 +58,7 @@ class Shared:
         for i, p in enumerate(self.params):
             for name, tensor in optimizer.state[p].items():
                 if tensor.shape == p.shape:
-                    optimizer.state[p][name] = self._state.setdefault((i, name), tensor)
+                    optimizer.state[p][name] = self._state.setdefault((i, name, tensor.dtype), tensor)
         return optimizer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 Shapes = list[tuple[int, ...]]
 
 SMALL: Shapes = [(64, 64), (64,)] * 50
+MEDIUM: Shapes = [(512, 512), (512,)] * 10
 
 
 def resnet50() -> Shapes:

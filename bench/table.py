@@ -79,6 +79,17 @@ def sparse(results: Results) -> Iterator[str]:
     yield from table(["1,000 rows of 100,000 x 64", *names, "torch / ours"], rows)
 
 
+def dtypes(results: Results) -> Iterator[str]:
+    rows = []
+    for label, info in results:
+        for mix, row in info.get("by_dtypes", {}).items():
+            ratios = [row.get(f"{name}_over") for name in ("float32", "torch_fused", "traffic_alone")]
+            cells = [number(row["milliseconds"]), *("-" if r is None else ratio(r) for r in ratios)]
+            rows.append([label.replace("-", ", ", 1), mix, *cells])
+    names = ["dtypes", "ms", "float32 / this", "torch fused / this", "traffic alone / this"]
+    yield from table(["step", *names], rows)
+
+
 def averages(results: Results) -> Iterator[str]:
     rows = []
     for label, info in results:
@@ -149,7 +160,7 @@ def tables(report: dict[str, Any]) -> str:
         f"Median milliseconds, float32, everything included; all columns of a row in one run, in rotation, on the same "
         f"tensors. {machine}, 2 cores, a copy moves {first('copy_gigabytes_per_second')} GB/s. torch 2.13.0, CPU.",
     ]
-    for part in (steps, eager, lbfgs, sparse, averages, loops, host, first_step, costs):
+    for part in (steps, dtypes, eager, lbfgs, sparse, averages, loops, host, first_step, costs):
         lines += part(results)
     extra = first("extra_bytes") / 1024
     lines += [
