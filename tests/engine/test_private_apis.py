@@ -226,9 +226,8 @@ def test_inductor_makes_one_serial_loop_and_its_arguments_are_found() -> None:
 
 def test_loops_fill_registers_of_the_narrowest_dtype() -> None:
     mixed = replace(signature(), dtypes=(torch.float32, torch.bfloat16, torch.bfloat16))
-    source = inductor.lower_cpp(trace(mixed), vector_bits=256).source
-    assert "x0+=static_cast<int64_t>(16L)" in source, "TilingSelect.select_tiling no longer decides the loop's step"
-    assert "VectorizedN<float,2>" in source
+    source = inductor.lower_cpp(trace(mixed)).source
+    assert "VectorizedN<float,2>" in source, "TilingSelect.select_tiling no longer says how many elements a loop takes"
 
 
 def test_flags_name_headers_that_exist() -> None:
