@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from beside_torch import assert_same, state_of
 
-from compiled_optim import SGD, Adagrad, AdamW, CompileError, NAdam, explain
+from compiled_optim import SGD, Adagrad, AdamW, CompileError, CompileFallbackWarning, NAdam, cache_clear, explain
 from compiled_optim.inspection import signature_of
 
 on_device = pytest.importorskip("on_device", exc_type=ImportError)
 stand_in = on_device.stand_in
+
+from test_cuda_steps import another_layout, gaps, graphs_over_lists, no_driver  # noqa: E402
+
 GPU, OTHER_GPU, CPU = on_device.GPU, on_device.OTHER_GPU, on_device.CPU
 SHAPES = ((3, 5), (), (130, 9), (7,))
 EVERYTHING = {"max_grad_norm": 0.5, "skip_nonfinite": True, "ema_decay": 0.75}
@@ -215,18 +219,24 @@ def test_several_devices(gpu: Any, devices: Any, way: dict[str, Any]) -> None:
 @each_way("fused", "host")
 @pytest.mark.parametrize("cls", [SGD, Adagrad], ids=lambda cls: cls.__name__)
 def test_sparse_gradients(gpu: Any, cls: Any, way: dict[str, Any]) -> None:
+    """Those that are coalesced, or the host would wait for the number of rows; in a first step it checks them."""
     torch.set_default_dtype(torch.float64)
 
     def sparse() -> None:
         for p, q in zip(run.params, run.theirs, strict=True):
             rows = torch.randperm(len(q))[: len(q) // 2]
-            q.grad = torch.sparse_coo_tensor(rows[None], torch.randn(len(rows), *q.shape[1:]), q.shape)
+            values = torch.randn(len(rows), *q.shape[1:])
+            q.grad = torch.sparse_coo_tensor(rows[None], values, q.shape).coalesce()
             p.grad = q.grad.to(p.device)
 
-    run = Apart(gpu, cls, {"lr": 0.1}, {"max_grad_norm": 0.5}, ours=way, shapes=((9, 4), (6,)))
-    for _ in range(3):
+    around = {"max_grad_norm": 0.5, "skip_nonfinite": True}
+    run = Apart(gpu, cls, {"lr": 0.1}, around, ours=way, shapes=((9, 4), (6,)))
+    for overflows in (False, True, False):
         sparse()
-        run.step()
+        if overflows:
+            for params in (run.params, run.theirs):
+                params[0].grad._values()[0, 0] = math.inf
+        run.step(waits=way is WAYS["host"] or run.optimizer.grad_norm is None)
         run.compare(error(way))
     assert run.is_compiled()
 
@@ -276,6 +286,24 @@ def test_no_kernel_rounds_at_random(gpu: Any) -> None:
         AdamW([p], stochastic_rounding=3, compiled=True).step()
     with pytest.raises(ValueError, match="sm_90 has no kernel that rounds at random"):
         signature_of(AdamW, {"stochastic_rounding": True}, torch.bfloat16, target="sm_90")
+
+
+@pytest.mark.parametrize("elsewhere", [another_layout, gaps, graphs_over_lists, no_driver])
+def test_whichever_way_a_step_takes(gpu: Any, elsewhere: Any, monkeypatch: pytest.MonkeyPatch, lenient: None) -> None:
+    """A step that overflows is skipped also where its plan goes stale, and where it is none of launches alone."""
+    cache_clear()
+    torch.set_default_dtype(torch.float64)
+    run = Apart(gpu, AdamW, {"lr": 0.01}, EVERYTHING, ours=WAYS["fused"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompileFallbackWarning)
+        for i, overflows in enumerate((False, True, False, True)):
+            run.give()
+            if overflows:
+                run.overflow()
+            if i == 1:
+                elsewhere(run, monkeypatch)
+            run.step(waits=elsewhere is not another_layout)
+            run.compare(1e-7)
 
 
 # ---- graphs
