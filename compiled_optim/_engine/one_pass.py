@@ -115,8 +115,8 @@ class OnePass:
     def extras(self) -> Extras:
         rounding = self.stochastic_rounding is not False
         return Extras(
-            # with an average alone, for the sake of a GradScaler
-            factor=self.needs_norm or self.ema_decay is not None,
+            # with an average or masters alone, for the sake of a GradScaler: it unscales no float16 gradients itself
+            factor=self.needs_norm or self.ema_decay is not None or bool(self.master_weights),
             ema=self.ema_decay is not None,
             master=bool(self.master_weights),
             rounding=rounding,

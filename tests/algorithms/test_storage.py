@@ -13,6 +13,7 @@ import torch
 from beside_torch import assert_same, both, executions
 from cases import CLASSES, named, oracle, rich_options
 from torch import Tensor
+from torch.amp import GradScaler
 
 from compiled_optim import SGD, Adagrad, Adam, AdamW, CompileFallbackWarning, SparseAdam, cache_info, explain
 from compiled_optim.declare import number
@@ -107,6 +108,24 @@ def test_a_float32_gradient_reaches_the_master_unrounded(compiled: bool) -> None
         assert torch.equal(optimizer.state[p]["master"], expected)
         assert torch.equal(p, expected.to(BF16))
     assert set(executions(optimizer)) == {"multi_tensor" if compiled else "eager"}
+
+
+@both
+def test_a_grad_scaler_and_masters_of_float16(compiled: bool) -> None:
+    """torch's scaler does not unscale float16 gradients; the step divides them after they were widened."""
+    p, q = torch.nn.Parameter(torch.ones(8, dtype=FP16)), torch.nn.Parameter(torch.ones(8))
+    ours, theirs = AdamW([p], lr=0.1, master_weights=True, compiled=compiled), torch.optim.AdamW([q], lr=0.1)
+    scaler = GradScaler("cpu", init_scale=2.0**14)
+    scaler.scale(torch.zeros(()))
+    for grad in (2.0**-20, math.inf, 2.0**-18):
+        p.grad, q.grad = (torch.full_like(t, grad).mul_(scaler.get_scale()) for t in (p, q))
+        scaler.step(ours)
+        if math.isfinite(grad):
+            q.grad /= scaler.get_scale()
+            theirs.step()
+        scaler.update()
+    assert_same(ours.state[p]["master"], q, 1e-6)
+    assert scaler.get_scale() == 2.0**13
 
 
 def test_masters_in_a_graph_over_lists_and_in_a_users_graph() -> None:
