@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lines test test-torch gpu lint graphs bench bench-gpu fuzz clean
+.PHONY: help venv demo lines test test-torch gpu lint graphs bench bench-peers bench-gpu fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -69,11 +69,25 @@ bench: .venv/.stamp ## time optimizer steps; raw numbers go to benchmark.json, t
 		--benchmark-sort=name --benchmark-json=benchmark.json
 	$(BIN)/python bench/table.py benchmark.json README.md
 
+# Other libraries, in an environment of their own. DeepSpeed compiles its optimizer when it is first used.
+PEERS := .venv-peers
+
+bench-peers: $(PEERS)/.stamp ## time AdamW of other libraries beside ours; numbers go to benchmark-peers.json
+	PYTHONPATH=. $(PEERS)/bin/python bench/peers.py benchmark-peers.json
+
+$(PEERS)/.stamp: constraints.txt bench/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -c bench/peers.txt torch==2.13.0 numpy setuptools ninja
+	for peer in deepspeed heavyball pytorch_optimizer bitsandbytes optax; do \
+		$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -c bench/peers.txt $$peer || \
+		echo "$$peer cannot be installed and is left out"; done
+	@touch $@
+
 PARTS ?=
 bench-gpu: $(if $(HAS_TORCH),,.venv/.stamp) ## time steps on a GPU; numbers go to benchmark-gpu.json, tables to the README
 	$(ON_GPU) bench/on_gpu.py benchmark-gpu.json $(PARTS)
 	$(ON_GPU) bench/gpu_table.py benchmark-gpu.json README.md
 
 clean: ## remove build artefacts, caches and demo output, but no .venv
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmark.json benchmark-gpu.json demo.png
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmark.json benchmark-*.json demo.png
 	find . -path "./.venv*" -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -52,13 +52,18 @@ class Shared:
         self.params = parameters(shapes, dtype)
         self._state: dict[tuple[int, str, torch.dtype], torch.Tensor] = {}
 
-    def adopt(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Takes a first step, and puts the shared state in the place of the optimizer's."""
+    def adopt(self, optimizer: torch.optim.Optimizer, names: Mapping[str, str] = {}) -> torch.optim.Optimizer:
+        """Takes a first step, and puts the shared state in the place of the optimizer's.
+
+        Args:
+            names: what torch.optim calls a state that the optimizer calls otherwise.
+        """
         optimizer.step()
         for i, p in enumerate(self.params):
             for name, tensor in optimizer.state[p].items():
-                if tensor.shape == p.shape:
-                    optimizer.state[p][name] = self._state.setdefault((i, name, tensor.dtype), tensor)
+                if isinstance(tensor, torch.Tensor) and tensor.shape == p.shape:
+                    key = (i, names.get(name, name), tensor.dtype)
+                    optimizer.state[p][name] = self._state.setdefault(key, tensor)
         return optimizer
 
 
