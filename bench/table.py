@@ -146,6 +146,18 @@ def loops(results: Results) -> Iterator[str]:
             yield f"First step, torch inside / ours inside, compiled: {cold}; with the model's graphs cached {cached}."
 
 
+def backward(results: Results) -> Iterator[str]:
+    for label, info in results:
+        if times := info.get("backward_milliseconds"):
+            kinds = ("gradient_mebibytes", "process_mebibytes")
+            rows = [
+                [way, number(ms), f"{info['over_ours'][way]:.2f}", *(number(info[kind][way]) for kind in kinds)]
+                for way, ms in times.items()
+            ]
+            head = [f"an iteration of the {label}", "ms", "over ours", "MiB of gradients at most", "MiB of the process"]
+            yield from table(head, rows)
+
+
 def tables(report: dict[str, Any]) -> str:
     results: Results = []
     for entry in report["benchmarks"]:
@@ -160,7 +172,7 @@ def tables(report: dict[str, Any]) -> str:
         f"Median milliseconds, float32, everything included; all columns of a row in one run, in rotation, on the same "
         f"tensors. {machine}, 2 cores, a copy moves {first('copy_gigabytes_per_second')} GB/s. torch 2.13.0, CPU.",
     ]
-    for part in (steps, dtypes, eager, lbfgs, sparse, averages, loops, host, first_step, costs):
+    for part in (steps, dtypes, eager, lbfgs, sparse, averages, backward, loops, host, first_step, costs):
         lines += part(results)
     extra = first("extra_bytes") / 1024
     lines += [

@@ -51,7 +51,8 @@ class StepsInBackward:
         gradient, such as parameters outside of ``model``, advances an attached schedule, and begins the next iteration.
 
         - Learning rates must be set before ``backward()``, and whatever changes gradients between ``backward()`` and
-          ``step()`` comes too late, hooks of ``step()`` included. `Tensor.register_hook` changes them in time.
+          ``step()`` comes too late, hooks of ``step()`` included. `Tensor.register_hook` changes them in time, and so
+          do those `Tensor.register_post_accumulate_grad_hook` that were registered before this call.
         - A backward pass that raises has updated some parameters. Call ``zero_grad()``, or ``step()``, to go on.
         - A graph cannot be used again after its parameters were updated: ``backward(retain_graph=True)`` twice raises
           autograd's error about a modified tensor, unless the updates come in the last ``micro_steps`` pass. The same

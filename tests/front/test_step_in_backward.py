@@ -8,6 +8,7 @@ import math
 import pickle
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from beside_torch import MATRICES, assert_equal, both, executions, parameter, tensors
 from cases import CLASSES, KINDS, gradient, oracle, rich_options, tolerance
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import compiled_optim
 from compiled_optim import SGD, Adam, AdamW, explain, lr_scheduler
@@ -271,6 +273,39 @@ def test_a_compiled_iteration(compiled: bool) -> None:
     iteration(ours, mine)
 
 
+@both
+@pytest.mark.parametrize("reentrant", [False, True], ids=["recomputed", "reentrant"])
+def test_checkpointed_segments(compiled: bool, reentrant: bool) -> None:
+    """A reentrant one has a backward pass of its own within the other."""
+    ours, theirs = twins(6)
+    mine, ordinary = (Adam(params, lr=0.1, compiled=compiled) for params in (ours, theirs))
+    mine.step_in_backward(block_elements=2 * WIDTH)
+
+    def loss(params: Any) -> Tensor:
+        x = params[0] + 1
+        for pair in (params[1:3], params[3:5]):
+            x = checkpoint(lambda x, *pair: x * pair[0] * pair[1], x, *pair, use_reentrant=reentrant)
+        return (x * params[5]).sum()  # type: ignore[no-any-return]
+
+    train(mine, lambda i: loss(ours))
+    train(ordinary, lambda i: loss(theirs))
+    assert_exact(mine, ordinary)
+
+
+@both
+def test_a_backward_pass_in_another_thread(compiled: bool) -> None:
+    """As that of each GPU is."""
+    ours, theirs = twins()
+    mine, ordinary = (Adam(params, lr=0.1, compiled=compiled) for params in (ours, theirs))
+    mine.step_in_backward()
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(product(ours).backward).result()
+        mine.step()
+        train(ordinary, lambda i: product(theirs), 1)
+    assert_exact(mine, ordinary)
+
+
 # ---- clipping
 
 
@@ -512,10 +547,12 @@ def test_a_backward_pass_that_raises_has_updated_what_came_before(compiled: bool
 
 
 @both
-def test_an_update_that_raises_ends_the_backward_pass(compiled: bool) -> None:
+@pytest.mark.parametrize("block_elements", [1, 1000])
+def test_an_update_that_raises_ends_the_backward_pass(compiled: bool, block_elements: int) -> None:
+    """Be it in the midst of the pass or at its end."""
     (params, _) = twins()
     optimizer = Adam(params, lr=0.1, compiled=compiled)
-    optimizer.step_in_backward(block_elements=1)
+    optimizer.step_in_backward(block_elements=block_elements)
     train(optimizer, lambda i: product(params), 1)
     before = [p.detach().clone() for p in params]
     optimizer.param_groups[0]["lr"] = "fast"
@@ -523,8 +560,9 @@ def test_an_update_that_raises_ends_the_backward_pass(compiled: bool) -> None:
         product(params).backward()
     assert_equal(params, before, atol=0)
     optimizer.param_groups[0]["lr"] = 0.1
-    optimizer.step()  # of the gradient that there was
-    assert [torch.equal(p, q) for p, q in zip(params, before, strict=True)] == [True, True, True, False]
+    optimizer.step()  # of the gradients that there were
+    updated = [not torch.equal(p, q) for p, q in zip(params, before, strict=True)]
+    assert updated == [block_elements > 1] * 3 + [True]
 
 
 def test_errors_name_the_parameter_where_the_optimizer_has_it() -> None:
