@@ -33,7 +33,7 @@ class BackwardHandle:
 
 
 class StepsInBackward:
-    """A part of `Optimizer`."""
+    """The part of `Optimizer` that updates parameters during the backward pass."""
 
     def step_in_backward(
         self,
@@ -53,10 +53,11 @@ class StepsInBackward:
         - Learning rates must be set before ``backward()``, and whatever changes gradients between ``backward()`` and
           ``step()`` comes too late, hooks of ``step()`` included. `Tensor.register_hook` changes them in time, and so
           do those `Tensor.register_post_accumulate_grad_hook` that were registered before this call.
-        - A backward pass that raises has updated some parameters. Call ``zero_grad()``, or ``step()``, to go on.
-        - A graph cannot be used again after its parameters were updated: ``backward(retain_graph=True)`` twice raises
-          autograd's error about a modified tensor, unless the updates come in the last ``micro_steps`` pass. The same
-          holds for a parameter that several segments of a reentrant checkpoint use.
+        - A backward pass that raises has updated some parameters. Call ``zero_grad()`` or ``step()`` of the optimizer
+          before the next one.
+        - A second ``backward()`` of one graph, after ``retain_graph=True``, raises autograd's error about a modified
+          tensor, unless the first was not the last of the ``micro_steps``. A reentrant checkpoint has a backward pass
+          for each segment, so no parameter must be used in several segments.
         - A ``torch.compile``d model has all gradients at once when its backward graph ends: they are freed block by
           block, but the peak is that of an ordinary step.
         - Parameters that are added, replaced or unfrozen later are followed. A copy of the optimizer, or one that was

@@ -31,10 +31,10 @@ class Place:
 
     Attributes:
         groups: the indices of its param groups; more than one if it is listed more than once.
-        elements: at least 1, so that what waits can be told from nothing.
+        elements: at least 1, so that waiting elements are 0 only if no gradient waits.
         count: how often its gradient was accumulated in this iteration.
-        has_arrived: whether its gradient is complete and was not used yet.
-        hook: what calls us when a gradient was accumulated.
+        has_arrived: whether its gradient is complete and waits for the update.
+        hook: registered on it, unless it is left to ``step()`` or frozen.
     """
 
     param: Tensor
@@ -47,11 +47,13 @@ class Place:
 
 
 class Lane:
-    """A device, or a stream of it, on which gradients are accumulated. What is launched there need not wait for them.
+    """A device, or one of its streams, on which gradients are accumulated.
+
+    An update that is launched there needs no synchronisation with them, so a block lies in one lane.
 
     Attributes:
-        open: the block that takes parameters that have none yet.
-        waiting: the elements of gradients that have arrived and are not used yet.
+        open: the block to which parameters without one are added.
+        waiting: how many elements of gradients wait for their update.
     """
 
     def __init__(self, key: Any) -> None:
@@ -68,11 +70,11 @@ class Block:
         self.take([])
 
     def take(self, places: list[Place]) -> None:
-        """Has these instead of the present places."""
+        """Replaces the places of the block."""
         self.places: list[Place] = []
         self.elements = 0
         self.arrived = 0  # how many places
-        self._listed: dict[int, list[Tensor]] = defaultdict(list)
+        self._params: dict[int, list[Tensor]] = defaultdict(list)  # by param group
         for place in places:
             self.add(place)
 
@@ -82,18 +84,18 @@ class Block:
         self.elements += place.elements
         self.arrived += place.has_arrived
         for i in place.groups:
-            self._listed[i].append(place.param)
+            self._params[i].append(place.param)
 
     def work_of(self, whole: Work) -> Work:
-        """What its step is taken on: the options and the state are those of the whole."""
-        groups = [{**whole.groups[i], "params": params} for i, params in self._listed.items()]
+        """The part of the optimizer's work that concerns the block. Options are read anew, state is shared."""
+        groups = [{**whole.groups[i], "params": params} for i, params in self._params.items()]
         work = self.execution.work_on(groups, _State(whole.state, self.places), whole.defaults)
         work.listed_in = whole.groups
         return work
 
 
 class _State(dict[Tensor, dict[str, Any]]):
-    """An optimizer's state of some of its parameters. What is made or deleted here, is so there as well."""
+    """The state of some of an optimizer's parameters. Entries are made and deleted in the optimizer's state too."""
 
     def __init__(self, whole: Any, places: list[Place]) -> None:
         super().__init__({p: whole[p] for place in places if (p := place.param) in whole})
@@ -158,7 +160,7 @@ class Blocks(Execution):
         return dict.fromkeys(place.block for place in self._places.values() if place.block is not None)
 
     def follow(self, work: Work) -> None:
-        """Looks which parameters there are, and hooks those that can be."""
+        """Follows changes of the param groups: takes parameters that are new, and registers hooks where they lack."""
         listed = [[*map(id, group["params"])] for group in work.groups]
         if listed != self._listed:
             self._listed = listed
@@ -179,7 +181,8 @@ class Blocks(Execution):
                 place.groups.append(i)
         for key, place in before.items():
             if key in self._places:
-                self._places[key].count, self._places[key].hook = place.count, place.hook
+                # a gradient that waited, because a backward pass raised, counts again when it arrives
+                self._places[key].count, self._places[key].hook = place.count - place.has_arrived, place.hook
             elif place.hook is not None:
                 place.hook.remove()
         chosen = self._chosen()
@@ -195,7 +198,7 @@ class Blocks(Execution):
     __del__ = remove_hooks
 
     def accumulated(self, p: Tensor) -> None:
-        """A gradient was accumulated: updates the block of the parameter if that is whole now."""
+        """Called after each accumulation. Updates the block of the parameter if all of its gradients are complete."""
         with self._lock:
             current = backward_pass()
             if current != self._pass or current < 0:
@@ -226,7 +229,7 @@ class Blocks(Execution):
                 self._update_all(lane)
 
     def ended(self) -> None:
-        """A backward pass has ended: updates what still waits."""
+        """Called at the end of a backward pass. Updates the parameters whose gradients still wait."""
         with self._lock:
             self._update_all()
 
@@ -297,7 +300,7 @@ class Blocks(Execution):
                 self._update(block if block.arrived == len(block.places) else self._split(block), free=free)
 
     def _split(self, block: Block) -> Block:
-        """Makes a block of what has arrived."""
+        """Moves the places that have arrived to a block of their own."""
         places, arrived = block.places, Block(block.lane, self.sibling())
         block.take([place for place in places if not place.has_arrived])
         arrived.take([place for place in places if place.has_arrived])
@@ -320,12 +323,12 @@ class Blocks(Execution):
                 place.param.grad = None
 
     def _clip(self, work: Work) -> list[float | Tensor]:
-        """Puts the factor of the gradients of a block in the place of what `surround` found; returns all norms."""
+        """Replaces the factor that `surround` took from the norm of the block alone. Returns the norms so far."""
         one_pass = self._one_pass
         if one_pass is None or one_pass.max_grad_norm is None or one_pass.norm is None:
             return []
         norms, by = [*self._norms, one_pass.norm], self._norm_before
-        one_pass.norm = None  # a tensor would be written again
+        one_pass.norm = None  # the next block would write its norm into this tensor
         work.given = one_pass.given(
             one_pass.factor(float(combined(norms, one_pass.norm_type)) if by is None else by, 1)
         )
