@@ -172,12 +172,16 @@ def test_a_decay_that_depends_on_the_step(gpu: Any) -> None:
 
 
 @each_way()
-@pytest.mark.parametrize("around", [EVERYTHING, {"ema_decay": 0.75}], ids=["everything", "average"])
-def test_a_grad_scaler(gpu: Any, way: dict[str, Any], around: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("around", "scale"),
+    [(EVERYTHING, 3.0), ({"ema_decay": 0.75}, 3.0), ({"ema_decay": 0.75}, None)],  # no float32 holds the inverse of 3
+    ids=["everything", "average", "unscaled before"],
+)
+def test_a_grad_scaler(gpu: Any, way: dict[str, Any], around: dict[str, Any], scale: float | None) -> None:
     """Its scale is a part of the factor, so gradients stay scaled; what it found is one more reason to skip."""
     torch.set_default_dtype(torch.float64)
     run = Apart(gpu, AdamW, {"lr": 0.01}, around, ours=way)
-    run.scale = 3.0  # whose inverse no float32 holds
+    run.scale = scale or 1.0
     for overflows in (False, True, False):
         run.give()
         for params in (run.params, run.theirs):
@@ -186,7 +190,7 @@ def test_a_grad_scaler(gpu: Any, way: dict[str, Any], around: dict[str, Any]) ->
         if overflows:
             run.overflow()
         run.optimizer.found_inf = on_device.on(GPU, float(overflows))
-        run.optimizer.grad_scale = on_device.on(GPU, run.scale)
+        run.optimizer.grad_scale = None if scale is None else on_device.on(GPU, scale)
         run.skips = True
         run.step(waits=way is WAYS["host"])
         run.compare(error(way))
@@ -207,9 +211,12 @@ def test_a_grad_scaler(gpu: Any, way: dict[str, Any], around: dict[str, Any]) ->
 def test_several_devices(gpu: Any, devices: Any, way: dict[str, Any]) -> None:
     """One norm for all. The host waits for it only where a parameter lies beside it."""
     torch.set_default_dtype(torch.float64)
-    run = Apart(gpu, AdamW, {"lr": 0.01}, {"max_grad_norm": 0.5, "ema_decay": 0.75}, ours=way, devices=devices)
-    for missing in ((), (1, 4), ()):
+    skips = way is WAYS["capturable"]
+    run = Apart(gpu, AdamW, {"lr": 0.01}, {**EVERYTHING, "skip_nonfinite": skips}, ours=way, devices=devices)
+    for missing, overflows in (((), False), ((1, 3), skips), ((), False)):
         run.give(missing)
+        if overflows:
+            run.overflow()
         run.step(waits=CPU in devices)
         run.compare()
     assert run.optimizer.grad_norm.device == (CPU if CPU in devices else OTHER_GPU)

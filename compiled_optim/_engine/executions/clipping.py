@@ -40,18 +40,21 @@ def begin(work: Work, one_pass: OnePass, scaling: Scaling | None, *, skips: bool
         )
     scale, found_inf = scaling or (None, None)
     norm = None
-    grads = [p.grad for group in work.groups for p in group["params"] if p.grad is not None]
     if one_pass.needs_norm:
         try:
-            norm = total_norm(grads, one_pass.norm_type, compiled=compiled)
+            norm = total_norm(_gradients(work), one_pass.norm_type, compiled=compiled)
         except ShortStorageError as error:
             raise RuntimeError(_short(work, error)) from error
     host_decides = one_pass.error_if_nonfinite or (not skips and (one_pass.skip_nonfinite or found_inf is not None))
     there = [t for t in (norm, scale, found_inf) if isinstance(t, Tensor) and not t.is_cpu]
-    if not there or host_decides or any(g.is_cpu for g in grads):
+    if not there or host_decides or any(g.is_cpu for g in _gradients(work)):
         return _decide(work, one_pass, norm, scale, found_inf)
     _decide_on_device(work, one_pass, there[0].device, norm, scale, found_inf)
     return True
+
+
+def _gradients(work: Work) -> list[Tensor]:
+    return [p.grad for group in work.groups for p in group["params"] if p.grad is not None]
 
 
 def _short(work: Work, error: ShortStorageError) -> str:
