@@ -56,8 +56,6 @@ def signature_of(
             raise ValueError(f"{target} has no kernel for {str(given).removeprefix('torch.')}")
     if on_device and not backend.asynchronous:
         raise ValueError(f"{target} has no kernel that counts steps on the device: there the host counts")
-    if backend.asynchronous and rule.rounds(dtype):
-        raise ValueError(f"{target} has no kernel that rounds at random: such parameters are updated eagerly there")
     buffers, scalars = declaration.kept(switches, dtype), tuple(first_scalars(rule, hyper))
     moments = declaration.buffers.keys() - declaration.copies.keys()
     of_state = [(state_dtype if name in moments else None) or declaration.dtype_of(name, dtype) for name in buffers]

@@ -11,8 +11,7 @@ import pytest
 import torch
 from beside_torch import assert_same, state_of
 
-from compiled_optim import SGD, Adagrad, AdamW, CompileError, CompileFallbackWarning, NAdam, cache_clear, explain
-from compiled_optim.inspection import signature_of
+from compiled_optim import SGD, Adagrad, AdamW, CompileFallbackWarning, NAdam, cache_clear, explain
 
 on_device = pytest.importorskip("on_device", exc_type=ImportError)
 stand_in = on_device.stand_in
@@ -286,13 +285,23 @@ def test_half_precision(gpu: Any, way: dict[str, Any], storage: dict[str, Any]) 
     assert {row.execution for row in explain(ours)} == {"multi_tensor"}
 
 
-def test_no_kernel_rounds_at_random(gpu: Any) -> None:
-    p = torch.nn.Parameter(torch.ones(3, device=GPU).bfloat16())
-    p.grad = torch.ones_like(p)
-    with pytest.raises(CompileError, match=r"it is rounded at random, which kernels on sm_\d+ cannot do"):
-        AdamW([p], stochastic_rounding=3, compiled=True).step()
-    with pytest.raises(ValueError, match="sm_90 has no kernel that rounds at random"):
-        signature_of(AdamW, {"stochastic_rounding": True}, torch.bfloat16, target="sm_90")
+@each_way("fused", "host")
+def test_rounding_at_random(gpu: Any, way: dict[str, Any]) -> None:
+    """As an eager step on the CPU, also in the second block of a tensor. Half a gradient is exact in any arithmetic."""
+    start = [torch.randn(shape).bfloat16() for shape in SHAPES]
+    params, others = ([torch.nn.Parameter(t.to(device)) for t in start] for device in (GPU, CPU))
+    ours, reference = (SGD(ps, lr=0.5, stochastic_rounding=3, **how) for ps, how in ((params, way), (others, {})))
+    for _ in range(3):
+        for p, q in zip(params, others, strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad.to(GPU)
+        with stand_in.no_waiting():
+            ours.step()
+        gpu.check()
+        reference.step()
+        for p, q in zip(params, others, strict=True):
+            assert torch.equal(p.detach().cpu(), q.detach())
+    assert {row.execution for row in explain(ours)} == {"multi_tensor"}
 
 
 @pytest.mark.parametrize("elsewhere", [another_layout, gaps, graphs_over_lists, no_driver])

@@ -307,8 +307,6 @@ def _reason(work: Work, choice: Group, m: Member) -> str:
     backend = backend_of(p)
     if backend is None:
         return f"it is {p.dtype} on {p.device.type}"
-    if backend.asynchronous and work.rule.rounds(p.dtype):
-        return f"it is rounded at random, which kernels on {backend.name} cannot do"
     grad = m.grad if m.param is not m.listed else work.gradient(p)  # not the copy in COO layout
     if grad is None or (type(grad) in PLAIN and grad.layout is torch.strided):
         return ""

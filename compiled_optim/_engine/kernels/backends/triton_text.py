@@ -12,7 +12,7 @@ import torch
 
 from compiled_optim._engine.kernels.prologue import hypers_of
 from compiled_optim._engine.kernels.trace import Signature
-from compiled_optim._engine.torch_private.inductor import Lowered
+from compiled_optim._engine.torch_private.inductor import Lowered, LoweringError
 from compiled_optim._engine.torch_private.triton import HEADER
 
 UPDATE_ARGUMENTS = {"table": "*i64", "sizes": "*i64", "tensor_of": "*i32", "chunks": "i32", "repeat": "i32"}
@@ -139,7 +139,7 @@ def _type(dtype: torch.dtype) -> str:
 
 def update_text(signature: Signature, lowered: Lowered) -> str:
     """The kernel ``update`` of `UPDATE_ARGUMENTS`, on a grid of (1, chunks, 1), or of more than that along z."""
-    flat, dtypes = len(signature.flat), signature.flat_dtypes
+    flat, dtypes, source = len(signature.flat), signature.flat_dtypes, lowered.source
     addresses = [f"a{i} = tl.load(row + {i}).to(tl.int64)" for i in range(flat)]
     if signature.by_rows:
         words = Words.of(signature)
@@ -151,7 +151,13 @@ def update_text(signature: Signature, lowered: Lowered) -> str:
         pointers = f"tl.pointer_type({_type(signature.scalar_dtype)})"
         addresses.append(f"factor = tl.load(row + {Words.of(signature).hypers}).to({pointers})")
 
+    first = flat + len(signature.factors) if signature.places else -1
+    if first >= 0:
+        source = _by_value(source, lowered.arguments.index(first))
+
     def pointer(i: int, aligned: bool) -> str:
+        if i == first:
+            return "o"
         if i >= flat:
             return "factor" if i - flat == place else f"k + {i - flat}"
         at = f"a{i}.to(tl.pointer_type({_type(dtypes[i])}))"
@@ -166,7 +172,16 @@ def update_text(signature: Signature, lowered: Lowered) -> str:
         unaligned=", ".join(pointer(i, False) for i in places),
     )
     text = _UPDATE.format(**_facts(signature), addresses="\n            ".join(addresses), block=block)
-    return f"{HEADER}\n\n{lowered.source}\n{text}"
+    return f"{HEADER}\n\n{source}\n{text}"
+
+
+def _by_value(source: str, place: int) -> str:
+    """Inductor's function with a number at a place of its arguments where it expects the address of one."""
+    name = source.partition("(")[2].split(", ")[place]
+    load = f"tl.load({name} + (0))"
+    if source.count(load) != 1:
+        raise LoweringError(f"Inductor reads the place of an element otherwise than by {load}")
+    return source.replace(load, name)
 
 
 def prologue_text(signature: Signature, lowered: Lowered) -> str:
