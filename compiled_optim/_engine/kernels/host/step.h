@@ -17,8 +17,8 @@ bool collect_state(Plan* plan, PyObject* state) {
     const auto& known = plan->state_keys[tracked.keys];
     if (!PyDict_Check(value) || PyDict_GET_SIZE(value) != static_cast<Py_ssize_t>(known.keys.size())) return false;
     Py_ssize_t inner = 0;
-    for (size_t k = 0; PyDict_Next(value, &inner, &name, &tensor); k++) {
-      if (known.keys[k] != name) return false;
+    for (size_t k = 0; k < known.keys.size(); k++) {
+      if (!PyDict_Next(value, &inner, &name, &tensor) || known.keys[k] != name) return false;
       if (known.slots[k] >= 0) plan->slots[tracked.entry * width + known.slots[k]] = tensor;
     }
   }
@@ -65,8 +65,9 @@ bool read_substitutes(PyObject* list, SubstituteGrads& found) {
 [[gnu::always_inline]] inline void note(Plan* plan, size_t entry, size_t cell, const c10::TensorImpl* t,
                                         int64_t elements, int64_t itemsize) {
   const Range now = range(t, elements, itemsize, cell == Memory::kGradient);
-  if (cell != Memory::kGradient && now == plan->memory.at(entry, cell)) return;
-  if (!is_whole(t, elements, itemsize)) throw_short(plan, entry, t, cell);
+  const bool has_moved = !(now == plan->memory.at(entry, cell));
+  if ((has_moved || cell == Memory::kGradient) && !is_whole(t, elements, itemsize)) throw_short(plan, entry, t, cell);
+  if (!has_moved) return;
   plan->memory.note(entry, cell, now, cell == Memory::kGradient && is_sole_owner(const_cast<c10::TensorImpl*>(t)));
 }
 
