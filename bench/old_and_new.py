@@ -22,6 +22,8 @@ from typing import Any
 CONTESTANTS = [  # class, options, shapes, steps of a turn
     ("AdamW", {"compiled": True}, "SMALL", 200),
     ("SGD", {"compiled": True, "momentum": 0.9}, "SMALL", 200),
+    ("AdamW", {"compiled": True}, "TINY", 400),
+    ("AdamW", {"compiled": True}, "LORA", 100),
     ("AdamW", {"compiled": True}, "resnet50", 8),
     ("AdamW", {"compiled": True}, "ONES", 200),
     ("AdamW", {"compiled": True}, "MANY_ONES", 10),

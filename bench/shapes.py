@@ -6,6 +6,8 @@ Shapes = list[tuple[int, ...]]
 
 SMALL: Shapes = [(64, 64), (64,)] * 50
 MEDIUM: Shapes = [(512, 512), (512,)] * 10
+TINY: Shapes = [(64, 16), (64,), (64, 64), (64,), (4, 64), (4,)]
+LORA: Shapes = [(8, 768), (768, 8)] * 48  # pairs of rank 8, four in each of twelve layers
 
 
 def resnet50() -> Shapes:

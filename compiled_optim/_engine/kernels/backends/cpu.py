@@ -21,7 +21,7 @@ dtypes = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16,
 sparse = True
 asynchronous = False
 # Shorter launches do not pay for holding memory and handing over the interpreter lock.
-long_launch = 1 << 19
+long_launch = 1 << 20
 suffix, language = ".so", "cpp"
 compiled = True
 

@@ -138,7 +138,7 @@ const char* collect(Plan* plan, PyObject* state, const SubstituteGrads& substitu
       return odd_gradient(plan, e, grad);
     // An entry fills the same cells in each step. Its tensors have no gaps, so their reach is their number of elements.
     const auto** tensors = plan->tensors.data() + e * cells;
-    auto take = [&](size_t cell, const c10::TensorImpl* t, int64_t elements, int64_t itemsize) {
+    auto take = [&](size_t cell, const c10::TensorImpl* t, int64_t elements, int64_t itemsize) __attribute__((always_inline)) {
       tensors[cell] = t;
       note(plan, e, cell, t, elements, itemsize);
     };
