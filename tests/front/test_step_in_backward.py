@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import pickle
+import random
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -651,3 +652,63 @@ def test_arguments_are_checked() -> None:
     optimizer.step_in_backward()
     with pytest.raises(ValueError, match="was called before"):
         optimizer.step_in_backward()
+
+
+def test_param_groups_change_while_a_gradient_waits() -> None:
+    (params, _) = twins(3)
+    optimizer = SGD(params[:2], lr=0.1)
+    optimizer.step_in_backward()
+    with pytest.raises(ArithmeticError):
+        product(params[1:2], Failing.apply(params[0])).backward()
+    optimizer.add_param_group({"params": params[2:]})
+    before = params[1].detach() - 0.1 * params[1].grad
+    optimizer.step()
+    assert_equal([params[1]], [before])
+
+
+# ---- at random
+
+
+@both
+@pytest.mark.parametrize("seed", range(12))
+def test_random_iterations(seed: int, compiled: bool) -> None:
+    """Parameters come in any order or not at all, and everything else changes between iterations."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    values = tensors([(draw.choice([1, 3, 20]),) for _ in range(9)])
+    lists = [[parameter(v) for v in values] for _ in range(2)]
+    runs: list[Any] = [
+        Adam([{"params": params[:3]}, {"params": params[3:6], "lr": 0.02}], lr=0.05, compiled=compiled)
+        for params in lists
+    ]
+    handle, micro_steps, used = None, 1, 6
+    for i in range(12):
+        if i % 4 == 0:
+            if handle is not None:
+                handle.remove()
+            micro_steps = draw.choice([1, 2, 3])
+            handle = runs[0].step_in_backward(micro_steps=micro_steps, block_elements=draw.choice([1, 5, 20, 1000]))
+        change = draw.randrange(8)
+        if change == 0 and used < len(values):
+            for params, optimizer in zip(lists, runs, strict=True):
+                optimizer.add_param_group({"params": params[used : used + 1]})
+            used += 1
+        k = draw.randrange(used)
+        saved = runs[1].state_dict()
+        for params, optimizer in zip(lists, runs, strict=True):
+            if change == 1:
+                params[k].requires_grad = not params[k].requires_grad
+            elif change == 2:
+                optimizer.param_groups[0]["lr"] *= 0.9
+            elif change == 3:
+                optimizer.load_state_dict(copy.deepcopy(saved))
+        for _ in range(draw.randint(1, micro_steps)):
+            order = [k for k in range(used) if draw.random() < 0.8 and lists[0][k].requires_grad]
+            draw.shuffle(order)
+            for params in lists:
+                if order:
+                    product([params[k].tanh().mean() for k in order], torch.ones(1, dtype=torch.float64)).backward()
+        for optimizer in runs:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_exact(*runs)

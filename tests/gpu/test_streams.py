@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from beside_torch import parameter
+from beside_torch import parameter, tensors
 from torch import Tensor
 
-from compiled_optim import AdamW
+from compiled_optim import AdamW, explain
 
 pytestmark = pytest.mark.gpu
 
@@ -94,3 +94,21 @@ def test_threads(device: torch.device) -> None:
         list(pool.map(train, runs))
     for run in runs:
         run.compare()
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
+def test_steps_in_the_backward_pass(options: dict[str, Any], device: torch.device) -> None:
+    """The thread of each device launches its own: parameters on the host and on the device share no block."""
+    values = [t.to(d) for t in tensors([(7,), (3, 5), (131,)]) for d in (device, torch.device("cpu"))]
+    lists = [[parameter(v) for v in values] for _ in range(2)]
+    ours, ordinary = (AdamW(params, lr=0.1, **options, compiled=True) for params in lists)
+    ours.step_in_backward(block_elements=100)
+    for _ in range(4):
+        for params, optimizer in zip(lists, (ours, ordinary), strict=True):
+            torch.autograd.backward(torch.stack([(p * (p + 1)).sum().cpu() for p in params]).sum())
+            assert optimizer is ordinary or [p.grad for p in params] == [None] * len(params)
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(*lists, strict=True):
+        assert torch.equal(p, q)
+    assert {row.device for row in explain(ours)} == {str(device), "cpu"}
