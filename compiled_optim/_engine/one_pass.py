@@ -139,7 +139,8 @@ class OnePass:
         if self.max_grad_norm is None:
             return inverse
         clip = self.max_grad_norm / (norm + _EPS)
-        return inverse * (clip.clamp(max=1.0) if isinstance(clip, Tensor) else 1.0 if clip > 1 else clip)
+        clip = clip.clamp(max=1.0) if isinstance(clip, Tensor) else 1.0 if clip > 1 else clip
+        return inverse * clip if isinstance(scale, Tensor) or scale != 1 else clip  # on a device, a launch less
 
     def given(self, factor: Any) -> dict[str, Any]:
         """The `Extras.numbers` of a step: the decay is a number, or a function of the step."""

@@ -40,6 +40,7 @@ from test_gpu_one_pass import (  # noqa: E402, F401
     test_clipping_and_averaging_wait_for_nothing,
     test_masters,
     test_replays_follow_the_gradients,
+    test_rounding_at_random,
 )
 
 

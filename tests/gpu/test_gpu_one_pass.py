@@ -10,7 +10,7 @@ from beside_torch import parameter
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from compiled_optim import AdamW, explain
+from compiled_optim import SGD, AdamW, explain
 
 pytestmark = pytest.mark.gpu
 
@@ -132,6 +132,22 @@ def test_masters(way: Any, device: torch.device) -> None:
             master = ours.state[p]["master"]
             assert torch.equal(p, master.bfloat16())
             torch.testing.assert_close(master, q.detach(), rtol=1e-5, atol=1e-6)
+    assert_one_launch(ours)
+
+
+@pytest.mark.parametrize("way", [{"fused": True}, {"compiled": True}], ids=["fused", "host"])
+def test_rounding_at_random(way: Any, device: torch.device) -> None:
+    """As an eager step on the CPU. Half a gradient is exact in any arithmetic."""
+    values = [torch.randn(shape).bfloat16() for shape in SHAPES]
+    params, others = ([parameter(v.to(place)) for v in values] for place in (device, "cpu"))
+    ours, reference = (SGD(ps, lr=0.5, stochastic_rounding=3, **how) for ps, how in ((params, way), (others, {})))
+    for _ in range(3):
+        for p, q in zip(params, others, strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad.to(device)
+        ours.step()
+        reference.step()
+        assert all(torch.equal(p.cpu(), q) for p, q in zip(params, others, strict=True))
     assert_one_launch(ours)
 
 
