@@ -129,6 +129,11 @@ class OnePass:
     def needs_norm(self) -> bool:
         return self.max_grad_norm is not None or self.skip_nonfinite
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether every step without a GradScaler is given the same `Extras.numbers`."""
+        return not self.needs_norm and self.ema_decay is None
+
     def factor(self, norm: Any, scale: Any) -> Any:
         """What gradients are multiplied by, as clip_grad_norm_ does; ``norm``: of the unscaled gradients.
 

@@ -186,7 +186,10 @@ def _unrounded(p: Any, master: Any, dtype: torch.dtype) -> Any:
     A comparison with the rounded master would be exact, but Inductor leaves out conversions to a dtype and back.
     """
     about = torch.finfo(dtype)
-    return where((p - master).abs() < p.abs() * (about.eps * 0.50001) + about.smallest_normal * about.eps, master, p)
+    reach = p.abs() * (about.eps * 0.50001)
+    if dtype is torch.float16:  # whose subnormal numbers are normal ones of float32
+        reach = reach + about.smallest_normal * about.eps
+    return where((p - master).abs() < reach, master, p)
 
 
 # ---- errors in the words of a rule

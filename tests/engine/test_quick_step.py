@@ -50,6 +50,29 @@ def steps(run: Lockstep, long_steps: list[Any], *, quick: bool, count: int = 2, 
 # ---- what needs no long step
 
 
+@pytest.mark.parametrize(
+    "around", [{"master_weights": True}, {"stochastic_rounding": 3}, {"state_dtype": torch.float32}], ids=str
+)
+def test_steps_with_options_of_storage_are_quick(around: dict[str, Any], long_steps: list[Any]) -> None:
+    """As they are taken long, which an eager step is; a GradScaler takes long ones, and then they are quick again."""
+    params, others = ([torch.nn.Parameter(torch.full((7,), 1.5, dtype=torch.bfloat16))] for _ in range(2))
+    quick, long = Adam(params, compiled=True, **around), Adam(others, **around)
+    for scale in (None, None, 8.0, None, None):
+        params[0].grad = torch.randn(7).bfloat16()
+        others[0].grad = params[0].grad.clone()
+        begun = len(long_steps)
+        if scale is not None:
+            params[0].grad *= scale
+            quick.grad_scale = torch.tensor(scale)
+        quick.step()
+        if scale is not None:
+            del quick.grad_scale
+        assert (len(long_steps) == begun) == (begun > 0 and scale is None)
+        long.step()
+        del long_steps[max(1, begun) :]
+        torch.testing.assert_close(params[0], others[0], rtol=2.0**-8, atol=0)
+
+
 @pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.accepts_dense], ids=lambda cls: cls.__name__)
 def test_steps_are_quick_from_the_second_on(cls: Any, long_steps: list[Any]) -> None:
     run = Lockstep(oracle(cls), lambda params: cls(params, compiled=True), tensors(SHAPES))

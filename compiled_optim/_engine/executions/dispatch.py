@@ -136,6 +136,7 @@ class Execution:
         """Does what comes before the update, and says what goes into its launch; False if the step must be skipped."""
         if one_pass is not None:
             work.given = one_pass.given(1.0)
+            work.constant = work.given if one_pass.is_constant else None
         if one_pass is None or not work.rule.extras.factor:
             return scaling is None or self._unscale(work, scaling)
         skips = self._may_scale(work) if self.plan is None else self.plan.skips

@@ -22,6 +22,12 @@ def never(optimizer: Any) -> bool:
     return False
 
 
+def _evaluation(work: Work) -> Callable[..., Any]:
+    """Evaluates the scalars of a row, and the recurrent ones if the rule has some."""
+    whole = functools.partial(evaluate, work.rule, given=work.constant or {})
+    return whole if work.rule.declaration.carried else lambda h, counts: whole(h, counts)[0]
+
+
 def offer(work: Work, plan: Plan, choices: list[Group], scalar_names: list[tuple[str, ...]]) -> QuickStep:
     """Takes the steps that find what the last one found: the same plan, and nobody who watches.
 
@@ -29,7 +35,11 @@ def offer(work: Work, plan: Plan, choices: list[Group], scalar_names: list[tuple
     """
     rule, declaration = work.rule, work.rule.declaration
     others = plan.elsewhere or plan.in_graphs or plan.copied or plan.sparse or plan.sharded
-    if others or rule.extras.numbers or any(launch.kernel.signature.on_device for launch in plan.launches):
+    if (
+        others
+        or (rule.extras.numbers and work.constant is None)
+        or any(launch.kernel.signature.on_device for launch in plan.launches)
+    ):
         return never
     native: QuickStep = plan.host.quick(
         plan.native,
@@ -39,7 +49,7 @@ def offer(work: Work, plan: Plan, choices: list[Group], scalar_names: list[tuple
         fallback.watched(),
         rule.owner,
         *plan.frozen,
-        functools.partial(evaluate, rule) if declaration.carried else None,
+        _evaluation(work) if declaration.carried or rule.extras.numbers else None,
         declaration.hyper_type,
         declaration.layout,
         tuple([(choice.switches, names) for choice, names in zip(choices, scalar_names, strict=True)]),

@@ -22,8 +22,8 @@ class Work:
 
     ``memory`` finds tensors that share some. ``substitutes`` holds gradients that replace ``p.grad``, by parameter.
     ``scaling`` is what a launch has to do for a GradScaler. ``given`` are the `Extras.numbers` of the next step, where
-    the factor may be a tensor on a device. ``listed_in`` are the optimizer's own param groups, where ``groups`` have
-    only some of its parameters.
+    the factor may be a tensor on a device; ``constant`` are those of every step without a GradScaler, None if they
+    differ. ``listed_in`` are the optimizer's own param groups, where ``groups`` have only some of its parameters.
     """
 
     rule: Rule
@@ -34,6 +34,7 @@ class Work:
     substitutes: dict[Tensor, Tensor] | None = None
     scaling: Scaling | None = None
     given: dict[str, Any] = field(default_factory=dict)
+    constant: dict[str, Any] | None = None
     listed_in: list[dict[str, Any]] | None = None
     steady: Any = None  # what the last eager step found
 

@@ -255,7 +255,8 @@ PyObject* expected(PyObject*, PyObject* capsule) {
 //     which must be empty; observed(): must be False.
 //   watched: [(dict, key, attribute, ..., value)]: this value must be found there, or nothing.
 //   owner: the class of the rule. Its `update` must be this one.
-//   evaluate(hyper, counts): the scalars and the recurrent scalars of a rule that has some; None for others.
+//   evaluate(hyper, counts): the scalars, in a tuple with the recurrent scalars if there are some; None where the
+//     owner's `scalars` are all.
 //   hyper_type: of the hyperparameters; options: [(name, how many values of a hyper_type it is, or 0 for one that is no
 //     tuple, whether it is a number, whether it is a switch)] in their order.
 //   groups: [(switches, names of the scalars)] by param group.
