@@ -24,10 +24,13 @@ def test_passes(dtype: str, model: str, benchmark: Any) -> None:
     shapes, rounds = MODELS[model]
     params = parameters(shapes, DTYPES[dtype])
 
-    def grads() -> list[torch.Tensor]:  # as an optimizer has to ask for them in each step
+    def grads() -> list[torch.Tensor]:  # as `clip_grad_norm_` asks for them in each step
         return [p.grad for p in params if p.grad is not None]
 
-    norm = total_norm(grads(), 2.0, compiled=True)
+    def ours(norm_type: float) -> float | torch.Tensor:
+        return total_norm(params, norm_type, compiled=True, of_gradients=True)
+
+    norm = ours(2.0)
     assert math.isclose(norm, get_total_norm([g.double() for g in grads()]).item(), rel_tol=1e-6)
 
     def zero_each() -> None:
@@ -36,16 +39,16 @@ def test_passes(dtype: str, model: str, benchmark: Any) -> None:
 
     rivals = {
         "norm": {
-            "ours": lambda: total_norm(grads(), 2.0, compiled=True),
+            "ours": lambda: ours(2.0),
             "torch get_total_norm": lambda: get_total_norm(grads()),
             "torch get_total_norm foreach=False": lambda: get_total_norm(grads(), foreach=False),
         },
         "largest": {
-            "ours": lambda: total_norm(grads(), math.inf, compiled=True),
+            "ours": lambda: ours(math.inf),
             "torch get_total_norm": lambda: get_total_norm(grads(), math.inf),
         },
         "zero": {
-            "ours": lambda: gradients.zero(grads()),
+            "ours": lambda: gradients.zero([*params], of_gradients=True),
             "torch zero_": zero_each,
             "torch foreach": lambda: torch._foreach_zero_(grads()),
         },

@@ -193,6 +193,25 @@ def test_as_many_operations_for_any_number_of_tensors_on_a_device() -> None:
     assert counts[0] == counts[1]
 
 
+@ways
+def test_gradients_of_parameters(compiled: bool) -> None:
+    """Those that have one, of every kind; what the parameters themselves are does not count."""
+    params = [torch.nn.Parameter(torch.full((2, 2), 9.0)) for _ in range(5)]
+    grads = [torch.ones(2, 2), torch.ones(2, 2).to_sparse(), torch.arange(16.0).view(4, 4)[::2, ::2], torch.eye(2).t()]
+    for p, grad in zip(params, grads, strict=False):
+        p.grad = grad
+    params.append(torch.nn.Parameter(torch.ones(3, dtype=torch.complex64)))
+    params[-1].grad = torch.randn(3, dtype=torch.complex64).conj()
+    for norm_type in (2.0, math.inf):
+        norm = total_norm(params, norm_type, compiled=compiled, of_gradients=True)
+        assert norm == pytest.approx(reference([*grads, params[-1].grad], norm_type), rel=3e-7)
+    assert total_norm(params[4:5], 2.0, compiled=compiled, of_gradients=True) == 0.0
+    grads[2].untyped_storage().resize_(0)
+    with pytest.raises(ShortStorageError) as caught:
+        total_norm(params, 2.0, compiled=compiled, of_gradients=True)
+    assert caught.value.tensor is grads[2]
+
+
 def test_agrees_with_torch() -> None:
     tensors = [torch.randn(n, dtype=torch.float64) for n in (3, 1000, 64)]
     for norm_type in (2.0, math.inf):

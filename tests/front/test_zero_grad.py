@@ -133,6 +133,6 @@ def test_the_profiler_sees_it() -> None:
 def test_only_lists_of_tensors() -> None:
     host = host_module()
     with pytest.raises(TypeError):
-        host.zero((torch.ones(2),), 0, 1, 1)
+        host.zero((torch.ones(2),), False, 0, 1, 1)
     with pytest.raises(TypeError):
-        host.norm(torch.ones(2), 0, False, 1, 1)
+        host.norm(torch.ones(2), False, 0, False, 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import torch
@@ -42,26 +43,25 @@ def begin(work: Work, one_pass: OnePass, scaling: Scaling | None, *, skips: bool
     norm = None
     if one_pass.needs_norm:
         try:
-            norm = total_norm(_gradients(work), one_pass.norm_type, compiled=compiled)
+            norm = total_norm(_params(work), one_pass.norm_type, compiled=compiled, of_gradients=True)
         except ShortStorageError as error:
             raise RuntimeError(_short(work, error)) from error
     host_decides = one_pass.error_if_nonfinite or (not skips and (one_pass.skip_nonfinite or found_inf is not None))
     there = [t for t in (norm, scale, found_inf) if isinstance(t, Tensor) and not t.is_cpu]
-    if not there or host_decides or any(g.is_cpu for g in _gradients(work)):
+    if not there or host_decides or any(p.grad is not None and p.grad.is_cpu for p in _params(work)):
         return _decide(work, one_pass, norm, scale, found_inf)
     _decide_on_device(work, one_pass, there[0].device, norm, scale, found_inf)
     return True
 
 
-def _gradients(work: Work) -> list[Tensor]:
-    return [p.grad for group in work.groups for p in group["params"] if p.grad is not None]
+def _params(work: Work) -> list[Tensor]:
+    return [*chain.from_iterable(group["params"] for group in work.groups)]
 
 
 def _short(work: Work, error: ShortStorageError) -> str:
-    for group in work.groups:
-        for p in group["params"]:
-            if p.grad is error.tensor:
-                return f"{work.rule.name}: the gradient of the parameter {place(work, p)} {error}"
+    for p in _params(work):
+        if p.grad is error.tensor:
+            return f"{work.rule.name}: the gradient of the parameter {place(work, p)} {error}"
     return str(error)
 
 

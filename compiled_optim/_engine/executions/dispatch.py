@@ -155,7 +155,7 @@ class Execution:
         if not launched or self._fallback.reason() or optim.is_profiled():
             return False
         try:
-            others = gradients.zero([p.grad for group in groups for p in group["params"] if p.grad is not None])
+            others = gradients.zero([p for group in groups for p in group["params"]], of_gradients=True)
         except COMPILE_ERRORS as error:
             self._fallback.give_up(str(error), _REMEDY)
             return False

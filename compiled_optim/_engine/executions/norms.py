@@ -18,7 +18,9 @@ from compiled_optim._engine.torch_private import tensor_parts
 _SAFE = 1e-15
 
 
-def total_norm(grads: Sequence[Tensor], norm_type: float, *, compiled: bool) -> float | Tensor:
+def total_norm(
+    grads: Sequence[Tensor], norm_type: float, *, compiled: bool, of_gradients: bool = False
+) -> float | Tensor:
     """The norm of all elements of all gradients. Equal entries of a sparse gradient are added up first.
 
     A gradient that is a DTensor counts with all its shards, so every process of its mesh must call this, with the
@@ -28,6 +30,7 @@ def total_norm(grads: Sequence[Tensor], norm_type: float, *, compiled: bool) -> 
         grads: real or complex, on any devices.
         norm_type: 2.0, or infinity for the largest absolute value.
         compiled: whether what lies in host memory is read by a native function, with sums of float64.
+        of_gradients: whether ``grads`` are parameters, of which those count that have a gradient.
 
     Returns:
         A number of float64 accuracy if all gradients are in host memory and ``compiled``. Otherwise sums are those of
@@ -38,16 +41,14 @@ def total_norm(grads: Sequence[Tensor], norm_type: float, *, compiled: bool) -> 
         ShortStorageError: for a gradient whose storage was resized and does not hold it any more.
         native.NoCompilerError, compiler.BuildError, OSError, ImportError: if the native function cannot be had.
     """
-    norm, others = _norm_in_host_memory([*grads], norm_type, compiled)
+    if compiled:
+        norm, others = gradients.norm([*grads], of_gradients=of_gradients, largest=norm_type == math.inf)
+    else:
+        norm, others = 0.0, gradients.gradients_of([*grads]) if of_gradients else [*grads]
     if not others:
         return norm
     with torch.no_grad():
         return combined([norm, *_norms(others, norm_type, compiled)], norm_type)
-
-
-def _norm_in_host_memory(tensors: list[Tensor], norm_type: float, compiled: bool) -> tuple[float, list[Tensor]]:
-    """The norm of what the native function takes, and the other tensors."""
-    return gradients.norm(tensors, largest=norm_type == math.inf) if compiled else (0.0, tensors)
 
 
 def _norms(grads: list[Any], norm_type: float, compiled: bool) -> Iterable[float | Tensor]:
@@ -73,7 +74,7 @@ def _norms(grads: list[Any], norm_type: float, compiled: bool) -> Iterable[float
 
 
 def _norm_of_plain(tensors: list[Tensor], norm_type: float, compiled: bool) -> float | Tensor:
-    norm, others = _norm_in_host_memory(tensors, norm_type, compiled)
+    norm, others = gradients.norm(tensors, largest=norm_type == math.inf) if compiled else (0.0, tensors)
     kinds: dict[Any, list[Tensor]] = defaultdict(list)
     for t in others:
         check_storage(t)

@@ -32,30 +32,43 @@ class _Passes(NamedTuple):
 _passes: _Passes | None = None
 
 
-def norm(tensors: list[Tensor], *, largest: bool) -> tuple[float, list[Tensor]]:
+def norm(tensors: list[Tensor], *, of_gradients: bool = False, largest: bool = False) -> tuple[float, list[Tensor]]:
     """The 2-norm, or the ``largest`` absolute value, of plain dense tensors in host memory, taken for one vector.
 
     Float32, bfloat16 and float16 are added up in float32 within blocks of 2048 elements and beyond these in at least
     float64; float64 in float64. Unless an element is infinite or NaN, the norm is finite, if float64 can hold it.
 
+    Args:
+        of_gradients: whether the gradients of the tensors are meant. With 100 small ones, a list of them would double
+            the time.
+
     Returns:
-        The norm, and the tensors that are not in it: of other kinds, or with a storage that does not hold them.
+        The norm, and the tensors, or gradients, that are not in it: of other kinds, or with a storage that does not
+        hold them.
 
     Raises:
         native.NoCompilerError, compiler.BuildError, OSError, ImportError: when the library cannot be had.
     """
     passes = _passes or _loaded()
-    return passes.host.norm(tensors, passes.norm, largest, process.team_size(), _LONG)  # type: ignore[no-any-return]
+    threads = process.team_size()
+    found, others = passes.host.norm(tensors, of_gradients, passes.norm, largest, threads, _LONG)
+    return found, gradients_of(others) if of_gradients and others else others
 
 
-def zero(tensors: list[Tensor]) -> list[Tensor]:
-    """Sets plain dense tensors in host memory to zero; returns the others, and those that autograd knows of.
+def zero(tensors: list[Tensor], *, of_gradients: bool = False) -> list[Tensor]:
+    """Sets plain dense tensors in host memory, or their gradients, to zero; returns those that this leaves to torch.
 
     Raises:
         What `norm` raises.
     """
     passes = _passes or _loaded()
-    return passes.host.zero(tensors, passes.zero, process.team_size(), 4 * _LONG)  # type: ignore[no-any-return]
+    others = passes.host.zero(tensors, of_gradients, passes.zero, process.team_size(), 4 * _LONG)
+    return gradients_of(others) if of_gradients else others
+
+
+def gradients_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Those that there are."""
+    return [t.grad for t in tensors if t.grad is not None]
 
 
 def _loaded() -> _Passes:

@@ -47,14 +47,19 @@ struct Walk {
   ~Walk() { Py_XDECREF(others); }
   int64_t count() const { return static_cast<int64_t>(tensors.size()); }
 
-  // Adds what `add`, given a plain dense tensor in whole memory of the host, returns true for.
+  // Adds what `add`, given a plain dense tensor in memory of the host, returns true for: each tensor of the list, or the
+  // gradient `of` each. What has none is left out.
   template <class Add>
-  bool collect(PyObject* list, Add add) {
+  bool collect(PyObject* list, bool of, Add add) {
     if (!others) return false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
       PyObject* item = PyList_GET_ITEM(list, i);
       const auto* tensor = unpack(item);
-      const auto* t = tensor && tensor->defined() ? tensor->unsafeGetTensorImpl() : nullptr;
+      if (tensor && of) {
+        tensor = reinterpret_cast<const at::TensorBase*>(&tensor->unsafeGetTensorImpl()->grad());
+        if (!tensor->defined()) continue;
+      }
+      const auto* t = tensor ? tensor->unsafeGetTensorImpl() : nullptr;
       const bool dense = t && in_memory(t) && t->is_cpu() && t->is_non_overlapping_and_dense();
       if (dense && add(*tensor, t)) tensors.push_back(t);
       else if (PyList_Append(others, item) < 0) return false;
@@ -72,19 +77,19 @@ struct Walk {
   }
 };
 
-// norm(tensors, address of the function, whether it is the largest absolute value, threads, elements of a long pass):
-// the norm of those that can be read here, and a list of the others.
+// norm(tensors, whether their gradients are meant, address of the function, whether it is the largest absolute value,
+// threads, elements of a long pass): the norm of those that can be read here, and a list of the others.
 PyObject* norm(PyObject*, PyObject* args) {
   PyObject* list;
   unsigned long long function;
   long long long_elements;
-  int largest, threads;
-  if (!PyArg_ParseTuple(args, "O!KpiL", &PyList_Type, &list, &function, &largest, &threads, &long_elements))
+  int of, largest, threads;
+  if (!PyArg_ParseTuple(args, "O!pKpiL", &PyList_Type, &list, &of, &function, &largest, &threads, &long_elements))
     return nullptr;
   return guarded([&]() -> PyObject* {
     Walk walk;
     std::vector<int8_t> types;
-    const bool collected = walk.collect(list, [&](const at::TensorBase&, const c10::TensorImpl* t) {
+    const bool collected = walk.collect(list, of, [&](const at::TensorBase&, const c10::TensorImpl* t) {
       const auto numbers = numbers_of(t);
       const int64_t itemsize = numbers.itemsize * numbers.width;
       if (!numbers.width || (largest && numbers.width > 1) || !is_whole(t, t->numel(), itemsize)) return false;
@@ -103,17 +108,17 @@ PyObject* norm(PyObject*, PyObject* args) {
   });
 }
 
-// zero(tensors, address of the function, threads, bytes of a long pass): sets those to zero that can be written here;
-// returns a list of the others.
+// zero(tensors, whether their gradients are meant, address of the function, threads, bytes of a long pass): sets those to
+// zero that can be written here; returns a list of the others.
 PyObject* zero(PyObject*, PyObject* args) {
   PyObject* list;
   unsigned long long function;
   long long long_bytes;
-  int threads;
-  if (!PyArg_ParseTuple(args, "O!KiL", &PyList_Type, &list, &function, &threads, &long_bytes)) return nullptr;
+  int of, threads;
+  if (!PyArg_ParseTuple(args, "O!pKiL", &PyList_Type, &list, &of, &function, &threads, &long_bytes)) return nullptr;
   return guarded([&]() -> PyObject* {
     Walk walk;
-    const bool collected = walk.collect(list, [&](const at::TensorBase& tensor, const c10::TensorImpl* t) {
+    const bool collected = walk.collect(list, of, [&](const at::TensorBase& tensor, const c10::TensorImpl* t) {
       const auto itemsize = static_cast<int64_t>(t->itemsize());
       if (!on_host(t) || is_followed(tensor) || !is_whole(t, t->numel(), itemsize)) return false;
       walk.data.push_back(const_cast<char*>(range(t, t->numel(), itemsize, false).begin));
