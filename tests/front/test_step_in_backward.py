@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import compiled_optim
 from compiled_optim import SGD, Adam, AdamW, explain, lr_scheduler
+from compiled_optim._engine.torch_private import version
 
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 WIDTH = 4
@@ -409,6 +410,18 @@ def test_a_fallback_is_told_once_for_all_blocks(monkeypatch: pytest.MonkeyPatch)
         train(optimizer, lambda i: product(params))
     assert len(told) == 1
     assert [(row.execution, row.tensors) for row in explain(optimizer)] == [("eager", 4)]
+
+
+def test_without_the_private_parts_of_torch_each_parameter_is_updated_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(version, "missing", ["a part is gone"])
+    ours, theirs = twins()
+    mine, ordinary = (Adam(params, lr=0.1) for params in (ours, theirs))
+    mine.step_in_backward()
+    product(ours).backward()
+    assert [p.grad for p in ours] == [None] * 4
+    mine.step()
+    train(ordinary, lambda i: product(theirs), 1)
+    assert_exact(mine, ordinary)
 
 
 # ---- parameters that come and go
