@@ -228,6 +228,9 @@ def test_loops_fill_registers_of_the_narrowest_dtype() -> None:
     mixed = replace(signature(), dtypes=(torch.float32, torch.bfloat16, torch.bfloat16))
     source = inductor.lower_cpp(trace(mixed)).source
     assert "VectorizedN<float,2>" in source, "TilingSelect.select_tiling no longer says how many elements a loop takes"
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        assert source.count("widened(") == 4, "CppVecKernel.get_to_dtype_expr no longer converts what is loaded"
+        assert source.count("rounded(") == 4, "CppVecKernel.get_to_dtype_expr no longer converts what is stored"
 
 
 def test_flags_name_headers_that_exist() -> None:

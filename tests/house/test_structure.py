@@ -33,7 +33,7 @@ BUDGETS = {
     "compiled_optim/_engine/kernels": 650,
     "compiled_optim/_engine/kernels/backends": 530,
     "compiled_optim/_engine/kernels/host": 1990,
-    "compiled_optim/_engine/torch_private": 660,
+    "compiled_optim/_engine/torch_private": 710,
     "compiled_optim/algorithms": 430,
     "compiled_optim/lbfgs": 620,
     "compiled_optim/lr_scheduler": 1030,

@@ -244,5 +244,6 @@ def _source_of(rule: Any) -> str:
 @functools.cache
 def _engine() -> str:
     """A hash of the files that decide what every backend is given to lower."""
-    files = ("one_pass.py", "rule.py", "values.py", "kernels/trace.py", "torch_private/inductor.py")
+    lowering = ("torch_private/inductor.py", "torch_private/bfloat16.h")
+    files = ("one_pass.py", "rule.py", "values.py", "kernels/trace.py", *lowering)
     return hashlib.sha256(b"\0".join((_ENGINE / f).read_bytes() for f in files)).hexdigest()

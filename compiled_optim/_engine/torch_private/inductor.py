@@ -10,9 +10,9 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,6 +180,17 @@ class Recorder:
 
 
 @contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value of an attribute. See `alone`."""
+    stock = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, stock)
+
+
+@contextmanager
 def _inductor(settings: dict[str, Any]) -> Iterator[None]:
     """Inductor, with these settings and the compiler that is used: it probes what that can do. See `alone`."""
     import torch._inductor.config as config
@@ -193,38 +204,45 @@ def _inductor(settings: dict[str, Any]) -> Iterator[None]:
     ]
     names = {"AVX512": widest_first, "AVX2": widest_first[1:]}
     known = names.get(torch.backends.cpu.get_cpu_capability())
-    with config.patch(settings | ({} if compiler is None else {"cpp.cxx": (compiler.path,)})):
-        stock = cpu_vec_isa.valid_vec_isa_list
-        if known is not None:
-            cpu_vec_isa.valid_vec_isa_list = lambda: known  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            cpu_vec_isa.valid_vec_isa_list = stock
+    probed = nullcontext() if known is None else _replaced(cpu_vec_isa, "valid_vec_isa_list", lambda: known)
+    with config.patch(settings | ({} if compiler is None else {"cpp.cxx": (compiler.path,)})), probed:
+        yield
+
+
+# Functions of bfloat16.h.
+_CONVERSIONS = {(torch.bfloat16, torch.float32): "widened", (torch.float32, torch.bfloat16): "rounded"}
 
 
 @contextmanager
-def _whole_registers(dtypes: Iterable[torch.dtype]) -> Iterator[None]:
+def _whole_registers(dtypes: Collection[torch.dtype]) -> Iterator[None]:
     """Lets Inductor's loop take as many elements at a time as the narrowest dtype has in a register. See `alone`.
 
     Among float32 tensors Inductor fills half of a bfloat16 or float16 register, by way of the stack: a load waits for
-    the stores before it, and kernels took 3 to 6 times as long.
+    the stores before it, and kernels took 3 to 6 times as long. Whole registers are converted by bfloat16.h.
     """
-    from torch._inductor.codegen.cpp import TilingSelect
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.codegen.cpp import CppVecKernel, TilingSelect
+    from torch._inductor.cpu_vec_isa import VecAVX2, VecAVX512, pick_vec_isa
 
-    stock: Any = TilingSelect.select_tiling
     narrowest = min(dtype.itemsize for dtype in dtypes)
+    select: Any = TilingSelect.select_tiling
+    convert: Any = CppVecKernel.get_to_dtype_expr
 
     def select_tiling(self: Any, *args: Any) -> Any:
-        factors, *others = stock(self, *args)
+        factors, *others = select(self, *args)
         return [max(factor, pick_vec_isa().bit_width() // (8 * narrowest)) for factor in factors], *others
 
-    TilingSelect.select_tiling = select_tiling  # type: ignore[assignment, method-assign]
-    try:
+    def get_to_dtype_expr(self: Any, src: Any, dtype: Any, src_dtype: Any, *args: Any, **options: Any) -> Any:
+        name = _CONVERSIONS.get((src_dtype, dtype))
+        is_whole = 16 * self.tiling_factor == self.vec_isa.bit_width()
+        if name and is_whole and src.is_vec and isinstance(self.vec_isa, VecAVX2 | VecAVX512):
+            return f"{name}({src})"
+        return convert(self, src, dtype, src_dtype, *args, **options)
+
+    with (
+        _replaced(TilingSelect, "select_tiling", select_tiling),
+        _replaced(CppVecKernel, "get_to_dtype_expr", get_to_dtype_expr),
+    ):
         yield
-    finally:
-        TilingSelect.select_tiling = stock  # type: ignore[method-assign]
 
 
 def lower_cpp(traced: FlatGraph, vector_bits: int | None = None) -> Lowered:
@@ -256,12 +274,15 @@ def lower_cpp(traced: FlatGraph, vector_bits: int | None = None) -> Lowered:
 
         def wait(self, scope: dict[str, Any]) -> None: ...
 
-    with alone(), _inductor(settings), _whole_registers(t.dtype for t in traced.inputs), warnings.catch_warnings():
+    dtypes = {t.dtype for t in traced.inputs}
+    with alone(), _inductor(settings), _whole_registers(dtypes), warnings.catch_warnings():
         # Both become float32 as they are loaded. Inductor warns for the sake of kernels that compute in them.
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed", UserWarning)
-        return single_kernel(
+        lowered = single_kernel(
             traced, recorders, {"torch._inductor.async_compile": SimpleNamespace(AsyncCompile=AsyncCompile)}
         )
+    header = '#include "bfloat16.h"' if torch.bfloat16 in dtypes else ""
+    return replace(lowered, source=header + lowered.source)
 
 
 def single_kernel(traced: FlatGraph, recorders: Sequence[Recorder], modules: dict[str, Any]) -> Lowered:
@@ -323,6 +344,7 @@ def cpp_flags() -> list[str]:
         "-fno-semantic-interposition",  # otherwise the kernel is not inlined and reads its scalars for each vector
         # As Inductor compiles it: no traps, no errno, no signed zeros, no fused multiply-add.
         *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=off"),
+        f"-I{Path(__file__).parent}",
         *(f"-D{m}" for m in (*macros, *isa.build_macro())),
         *isa.build_arch_flags().split(),
     ]
