@@ -485,7 +485,7 @@ def test_errors_name_the_argument(options: dict[str, Any], kind: type[Exception]
 def test_what_was_not_asked_for_cannot_be_assigned() -> None:
     optimizer, plain = AdamW(parameters(), ema_decay=0.9), AdamW(parameters())
     wrong: list[tuple[AdamW, str, Any]] = [(plain, "max_grad_norm", 1.0), (optimizer, "ema_decay", None)]
-    for changed, name, value in [*wrong, (optimizer, "ema_decay", lambda t: 0.5)]:
+    for changed, name, value in wrong:
         with pytest.raises(ValueError, match=f"{name} must stay"):
             setattr(changed, name, value)
     with pytest.raises(ValueError, match="ema_decay must be at least 0"):
