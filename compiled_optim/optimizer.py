@@ -220,7 +220,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         if execution.surround(work, self._one_pass, scaling):  # type: ignore[union-attr]
             if self._attached is not None:
                 self._attached.check()
-            execution.step(work)  # type: ignore[union-attr]
+            if not execution.quick_update(self):  # type: ignore[union-attr]
+                execution.step(work)  # type: ignore[union-attr]
             self._stepped()
         return loss
 

@@ -37,6 +37,7 @@ class Rule:
     def __init__(self, owner: Any, extras: Extras = Extras()) -> None:  # noqa: B008
         self.owner = owner
         self.extras = extras
+        self.given = extras.numbers  # the names of `Work.given`
         self.declaration = Declaration(owner, extras)
         self.name: str = owner.__name__
         self._extended = {extras: self}
@@ -111,7 +112,7 @@ def evaluate(
         raise
     if not isinstance(values, dict):
         raise TypeError(f"{rule.name}: `scalars` must return a dict of numbers, got {values!r}")
-    if rule.extras.numbers:
+    if rule.given:
         values = {**values, **_extra_scalars(rule.extras, step, given)}
     return values, _read_all(s, names, rule, "scalars") if names else ()
 

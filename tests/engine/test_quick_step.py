@@ -188,6 +188,65 @@ def test_schedulers_see_that_the_optimizer_steps(long_steps: list[Any]) -> None:
     assert len(long_steps) == 1
 
 
+# ---- steps that clip, skip and average
+
+
+def clipped(**options: Any) -> Lockstep:
+    """Beside our own eager steps, which follow torch's separate passes in other tests."""
+    return Lockstep(
+        lambda params: Adam(params, lr=0.1, **options),
+        lambda params: Adam(params, lr=0.1, **options, compiled=True),
+        tensors(SHAPES),
+    )
+
+
+def test_steps_that_clip_skip_and_average(long_steps: list[Any]) -> None:
+    run = clipped(max_grad_norm=0.5, skip_nonfinite=True, ema_decay=lambda step: 1 - 1 / (1 + step))
+    run.step()
+
+    def taken(count: int) -> None:
+        """Steps of which those of the reference alone are long."""
+        long_steps.clear()
+        run.step(count)
+        run.compare()
+        assert len(long_steps) == count
+
+    taken(2)
+    run.both(lambda optimizer, _: setattr(optimizer, "max_grad_norm", 0.125))
+    taken(1)
+    for params in run.params:
+        params[0].grad.fill_(torch.inf)
+    long_steps.clear()
+    run.step_as_is()
+    run.compare()
+    assert not long_steps
+    assert run.ours.skipped_steps == 1
+    seen: list[Any] = []
+    handle = run.ours.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer))
+    taken(2)
+    assert seen == [run.ours] * 2
+    handle.remove()
+    for optimizer in run.optimizers:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    taken(1)
+    with run.ours.averaged(), pytest.raises(RuntimeError, match="averaged"):
+        run.ours.step()
+    taken(1)
+
+
+def test_a_step_that_clips_finds_compilation_switched_off(
+    long_steps: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = clipped(max_grad_norm=0.5, skip_nonfinite=True, ema_decay=lambda step: 1 - 1 / (1 + step))
+    run.step(2)
+    monkeypatch.setenv("COMPILED_OPTIM_DISABLE", "1")
+    steps(run, long_steps, quick=False)
+    assert "COMPILED_OPTIM_DISABLE" in executions(run.ours)["eager"]
+    monkeypatch.delenv("COMPILED_OPTIM_DISABLE")
+    run.step()
+    assert executions(run.ours) == {"multi_tensor": ""}
+
+
 # ---- what is told of a step
 
 

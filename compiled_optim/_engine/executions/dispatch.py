@@ -60,8 +60,9 @@ def _prepare_graphs(
 class Execution:
     """How one optimizer steps. It holds no reference to the optimizer, and a copy of that makes its own.
 
-    ``quick``: takes the next step if nothing but values changed since the last. ``reason``: why the last step ran
-    eagerly, if it did; ``rebuilt``: why the last plans were made.
+    ``quick``: takes the next step if nothing but values changed since the last; ``quick_update``: the same of a step
+    that has its `Work.given`, after `surround`. ``reason``: why the last step ran eagerly, if it did; ``rebuilt``: why
+    the last plans were made.
     ``in_backward``: whether parameters are updated during the backward pass.
     """
 
@@ -72,7 +73,8 @@ class Execution:
         self._compiled = compiled
         self.plan: Plan | None = None
         self.quick: quick.QuickStep = quick.never
-        self._offered: quick.QuickStep = quick.never  # from the next launch on
+        self.quick_update: quick.QuickStep = quick.never
+        self._offered: tuple[quick.QuickStep, quick.QuickStep] = self.quick, self.quick_update
         self.graphs: list[ListGraph] = []
         self.reason = ""
         self.rebuilt: list[str] = []
@@ -114,7 +116,7 @@ class Execution:
             return
         self.reason = self._fallback.reason() or self._unavailable(work)
         if self.reason:
-            self.quick = quick.never
+            self.quick = self.quick_update = quick.never
             self._step_otherwise(work, lambda: lists.step(work))
             return
         self._lowering = self._lowering or self._choose_lowering(work)
@@ -253,7 +255,7 @@ class Execution:
         except BaseException:
             self._drop_plan(work)
             raise
-        self.quick = self._offered
+        self.quick, self.quick_update = self._offered
         for take in rest:
             take()
 
@@ -305,7 +307,7 @@ class Execution:
         """The scalars that are ``needed``; or else the expected ones, and none unless all can be evaluated."""
         rows: list[Row] = []
         # a placeholder: the kernels find the factor on their device
-        there = {} if work.factor is None else {"grad_factor": math.nan}
+        there = {"grad_factor": math.nan} if work.given and work.factor is not None else None
         for group, counts in plan.host.expected(plan.native) if needed is None else needed:
             if group < 0:
                 rows.append(plan.device_row(work, group, counts, self._choices))
@@ -319,17 +321,19 @@ class Execution:
                 if needed is None:  # perhaps nothing is updated in this group
                     return []
                 raise
+            if there:
+                values |= there
             if tuple(values) != self._scalar_names[group]:
                 expected, got = list(self._scalar_names[group]), list(values)
                 raise ValueError(f"scalars must return the same scalars in every step, {expected}, got {got}")
-            rows.append((group, counts, (*(values | there).values(), *after)))
+            rows.append((group, counts, (*values.values(), *after)))
         return rows
 
     def _make_plan(self, work: Work, why: str) -> Plan | None:
         """None if the step was done otherwise, or is skipped."""
         self._drop_plan(work)
         self.plan, self.graphs = None, []
-        self.quick = self._offered = quick.never
+        self.quick = self.quick_update = quick.never
         refuse(work, self._choices)
         if work.substitutes is None:
             work.substitutes = dtensors.redistributed(work)

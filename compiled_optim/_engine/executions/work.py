@@ -51,7 +51,7 @@ class Work:
     def factor(self) -> Tensor | None:
         """What gradients are multiplied by in this step, if only a device knows it yet."""
         factor = self.given.get("grad_factor")
-        return factor if isinstance(factor, Tensor) else None
+        return None if factor is None or not isinstance(factor, Tensor) else factor
 
     def read(self, *, keep_tensors: bool = False) -> list[Group]:
         """The hyperparameters and switches of each param group."""

@@ -252,11 +252,10 @@ PyObject* expected(PyObject*, PyObject* capsule) {
 // quick(plan, absent, empty, observed, watched, owner, update, evaluate, hyper_type, options, groups, contexts): a function
 // that takes one step of an optimizer in one call, or returns False and leaves it to `run`.
 //   absent: names of attributes that the optimizer must not have; empty: dicts, or names of its attributes that are dicts,
-//     which must be empty; observed(): must be False.
+//     which must be empty; observed(): must be False, or None.
 //   watched: [(dict, key, attribute, ..., value)]: this value must be found there, or nothing.
 //   owner: the class of the rule. Its `update` must be this one.
-//   evaluate(hyper, counts): the scalars, in a tuple with the recurrent scalars if there are some; None where the
-//     owner's `scalars` are all.
+//   evaluate(hyper, counts): the scalars and the recurrent scalars; None for a rule that has its `scalars` and no others.
 //   hyper_type: of the hyperparameters; options: [(name, how many values of a hyper_type it is, or 0 for one that is no
 //     tuple, whether it is a number, whether it is a switch)] in their order.
 //   groups: [(switches, names of the scalars)] by param group.

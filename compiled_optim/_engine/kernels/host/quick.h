@@ -45,7 +45,7 @@ bool is_unobserved(const Quick& quick, PyObject* attributes) {
     return hooks && PyDict_Check(hooks) && !PyDict_GET_SIZE(hooks);
   };
   return all_of(quick.absent, is_absent) && all_of(quick.empty, is_empty) &&
-         Owned(PyObject_CallNoArgs(quick.observed)) == Py_False;
+         (quick.observed == Py_None || Owned(PyObject_CallNoArgs(quick.observed)) == Py_False);
 }
 
 // Whether the kernels may be used, and are still those of the rule.
@@ -102,7 +102,7 @@ bool append_number(std::vector<double>& table, PyObject* value) {
   return table.back() != -1 || !PyErr_Occurred();
 }
 
-// What the rule returns for a row: (scalars by name, recurrent scalars), or only the scalars if there are no others.
+// What `evaluate` returns for a row: (scalars by name, recurrent scalars). Without it, what the rule's `scalars` returns.
 Owned scalars_of(const Quick& quick, PyObject* hyper, const double* counts) {
   const auto width = static_cast<Py_ssize_t>(quick.plan->expected.width);
   if (quick.evaluate == Py_None) {
@@ -139,14 +139,15 @@ bool evaluate(Quick& quick, PyObject* groups) {
     const int g = scalars.rows.groups[r];
     const Owned result = scalars_of(quick, quick.hypers[g], scalars.rows.of(r));
     if (!result) return false;
-    PyObject* values = recurrent ? PyTuple_GET_ITEM(result.get(), 0) : result.get();
+    const bool is_pair = quick.evaluate != Py_None;
+    PyObject* values = is_pair ? PyTuple_GET_ITEM(result.get(), 0) : result.get();
     PyObject* names = PyTuple_GET_ITEM(PyTuple_GET_ITEM(quick.groups, g), 1);
     if (!PyDict_CheckExact(values) || PyDict_GET_SIZE(values) != PyTuple_GET_SIZE(names)) return false;
     PyObject *name, *value;
     Py_ssize_t at = 0;
     for (Py_ssize_t i = 0; PyDict_Next(values, &at, &name, &value); i++)
       if (name != PyTuple_GET_ITEM(names, i) || !append_number(scalars.table, value)) return false;
-    if (recurrent && !all_of(PyTuple_GET_ITEM(result.get(), 1), [&](PyObject* v) { return append_number(scalars.table, v); }))
+    if (is_pair && !all_of(PyTuple_GET_ITEM(result.get(), 1), [&](PyObject* v) { return append_number(scalars.table, v); }))
       return false;
     scalars.ends.push_back(scalars.table.size());
     scalars.table.resize((r + 1) * scalars.columns);
