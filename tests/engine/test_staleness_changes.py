@@ -13,6 +13,8 @@ from beside_torch import Lockstep, parameter, tensors
 from cases import CLASSES, KINDS, oracle, rich_options, taken, tolerance
 from torch import Tensor
 
+from compiled_optim import AdamW
+
 SHAPES: list[tuple[int, ...]] = [(5, 7), (3, 4, 2, 2), (), (131,)]
 Change = Callable[[Any, list[Any]], None]
 
@@ -187,3 +189,30 @@ def test_several_changes_at_once(cls: Any) -> None:
         run.both(seeded(change))
         run.step()
         run.compare(tolerance(cls))
+
+
+class Intruder(Tensor):
+    """A gradient that runs something when it is first looked at."""
+
+    change: Any = None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        change, cls.change = cls.change, None
+        if change is not None:
+            change()
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_gradient_that_shortens_a_param_group_does_not_mislead_the_next_step() -> None:
+    p, q, r = parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = AdamW([{"params": [p, q]}, {"params": [r]}])
+    for one in parameters:
+        one.grad = torch.ones(3)
+    optimizer.step()
+    q.grad = torch.ones(3).as_subclass(Intruder)
+    Intruder.change = lambda: optimizer.param_groups[0]["params"].pop()
+    optimizer.step()
+    optimizer.step()
+    assert torch.equal(p, r)
+    assert not torch.equal(p, q)

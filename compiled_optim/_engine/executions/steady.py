@@ -64,9 +64,9 @@ def remember(work: Work, switches: list[Any], members: Sequence[Member]) -> None
     active = [grad is not None for grad in grads]
     buffers, counts = members[0].buffers, members[0].counts
     columns = _columns(work, params, grads, active, (*buffers, *counts))
-    if columns is None or any(
-        p.is_complex() or g.layout is not torch.strided for p, g in zip(*columns[:2], strict=True)
-    ):
+    if columns is None or len(columns[0]) != len(members):  # Python that ran meanwhile has changed the param groups
+        return
+    if any(p.is_complex() or g.layout is not torch.strided for p, g in zip(*columns[:2], strict=True)):
         return
     kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, m in enumerate(members):
