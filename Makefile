@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lines test test-torch gpu lint graphs bench bench-peers bench-gpu fuzz clean
+.PHONY: help venv demo lines test test-torch gpu lint graphs bench bench-one-pass bench-peers bench-gpu fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -69,6 +69,11 @@ bench: .venv/.stamp ## time optimizer steps; raw numbers go to benchmark.json, t
 		--benchmark-sort=name --benchmark-json=benchmark.json
 	$(BIN)/python bench/table.py benchmark.json README.md
 
+bench-one-pass: .venv/.stamp ## time what one pass does against separate passes; tables go to the README
+	$(BIN)/python -m pytest bench/bench_one_pass.py bench/bench_storage.py bench/bench_norm.py bench/bench_quick.py -m "" \
+		-k "not GPT" --benchmark-disable-gc --benchmark-columns=median,rounds --benchmark-json=benchmark-one-pass.json
+	$(BIN)/python bench/table.py benchmark-one-pass.json README.md "make bench-one-pass"
+
 # Other libraries, in an environment of their own. DeepSpeed compiles its optimizer when it is first used.
 PEERS := .venv-peers
 
@@ -84,6 +89,11 @@ $(PEERS)/.stamp: constraints.txt bench/peers.txt
 	@touch $@
 
 PARTS ?=
+bench-one-pass: .venv/.stamp ## time what one pass does against separate passes; tables go to the README
+	$(BIN)/python -m pytest bench/bench_one_pass.py bench/bench_storage.py bench/bench_norm.py bench/bench_quick.py -m "" \
+		-k "not GPT" --benchmark-disable-gc --benchmark-columns=median,rounds --benchmark-json=benchmark-one-pass.json
+	$(BIN)/python bench/table.py benchmark-one-pass.json README.md "make bench-one-pass"
+
 bench-gpu: $(if $(HAS_TORCH),,.venv/.stamp) ## time steps on a GPU; numbers go to benchmark-gpu.json, tables to the README
 	$(ON_GPU) bench/on_gpu.py benchmark-gpu.json $(PARTS)
 	$(ON_GPU) bench/gpu_table.py benchmark-gpu.json README.md

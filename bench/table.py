@@ -1,4 +1,4 @@
-"""Writes the measured tables into the README: ``python bench/table.py benchmark.json README.md``."""
+"""Writes the measured tables into the README: ``python bench/table.py benchmark.json README.md ["make bench"]``."""
 
 from __future__ import annotations
 
@@ -158,16 +158,72 @@ def backward(results: Results) -> Iterator[str]:
             yield from table(head, rows)
 
 
-def tables(report: dict[str, Any]) -> str:
+def passes(results: Results) -> Iterator[str]:
+    for label, info in results:
+        if times := info.get("passes_milliseconds"):
+            least = next(iter(times.values()))
+            rows = [[name, number(ms), ratio(ms / least)] for name, ms in times.items()]
+            yield from table([label.replace("-", ", ", 1), "ms", "over the first"], rows)
+
+
+def norms(results: Results) -> Iterator[str]:
+    rows = []
+    for label, info in results:
+        for what in ("norm", "zero"):
+            if times := info.get(f"{what}_microseconds"):
+                others = [f"{name}: {n:.1f}" for name, n in times.items() if name != "ours"]
+                least = min(n for name, n in times.items() if name != "ours")
+                rows.append(
+                    [f"{what}, {label}", number(times["ours"]), ", ".join(others), ratio(least / times["ours"])]
+                )
+    yield from table(["one pass over the gradients", "us, ours", "us, others", "best of others / ours"], rows)
+
+
+def quick(results: Results) -> Iterator[str]:
+    rows = []
+    for label, info in results:
+        if "over_quick" in info:
+            times = info["microseconds"]
+            ratios = ", ".join(f"{name}: {ratio(n)}" for name, n in info["over_quick"].items())
+            rows.append([label.replace("-", ", ", 1), number(times["quick"]), number(times.get("host part")), ratios])
+    yield from table(["a whole step", "us", "of it the host", "others / ours"], rows)
+
+
+def _results(report: dict[str, Any]) -> Results:
     results: Results = []
     for entry in report["benchmarks"]:
         bracket = re.search(r"\[(.*)\]", entry["name"])
         results.append((bracket.group(1) if bracket else "", entry["extra_info"]))
+    return results
+
+
+def _first(results: Results, key: str) -> Any:
+    return next(info[key] for _, info in results if key in info)
+
+
+def _machine(report: dict[str, Any]) -> str:
+    return str(report["machine_info"]["cpu"].get("brand_raw", "CPU"))
+
+
+def one_pass_tables(report: dict[str, Any]) -> str:
+    """Of `make bench-one-pass`, which times only what surrounds a step."""
+    results = _results(report)
+    lines = [
+        f"Medians, all rows of a table in one run, in rotation, on the same tensors. {_machine(report)}, 2 cores, "
+        f"a copy moves {_first(results, 'copy_gigabytes_per_second')} GB/s. torch 2.13.0, CPU.",
+    ]
+    for part in (passes, norms, quick):
+        lines += part(results)
+    return "\n".join(lines)
+
+
+def tables(report: dict[str, Any]) -> str:
+    results = _results(report)
 
     def first(key: str) -> Any:
-        return next(info[key] for _, info in results if key in info)
+        return _first(results, key)
 
-    machine = report["machine_info"]["cpu"].get("brand_raw", "CPU")
+    machine = _machine(report)
     lines = [
         f"Median milliseconds, float32, everything included; all columns of a row in one run, in rotation, on the same "
         f"tensors. {machine}, 2 cores, a copy moves {first('copy_gigabytes_per_second')} GB/s. torch 2.13.0, CPU.",
@@ -189,9 +245,10 @@ def insert(text: str, command: str, part: str) -> str:
     return f"{head}{begin}\n{part}\n{end}{rest.split(end, 1)[1]}"
 
 
-def main(report: Path, readme: Path) -> None:
-    readme.write_text(insert(readme.read_text(), "make bench", tables(json.loads(report.read_text()))))
+def main(report: Path, readme: Path, command: str = "make bench") -> None:
+    made = one_pass_tables if command == "make bench-one-pass" else tables
+    readme.write_text(insert(readme.read_text(), command, made(json.loads(report.read_text()))))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
