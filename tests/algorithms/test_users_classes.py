@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from compiled_optim import AdamW, Optimizer, cache_info, explain
+from compiled_optim._engine.one_pass import ARGUMENTS
 from compiled_optim.declare import buffer, flag, number
 
 
@@ -66,7 +67,7 @@ def gradients(params: list[Any], steps: int) -> list[list[torch.Tensor]]:
 def test_a_users_algorithm_has_constructor_and_checks() -> None:
     assert [p.name for p in inspect.signature(Lion).parameters.values()] == [
         *("params", "lr", "betas", "weight_decay"),
-        *("maximize", "foreach", "differentiable", "cautious", "compiled"),
+        *("maximize", "foreach", "differentiable", "cautious", "compiled", *ARGUMENTS),
     ]
     with pytest.raises(ValueError, match=r"Lion: lr must be at least 0, got -1\.0"):
         Lion([parameter()], lr=-1.0)
