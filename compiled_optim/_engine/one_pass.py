@@ -63,7 +63,7 @@ class Extras(NamedTuple):
 _NONE = Extras()
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class OnePass:
     """The arguments of a constructor that say what surrounds the update; see `Optimizer`.
 

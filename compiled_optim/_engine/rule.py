@@ -170,15 +170,14 @@ def apply(
         raise
     if new is None:
         raise TypeError(f"{rule.name}: `update` must return the new parameter, got None")
-    written = dict(zip(own, _read_all(s, own, rule, "update"), strict=True))
+    written = zip(own, _read_all(s, own, rule, "update"), strict=True)
+    made = {name: value.to(state[name].dtype) for name, value in written}
     for name in rule.declaration.copies:
-        if name == "master" and name in state:
-            written[name] = new
-        elif name == "ema":
-            written[name] = lerp(state[name], new, k.ema_weight)
-    if rule.rounds(p.dtype):
+        if name in state:
+            made[name] = (new if name == "master" else lerp(state[name], new, k.ema_weight)).to(state[name].dtype)
+    if rule.extras.rounding and rule.rounds(p.dtype):
         new = rounded_at_random(new, k.rounding_noise, scalars.get("first", 0))
-    return new.to(p.dtype), {name: written[name].to(value.dtype) for name, value in state.items()}
+    return new.to(p.dtype), made
 
 
 def _unrounded(p: Any, master: Any, dtype: torch.dtype) -> Any:

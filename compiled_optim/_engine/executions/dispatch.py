@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from compiled_optim._engine.declaration import Group
-from compiled_optim._engine.executions import clipping, dtensors, lists, quick
+from compiled_optim._engine.executions import dtensors, lists, quick
 from compiled_optim._engine.executions.checks import refuse
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, expected, make_plan
 from compiled_optim._engine.executions.memory import Memory
@@ -18,7 +18,7 @@ from compiled_optim._engine.executions.scaling import Scaling, unscale
 from compiled_optim._engine.executions.state import counted_on_device, withdraw
 from compiled_optim._engine.executions.work import Work
 from compiled_optim._engine.fallback import COMPILE_ERRORS, Fallback
-from compiled_optim._engine.kernels import gradients, registry
+from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.backends import backend_of
 from compiled_optim._engine.kernels.registry import Kernel
 from compiled_optim._engine.kernels.trace import Signature
@@ -141,6 +141,9 @@ class Execution:
             work.constant = work.given if one_pass.is_constant else None
         if one_pass is None or not work.rule.extras.factor:
             return scaling is None or self._unscale(work, scaling)
+        # imported here, as all that few scripts ask for: to import the package would take longer
+        from compiled_optim._engine.executions import clipping
+
         skips = self._may_scale(work) if self.plan is None else self.plan.skips
         compiled = bool(self._compiled) and not self._fallback.reason()
         if compiled and (self.plan is not None or not self._unavailable(work)):
@@ -157,6 +160,8 @@ class Execution:
         if not launched or self._fallback.reason() or optim.is_profiled():
             return False
         try:
+            from compiled_optim._engine.kernels import gradients
+
             others = gradients.zero([p for group in groups for p in group["params"]], of_gradients=True)
         except COMPILE_ERRORS as error:
             self._fallback.give_up(str(error), _REMEDY)
