@@ -18,6 +18,7 @@ constexpr int kLanes = 16;        // elements per vector; the compiler splits ve
 constexpr int kVectors = 4;       // vectors that are in flight, because an addition takes longer than it takes to issue
 constexpr int64_t kBlock = 2048;  // elements in one sum of float32
 constexpr int kTeam = 256;        // threads at most
+constexpr int kAhead = 1024;      // bytes that are fetched before they are read
 
 // Below this many elements or bytes, starting a team of threads costs more than it saves.
 constexpr int64_t kOneThreadNorm = 1 << 16, kOneThreadZero = 1 << 18;
@@ -68,7 +69,11 @@ template <class T, class Use>
 void for_vectors(const T* x, int64_t n, Use use) {
   const T* const end = x + n;
   for (; end - x >= kLanes * kVectors; x += kLanes * kVectors)
-    for (int i = 0; i < kVectors; i++) use(i, load(x + i * kLanes));
+    for (int i = 0; i < kVectors; i++) {
+      // One stream alone does not fill the bandwidth of a core. An address behind the end does no harm.
+      __builtin_prefetch(reinterpret_cast<const char*>(x + i * kLanes) + kAhead);
+      use(i, load(x + i * kLanes));
+    }
   for (; end - x >= kLanes; x += kLanes) use(0, load(x));
   if (x == end) return;
   T rest[kLanes] = {};
