@@ -163,7 +163,7 @@ def passes(results: Results) -> Iterator[str]:
         if times := info.get("passes_milliseconds"):
             least = next(iter(times.values()))
             rows = [[name, number(ms), ratio(ms / least)] for name, ms in times.items()]
-            yield from table([label.replace("-", ", ", 1), "ms", "over the first"], rows)
+            yield from table([re.sub("^(masters|moments)-", r"\1, ", label), "ms", "over the first"], rows)
 
 
 def norms(results: Results) -> Iterator[str]:
@@ -174,7 +174,7 @@ def norms(results: Results) -> Iterator[str]:
                 others = [f"{name}: {n:.1f}" for name, n in times.items() if name != "ours"]
                 least = min(n for name, n in times.items() if name != "ours")
                 rows.append(
-                    [f"{what}, {label}", number(times["ours"]), ", ".join(others), ratio(least / times["ours"])]
+                    [f"{what}, {label}", f"{times['ours']:.1f}", ", ".join(others), ratio(least / times["ours"])]
                 )
     yield from table(["one pass over the gradients", "us, ours", "us, others", "best of others / ours"], rows)
 
