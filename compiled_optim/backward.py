@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
+from compiled_optim._engine.executions.blocks import Blocks
 from compiled_optim._engine.executions.work import Work
 
 
@@ -100,9 +101,6 @@ class StepsInBackward:
             >>> optimizer.step()
             >>> handle.remove()
         """
-        # imported here, because few scripts ask for it
-        from compiled_optim._engine.executions.blocks import Blocks
-
         optimizer: Any = self
         for name, value in (("micro_steps", micro_steps), ("block_elements", block_elements)):
             if not isinstance(value, int) or value < 1:
