@@ -89,11 +89,6 @@ $(PEERS)/.stamp: constraints.txt bench/peers.txt
 	@touch $@
 
 PARTS ?=
-bench-one-pass: .venv/.stamp ## time what one pass does against separate passes; tables go to the README
-	$(BIN)/python -m pytest bench/bench_one_pass.py bench/bench_storage.py bench/bench_norm.py bench/bench_quick.py -m "" \
-		-k "not GPT" --benchmark-disable-gc --benchmark-columns=median,rounds --benchmark-json=benchmark-one-pass.json
-	$(BIN)/python bench/table.py benchmark-one-pass.json README.md "make bench-one-pass"
-
 bench-gpu: $(if $(HAS_TORCH),,.venv/.stamp) ## time steps on a GPU; numbers go to benchmark-gpu.json, tables to the README
 	$(ON_GPU) bench/on_gpu.py benchmark-gpu.json $(PARTS)
 	$(ON_GPU) bench/gpu_table.py benchmark-gpu.json README.md
