@@ -484,8 +484,9 @@ def test_errors_name_the_argument(options: dict[str, Any], kind: type[Exception]
 
 def test_what_was_not_asked_for_cannot_be_assigned() -> None:
     optimizer, plain = AdamW(parameters(), ema_decay=0.9), AdamW(parameters())
+    with_masters = AdamW(parameters(), compiled=True, master_weights=True)  # whose quick steps do not clip
     wrong: list[tuple[AdamW, str, Any]] = [(plain, "max_grad_norm", 1.0), (optimizer, "ema_decay", None)]
-    for changed, name, value in wrong:
+    for changed, name, value in [*wrong, (with_masters, "max_grad_norm", 1.0), (optimizer, "max_grad_norm", 1.0)]:
         with pytest.raises(ValueError, match=f"{name} must stay"):
             setattr(changed, name, value)
     with pytest.raises(ValueError, match="ema_decay must be at least 0"):

@@ -304,6 +304,25 @@ def test_rounding_at_random(gpu: Any, way: dict[str, Any]) -> None:
     assert {row.execution for row in explain(ours)} == {"multi_tensor"}
 
 
+def test_rounding_at_random_of_gradients_that_are_scaled(gpu: Any) -> None:
+    """The kernel that divides by the scale of a GradScaler also knows the place of each element."""
+    start = [torch.randn(shape).bfloat16() for shape in SHAPES]
+    params, others = ([torch.nn.Parameter(t.to(device)) for t in start] for device in (GPU, CPU))
+    ours = SGD(params, lr=0.5, stochastic_rounding=3, fused=True)
+    reference = SGD(others, lr=0.5, stochastic_rounding=3)
+    for p, q in zip(params, others, strict=True):
+        q.grad = torch.randn_like(q)
+        p.grad = (8 * q.grad).to(GPU)
+    ours.grad_scale, ours.found_inf = on_device.on(GPU, 8.0), on_device.on(GPU, 0.0)
+    with stand_in.no_waiting():
+        ours.step()
+    gpu.check()
+    reference.step()
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p.detach().cpu(), q.detach())
+        assert torch.equal(p.grad.cpu(), q.grad)
+
+
 @pytest.mark.parametrize("elsewhere", [another_layout, gaps, graphs_over_lists, no_driver])
 def test_whichever_way_a_step_takes(gpu: Any, elsewhere: Any, monkeypatch: pytest.MonkeyPatch, lenient: None) -> None:
     """A step that overflows is skipped also where its plan goes stale, and where it is none of launches alone."""

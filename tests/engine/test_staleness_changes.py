@@ -13,7 +13,7 @@ from beside_torch import Lockstep, parameter, tensors
 from cases import CLASSES, KINDS, oracle, rich_options, taken, tolerance
 from torch import Tensor
 
-from compiled_optim import AdamW
+from compiled_optim import SGD, AdamW
 
 SHAPES: list[tuple[int, ...]] = [(5, 7), (3, 4, 2, 2), (), (131,)]
 Change = Callable[[Any, list[Any]], None]
@@ -216,3 +216,23 @@ def test_a_gradient_that_shortens_a_param_group_does_not_mislead_the_next_step()
     optimizer.step()
     assert torch.equal(p, r)
     assert not torch.equal(p, q)
+
+
+def test_a_gradient_that_moves_a_parameter_to_another_param_group_does_not_mislead_the_next_step() -> None:
+    p, q, r = parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    optimizer = SGD([{"params": [p, q], "lr": 1.0}, {"params": [r], "lr": 8.0}])
+    for one in parameters:
+        one.grad = torch.ones(3)
+    q.grad = torch.ones(3).as_subclass(Intruder)
+
+    def move() -> None:
+        first, second = (group["params"] for group in optimizer.param_groups)
+        second.insert(0, first.pop(0))
+        q.grad = torch.ones(3)
+
+    Intruder.change = move
+    optimizer.step()
+    before = [one.detach().clone() for one in parameters]
+    optimizer.step()
+    steps = [(b - one.detach())[0].item() for b, one in zip(before, parameters, strict=True)]
+    assert steps == [8.0, 1.0, 8.0]

@@ -64,7 +64,9 @@ def remember(work: Work, switches: list[Any], members: Sequence[Member]) -> None
     active = [grad is not None for grad in grads]
     buffers, counts = members[0].buffers, members[0].counts
     columns = _columns(work, params, grads, active, (*buffers, *counts))
-    if columns is None or len(columns[0]) != len(members):  # Python that ran meanwhile has changed the param groups
+    listed = [(i, id(p)) for i, group in enumerate(work.groups) for p in group["params"] if p.grad is not None]
+    # Python that ran while gradients were looked at may have changed the param groups
+    if columns is None or listed != [(m.group, id(m.listed)) for m in members]:
         return
     if any(p.is_complex() or g.layout is not torch.strided for p, g in zip(*columns[:2], strict=True)):
         return

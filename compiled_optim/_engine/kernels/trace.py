@@ -93,10 +93,9 @@ def trace(signature: Signature, device: str = "cpu") -> Traced:
     def body(*values: Any) -> list[Any]:
         p, g, *buffers = values[:flat]
         state = dict(zip(signature.buffers, buffers, strict=True))
+        scalars = dict(zip(names[flat:], values[flat:], strict=True))
         if scaled:
-            g = g.to(signature.scalar_dtype) / values[-1]
-        scalars = dict(zip(signature.scalars, values[flat:], strict=False))
-        scalars |= dict(zip(signature.places, values[len(names) - len(signature.places) :], strict=True))
+            g = g.to(signature.scalar_dtype) / scalars.pop("grad_scale")
         new, new_state = apply(signature.rule, signature.switches, p, g, state, scalars)
         unscaled = [g.to(signature.flat_dtypes[1])] if scaled else []
         return [new, *unscaled, *(new_state[name] for name in signature.buffers)]
