@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lines test test-torch gpu lint graphs bench bench-one-pass bench-peers bench-gpu fuzz clean
+.PHONY: help venv demo lines test test-torch gpu lint graphs bench bench-one-pass bench-peers bench-gpu fuzz test-hosts clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -86,6 +86,21 @@ $(PEERS)/.stamp: constraints.txt bench/peers.txt
 	for peer in deepspeed heavyball pytorch_optimizer bitsandbytes optax; do \
 		$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -c bench/peers.txt $$peer || \
 		echo "$$peer cannot be installed and is left out"; done
+	@touch $@
+
+# Frameworks that own a training loop, in an environment of their own; the tests of one that is missing are skipped.
+HOSTS := .venv-hosts
+
+test-hosts: $(HOSTS)/.stamp ## train in Lightning, Accelerate, Trainer and others beside torch.optim; writes docs/hosts.md
+	PYTHONPATH=. $(HOSTS)/bin/python -m pytest tests/hosts --table docs/hosts.md
+
+$(HOSTS)/.stamp: constraints.txt tests/hosts/versions.txt
+	$(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0 numpy pytest scikit-learn
+	for host in lightning 'jsonargparse[signatures]' accelerate transformers peft hydra-core pytorch-ignite skorch \
+		pytorch_optimizer schedulefree; do \
+		$(HOSTS)/bin/python -m pip install --quiet -c constraints.txt -c tests/hosts/versions.txt "$$host" || \
+		echo "$$host cannot be installed and is left out"; done
 	@touch $@
 
 PARTS ?=

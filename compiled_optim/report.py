@@ -109,7 +109,8 @@ def explain(optimizer: torch.optim.Optimizer, *, bandwidth: float | None = None)
     """How the last step of ``optimizer`` ran: one row for each kernel, graph, or reason to run eagerly.
 
     Args:
-        optimizer: of this package, or what Lightning, Accelerate and others wrap around it.
+        optimizer: of this package, or what wraps one: an optimizer that Lightning, Fabric or Accelerate returns, a
+            ZeroRedundancyOptimizer, or any other object with an attribute that is one.
         bandwidth: of memory, in GB/s. With it the rows of kernels also say what a step moves, computes, and how long it
             takes if memory is what bounds it. That traces the rules again, which takes seconds the first time.
 
@@ -215,18 +216,23 @@ def _memory(optimizer: Optimizer) -> list[StateMemory]:
 
 
 def _unwrapped(wrapper: Any) -> Optimizer | LBFGS:
-    """The innermost optimizer of this package. A wrapper may be of its class, but it is not the wrapper that steps."""
-    from compiled_optim.lbfgs import LBFGS
-
-    found, seen, inner = None, set(), wrapper
-    while inner is not None and id(inner) not in seen:
-        seen.add(id(inner))
-        found = inner if isinstance(inner, Optimizer | LBFGS) else found
-        held = (getattr(inner, name, None) for name in ("_optimizer", "optimizer"))
-        inner = next((o for o in held if o is not None and id(o) not in seen), None)
+    found = _innermost(wrapper, set())
     if found is None:
         raise TypeError(f"optimizer must be a compiled_optim.Optimizer, or hold one, got {type(wrapper).__name__}")
     return found
+
+
+def _innermost(wrapper: Any, seen: set[int]) -> Optimizer | LBFGS | None:
+    """The innermost optimizer of this package. A wrapper may be of its class, but it is not the wrapper that steps."""
+    from compiled_optim.lbfgs import LBFGS
+
+    seen.add(id(wrapper))
+    is_ours = isinstance(wrapper, Optimizer | LBFGS)
+    held = [getattr(wrapper, name, None) for name in ("_optimizer", "optimizer")]
+    if not is_ours:  # an optimizer of ours that holds another under a name of its own may step both
+        held += [v for v in getattr(wrapper, "__dict__", {}).values() if isinstance(v, torch.optim.Optimizer)]
+    inner = (_innermost(one, seen) for one in held if one is not None and id(one) not in seen)
+    return next((found for found in inner if found is not None), wrapper if is_ours else None)
 
 
 def _eager_rows(params: list[Any], reason: str) -> list[Row]:

@@ -155,7 +155,20 @@ class Holding(torch.optim.Optimizer):
         return self.optimizer.step(closure)
 
 
-@pytest.mark.parametrize("wrappers", [[Delegating], [Asking], [Holding], [Delegating, Holding], [Holding, Delegating]])
+class Shard:
+    """As ZeroRedundancyOptimizer, Lookahead, SAM and the wrapper of schedulefree hold: under any name."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.param_groups, self.base = optimizer.param_groups, optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+
+WRAPPERS = [[Delegating], [Asking], [Holding], [Shard], [Delegating, Holding], [Holding, Delegating], [Shard, Holding]]
+
+
+@pytest.mark.parametrize("wrappers", WRAPPERS, ids=lambda wrappers: "-".join(w.__name__ for w in wrappers))
 def test_explain_looks_into_wrappers(wrappers: list[Any]) -> None:
     params = parameters()
     optimizer = AdamW(params, compiled=True)
@@ -174,7 +187,7 @@ def test_explain_looks_into_wrappers_of_lbfgs() -> None:
 
 def test_a_wrapper_that_holds_itself_is_refused() -> None:
     wrapper = Holding(Holding(None))
-    wrapper.optimizer.optimizer = wrapper
+    wrapper.optimizer.optimizer = wrapper.optimizer.base = wrapper
     for other in (wrapper, Holding(torch.optim.SGD(parameters())), None):
         with pytest.raises(TypeError, match=r"must be a compiled_optim\.Optimizer, or hold one, got"):
             explain(other)

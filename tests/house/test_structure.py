@@ -35,6 +35,7 @@ BUDGETS = {
     "compiled_optim/_engine/kernels/host": 2000,
     "compiled_optim/_engine/torch_private": 710,
     "compiled_optim/algorithms": 430,
+    "compiled_optim/integrations": 60,
     "compiled_optim/lbfgs": 620,
     "compiled_optim/lr_scheduler": 1030,
 }

@@ -1,0 +1,1 @@
+"""What frameworks need to be told. Each module imports its framework, so import the module that you use."""

@@ -1,0 +1,61 @@
+"""The table of hosts in Markdown, from the outcomes of the tests that are marked with a host and a feature."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PACKAGES = (
+    *("torch", "lightning", "accelerate", "transformers", "peft", "pytorch-ignite", "skorch", "pytorch_optimizer"),
+    *("schedulefree", "hydra-core", "omegaconf", "jsonargparse", "torchmetrics", "scikit-learn", "timm", "torchvision"),
+)
+WAYS = ("eager", "compiled")
+HEAD = """# Hosts
+
+Small trainings inside the frameworks that own a training loop, each once with `torch.optim` and once with this package,
+from the same seed. *Same result* says whether parameters agree at the end; the other columns say what ran according to
+`explain` without and with `compiled=True`: `multi_tensor` is the compiled kernel. Written by `make test-hosts`.
+"""
+
+
+class Table:
+    """A plugin of pytest that writes the file when all tests have run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
+        report = yield
+        if marker := item.get_closest_marker("host"):
+            way = item.callspec.params.get("way") if hasattr(item, "callspec") else None
+            row = self.rows.setdefault(marker.args, {"same": True, "eager": "", "compiled": ""})
+            row["same"] &= report.passed
+            if report.when == "teardown":
+                row.update(dict.fromkeys([way] if way else WAYS, dict(item.user_properties).get("ran", "")))
+        return report
+
+    def pytest_sessionfinish(self) -> None:
+        self.path.write_text("\n".join([HEAD, *self.lines(), ""]))
+
+    def lines(self) -> Iterator[str]:
+        yield "| host | feature | same result | eager | compiled |"
+        yield "|---|---|---|---|---|"
+        for (host, feature), row in self.rows.items():
+            yield f"| {host} | {feature} | {'yes' if row['same'] else 'NO'} | {row['eager']} | {row['compiled']} |"
+        yield ""
+        yield f"Versions, with Python {platform.python_version()} on {platform.system()}:"
+        yield ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + "."
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"
