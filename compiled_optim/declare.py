@@ -38,6 +38,7 @@ class Number(Field):
     below: float | None
     switch: bool
     unit: str = ""
+    names: tuple[str, ...] = ()
     kw_only: bool = False
     init: bool = True
 
@@ -50,6 +51,10 @@ class Number(Field):
     @property
     def range(self) -> str:
         return self.bounds or "a number"
+
+    def takes_none(self, position: int) -> bool:
+        """Whether None may stand in this place of a tuple, as it does in the default."""
+        return isinstance(self.default, tuple) and self.default[position] is None
 
     def admits(self, value: Any) -> bool:
         # Comparisons with NaN are false, so it fails wherever there is a bound.
@@ -73,6 +78,12 @@ class Flag(Field):
 class Buffer(Field):
     when: str | None
     initial: float | str
+    of: Literal["all", "matrices", "vectors"] = "all"
+    mean_over: int | None = None
+
+    def belongs_to(self, dim: int) -> bool:
+        """Whether parameters of ``dim`` dimensions have it."""
+        return self.of == "all" or (self.of == "matrices") == (dim > 1)
 
     def first(self, group: dict[str, Any]) -> float | Tensor:
         """Its initial value in a param group: a 0-d tensor where reading it would make the host wait for a device."""
@@ -111,19 +122,22 @@ def number(
     below: float | None = None,
     switch: bool = False,
     unit: str = "",
+    names: tuple[str, ...] = (),
     help: str = "",
 ) -> Any:
     """Declares a hyperparameter: a float, or a tuple of floats, or 0-d tensors in their place.
 
     Args:
-        default: its default value; for a tuple ``names``, the update rule sees ``name1``, ``name2``, ...
+        default: its default value; for a tuple ``names``, the update rule sees ``name1``, ``name2``, ... A part that is
+            None may be None.
         low, high: the least and the greatest value allowed.
         above, below: every value must be greater, or less, than this.
         switch: whether zero and non-zero values take different kernels (different values never do).
         unit: its unit, such as ``"parameter / gradient"``; empty for a pure number.
+        names: what the update rule calls the values of a tuple, if not as above.
         help: what it is, for the documentation of the class.
     """
-    return Number(default, low, above, high, below, switch, unit, help=help)
+    return Number(default, low, above, high, below, switch, unit, names, help=help)
 
 
 def flag(*, default: Any, switch: bool = False, kw_only: bool = False, init: bool = True, help: str = "") -> Any:
@@ -139,15 +153,25 @@ def flag(*, default: Any, switch: bool = False, kw_only: bool = False, init: boo
     return Flag(default, switch, kw_only, init, help=help)
 
 
-def buffer(*, when: str | None = None, initial: float | str = 0.0, help: str = "") -> Any:
+def buffer(
+    *,
+    when: str | None = None,
+    initial: float | str = 0.0,
+    of: Literal["all", "matrices", "vectors"] = "all",
+    mean_over: int | None = None,
+    help: str = "",
+) -> Any:
     """Declares a state tensor shaped like its parameter.
 
     Args:
         when: the name of a switch; the buffer exists only while that is on.
         initial: the value it begins with, or the name of the hyperparameter that holds it.
+        of: which parameters have it: "matrices" are those of two dimensions or more, "vectors" the others. Only a rule
+            with ``elementwise = False`` may tell them apart.
+        mean_over: -1 or -2, a dimension in which it has the size 1, as the `mean` over it. For matrices only.
         help: what it holds, for the documentation of the class.
     """
-    return Buffer(when, initial, help=help)
+    return Buffer(when, initial, of, mean_over, help=help)
 
 
 def carried(*, initial: float | str, help: str = "") -> Any:

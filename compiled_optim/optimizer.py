@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 # What a subclass that overrides one of these has a rule of its own for.
 _OF_A_RULE = {"update", "scalars", "elementwise", "accepts_sparse", "accepts_dense", "keeps_untouched_rows"}
+_OF_A_RULE |= {"accepts_complex"}
 
 
 @dataclass_transform(field_specifiers=(number, flag))  # state is no argument
@@ -106,6 +107,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     rule: ClassVar[Rule]
     accepts_sparse: ClassVar[bool] = False
     accepts_dense: ClassVar[bool] = True
+    accepts_complex: ClassVar[bool] = True
     state_at_construction: ClassVar[bool] = False  # False: state is made when the first gradient arrives
     elementwise: ClassVar[bool] = True  # False: ``update`` is given one whole tensor at a time, and may reduce it
 

@@ -87,6 +87,12 @@ class Declaration:
         self._annotations = _annotations(cls, self.options)
         self.counts = ("step", *self.carried) if counted else ()  # the 0-d state
         self.slots = (*self.counts, *self.buffers)
+        self.means = {k: b.mean_over for k, b in self.buffers.items() if b.mean_over is not None}
+        for name, b in self.buffers.items():
+            if (b.of != "all" or name in self.means) and cls.elementwise:  # type: ignore[attr-defined]
+                raise TypeError(f"{self.name}: only a rule with elementwise = False can have the buffer {name!r}")
+            if name in self.means and (b.mean_over not in (-1, -2) or b.of != "matrices"):
+                raise TypeError(f"{self.name}: mean_over of {name!r} must be -1 or -2, and of 'matrices', got {b}")
         switches = [k for k, v in self.options.items() if v.switch]
         self.switch_type: Any = namedtuple("Switches", switches)  # type: ignore[misc]
         known = {"when": switches, "initial": list(self.options)}
@@ -114,6 +120,8 @@ class Declaration:
         default = self.options[option].default
         if not isinstance(default, tuple):
             return [option]
+        if getattr(self.options[option], "names", ()):
+            return [*self.options[option].names]  # type: ignore[union-attr]
         return [f"{option.removesuffix('s')}{i + 1}" for i in range(len(default))]
 
     def signature(self) -> inspect.Signature:
@@ -163,7 +171,7 @@ class Declaration:
             if any(isinstance(p, Tensor) for p in parts) and not all(isinstance(p, Tensor) for p in parts):
                 raise ValueError(f"{self.name}: {name} must be all floats or all tensors, got {value!r}")
             for label, part, given in self._labelled(name, parts, value):
-                if not field.admits(part):
+                if part is not None and not field.admits(part):
                     raise ValueError(f"{self.name}: {label} must be {field.range}, got {given!r}")
         return checked
 
@@ -200,7 +208,9 @@ class Declaration:
             raise TypeError(f"{self.name}: {name} must have {len(field.default)} values, got {value!r}")
         elif len(parts) != len(field.default):
             raise ValueError(f"{self.name}: {name} must have {len(field.default)} values, got {value!r}")
-        for label, part, given in self._labelled(name, parts, value):
+        for i, (label, part, given) in enumerate(self._labelled(name, parts, value)):
+            if part is None and field.takes_none(i):
+                continue
             if isinstance(part, Tensor):
                 if part.numel() != 1 or part.is_complex():
                     got = f"{part.dtype} and shape {tuple(part.shape)}"
@@ -248,14 +258,21 @@ class Declaration:
             return Group(Unreadable(error), self.switch_type._make([False] * len(self._switches_at)), True)
         return Group(hyper, self.switch_type._make(on), has_tensors)
 
-    def kept(self, switches: Any, dtype: torch.dtype) -> tuple[str, ...]:
-        """The names of the buffers of a parameter of ``dtype`` that exist under these switches."""
+    def kept(self, switches: Any, dtype: torch.dtype, dim: int = 0) -> tuple[str, ...]:
+        """The names of the buffers that a parameter of ``dtype`` and ``dim`` dimensions has under these switches."""
         whole = arithmetic_dtype(dtype) == dtype  # and needs no master
         return tuple(
             k
             for k, b in self.buffers.items()
-            if (b.when is None or getattr(switches, b.when)) and not (whole and k == "master" and k in self.copies)
+            if (b.when is None or getattr(switches, b.when))
+            and b.belongs_to(dim)
+            and not (whole and k == "master" and k in self.copies)
         )
+
+    def shape_of(self, name: str, shape: torch.Size) -> torch.Size:
+        """The shape of a buffer of a parameter of this shape."""
+        over = self.means.get(name)
+        return shape if over is None else torch.Size([*shape[:over], 1, *shape[len(shape) + over + 1 :]])
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype of a buffer of a parameter of ``dtype``."""

@@ -80,6 +80,10 @@ class Rule:
         return bool(self.owner.accepts_sparse)
 
     @property
+    def accepts_complex(self) -> bool:
+        return bool(self.owner.accepts_complex)
+
+    @property
     def accepts_dense(self) -> bool:
         return bool(self.owner.accepts_dense)
 
@@ -153,10 +157,10 @@ def apply(
     """
     width = arithmetic_dtype(p.dtype)
     g = g.to(width)
-    k: Any = Namespace(scalars)
+    k: Any = Namespace(scalars if rule.elementwise else {**scalars, "dtype_eps": torch.finfo(p.dtype).eps})
     if rule.extras.factor:
         g = g * k.grad_factor
-    if on.maximize:
+    if getattr(on, "maximize", False):
         g = -g
     own = {name: value.to(width) for name, value in state.items() if name not in rule.declaration.copies}
     s = Namespace(own)

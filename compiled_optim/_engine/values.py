@@ -169,8 +169,10 @@ FUNCTIONS |= {name: each(getattr(Tensor, name)) for name in _IN_TENSOR}
 FUNCTIONS["rounded_at_random"] = each(_round_at_random)
 
 
-def maximum(a: Any, b: float) -> Any:
-    """The greater of a number or a tensor and a number."""
+def maximum(a: Any, b: Any) -> Any:
+    """The greater of a number, a tensor or a value, and a number."""
+    if isinstance(a, Value):
+        return a.maximum(b)
     return a.clamp_min(b) if isinstance(a, Tensor) else max(a, b)
 
 
@@ -183,6 +185,30 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     # of two Python floats torch.where makes a float32, also in a float64 model
     a, b = (v if isinstance(v, Tensor) else torch.full_like(condition, v, dtype=torch.float64) for v in (a, b))
     return torch.where(condition, a, b)
+
+
+# ---- for rules with ``elementwise = False``
+
+
+def mean(x: Any, dim: int | None = None) -> Any:
+    """The mean of all elements of a tensor, 0-d; or over ``dim``, -1 or -2, which stays with the size 1."""
+    if isinstance(x, Value):
+        return x.mean(dim)
+    return x.mean() if dim is None else x.mean(dim, keepdim=True)
+
+
+def batched(f: Callable[..., list[Tensor]], x: Any, *numbers: Any) -> Any:
+    """What ``f(tensors, *numbers)`` makes of a tensor, or in compiled steps of a list of them at once.
+
+    ``f`` returns a tensor of the same shape for each. It may do what no loop over elements can, such as products of
+    matrices. ``numbers`` must not depend on tensors.
+    """
+    return x.batched(f, numbers) if isinstance(x, Value) else f([x], *numbers)[0]
+
+
+def of_shape(f: Callable[[torch.Size], float], x: Any) -> Any:
+    """The number that ``f`` makes of the shape of a tensor."""
+    return x.of_shape(f) if isinstance(x, Value) else f(x.shape)
 
 
 def rounded_at_random(x: Any, noise: Any, first: Any) -> Any:

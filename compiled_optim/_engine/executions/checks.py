@@ -71,7 +71,11 @@ def check_gradient(work: Work, choice: Group, grad: Tensor) -> Tensor:
 def check_whole(work: Work, p: Tensor, state: dict[str, Any]) -> None:
     """Raises KeyError if a part of the state is missing. All of it is made at once, except what a switch adds later."""
     declaration = work.rule.declaration
-    own = [name for name, b in declaration.buffers.items() if b.when is None and name not in declaration.copies]
+    own = [
+        name
+        for name, b in declaration.buffers.items()
+        if b.when is None and b.belongs_to(p.dim()) and name not in declaration.copies
+    ]
     needed = [*(() if work.rule.extras.counts else declaration.counts), *own]
     missing = [name for name in needed if state.get(name) is None]
     if missing and len(missing) < len(needed):
@@ -99,25 +103,30 @@ def check_buffer(work: Work, p: Tensor, name: str, value: Any, shape: torch.Size
     """Raises RuntimeError if a state does not fit its parameter; the message names both and what was expected.
 
     Args:
-        shape: of the parameter, or of its shard if the state is one.
+        shape: the one it should have, that of the parameter or of its shard if the state is one.
     """
     expected = None
     if not isinstance(value, Tensor):
         expected = "must be a tensor"
     elif value.shape != shape:
-        expected = "must have its shape"
+        expected = (
+            f"must have the shape {tuple(shape)}" if name in work.rule.declaration.means else "must have its shape"
+        )
     elif value.layout is not torch.strided and p.layout is torch.strided:
         expected = "must be dense"
     elif _overlaps(value):
         expected = "must not have elements that share a single memory location"
     if expected:
-        found = tuple(value.shape) if expected == "must have its shape" else described(value)
+        found = tuple(value.shape) if " shape" in expected else described(value)
         where = place(work, p)
         raise RuntimeError(f"{_named(work, name)} of the parameter {where} {expected}, got {found}")
 
 
 def check_kind(work: Work, owner: Tensor, p: Tensor, grad: Tensor, buffers: dict[str, Any]) -> None:
     """Checks what all parameters of one kind share: devices, and the dtypes of the state."""
+    if p.is_complex() and not work.rule.accepts_complex:
+        name, where = work.rule.name, place(work, owner)
+        raise RuntimeError(f"{name} does not support complex parameters, got one of {p.dtype} {where}")
     if grad.device != p.device:
         name, where = work.rule.name, place(work, owner)
         raise RuntimeError(f"{name}: the gradient of the parameter {where} must be on {p.device}, got {grad.device}")

@@ -163,7 +163,9 @@ def run_lists(rule: Rule, found: list[Lists], switches: list[Any], scalars: Scal
         if isinstance(factor, Tensor) and factor.device != device:
             known = {**known, "grad_factor": factor.to(device, non_blocking=True)}
         on = switches[group]
-        update = Update(rule, on, rule.declaration.kept(on, columns[0][0].dtype), known, program, single)
+        update = Update(
+            rule, on, rule.declaration.kept(on, columns[0][0].dtype, columns[0][0].dim()), known, program, single
+        )
         if columns[1][0].is_sparse:
             for tensors in zip(*columns, strict=True):
                 run_rows(update, list(tensors))

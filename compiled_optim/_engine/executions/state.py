@@ -34,14 +34,19 @@ def make_state(work: Work, p: Tensor, group: dict[str, Any], on: Any, *, allocat
             made[name] = count_tensor(p, group, value)
         elif not is_count(count):
             made[name] = count_tensor(p, group, number_of(work, p, name, count))
-    for name in declaration.kept(on, p.dtype):
+    for name in declaration.kept(on, p.dtype, p.dim()):
         if present.get(name) is None:
             made[name] = None
             if allocate:
                 # torch.optim takes the constructor's value where state is made there, whatever a group says
                 values = work.defaults if work.rule.state_at_construction else group
                 dtype, its = declaration.dtype_of(name, p.dtype), declaration.buffers[name]
-                made[name] = torch.empty_like(p, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
+                if name in declaration.means:
+                    made[name] = p.new_empty(declaration.shape_of(name, p.shape), dtype=dtype, requires_grad=False)
+                else:
+                    made[name] = torch.empty_like(
+                        p, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
+                    )
                 if isinstance(its, Copy):
                     made[name].copy_(p.detach())
                 else:

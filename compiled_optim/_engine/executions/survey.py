@@ -119,7 +119,8 @@ def look(
     rule, groups = work.rule, work.groups
     counts = rule.declaration.counts
     pairs = only if only is not None else [(i, p) for i, group in enumerate(groups) for p in group["params"]]
-    kept: dict[tuple[int, torch.dtype], tuple[str, ...]] = {}
+    kept: dict[tuple[int, torch.dtype, int], tuple[str, ...]] = {}
+    means = rule.declaration.means
     begun: dict[Tensor, dict[str, Any]] = {}  # the state of those that lack some
     kinds: set[tuple[Any, ...]] = set()
     members = []
@@ -129,13 +130,14 @@ def look(
         grad = gradient(p)
         if grad is None:
             if idle:
-                members.append(_idle(work, i, p, rule.declaration.kept(choices[i].switches, p.dtype)))
+                members.append(_idle(work, i, p, rule.declaration.kept(choices[i].switches, p.dtype, p.dim())))
             continue
-        dtype = p.dtype
-        if (i, dtype) not in kept:
+        dtype, shape = p.dtype, p.shape
+        key = (i, dtype, len(shape))
+        if key not in kept:
             choices[i].hyper._fields  # noqa: B018  # or raises
-            kept[i, dtype] = rule.declaration.kept(choices[i].switches, dtype)
-        buffers = kept[i, dtype]
+            kept[key] = rule.declaration.kept(choices[i].switches, dtype, len(shape))
+        buffers = kept[key]
         sharded = type(p) not in PLAIN and tensor_parts.is_dtensor(p)
         if sharded:
             grad = dtensors.local_gradient(p, grad)
@@ -153,7 +155,7 @@ def look(
         listed = p
         if sharded:
             p, state = dtensors.local(p), dtensors.local_state(p, state, buffers)
-        shape = p.shape
+            shape = p.shape
         plain = p.layout is torch.strided and p.is_contiguous() and not (dtype.is_complex and p.is_conj())
         if grad.shape != shape or not plain:
             check_param(work, listed, p, grad)
@@ -163,8 +165,9 @@ def look(
             if t is None:
                 kind += (rule.declaration.dtype_of(name, dtype), p.device)
                 continue
-            if not (isinstance(t, Tensor) and t.shape == shape and t.layout is torch.strided and t.is_contiguous()):
-                check_buffer(work, listed, name, t, shape)
+            own = rule.declaration.shape_of(name, shape) if name in means else shape
+            if not (isinstance(t, Tensor) and t.shape == own and t.layout is torch.strided and t.is_contiguous()):
+                check_buffer(work, listed, name, t, own)
             kind += (t.dtype, t.device)
         member = Member(i, listed, p, grad, state, buffers, counts, lacks, tuple(kind))
         if member.kind not in kinds:

@@ -139,9 +139,9 @@ class TracedState(LiveInputs):
             for choice in choices:
                 first_scalars(optimizer.rule, choice.hyper)
             for p, group, state in zip(self.params, self._groups, self.states, strict=True):
-                for name in declaration.kept(choices[group].switches, p.dtype):
+                for name in declaration.kept(choices[group].switches, p.dtype, p.dim()):
                     if state.get(name) is not None:
-                        checks.check_buffer(work, p, name, state[name], p.shape)
+                        checks.check_buffer(work, p, name, state[name], declaration.shape_of(name, p.shape))
         except Exception:
             return True  # the operator raises when it runs, if the error still holds then
         return False
@@ -160,7 +160,7 @@ class TracedState(LiveInputs):
         updates = {}
         for i in members:
             g, p, state = self._groups[i], self.params[i], self.states[i]
-            buffers = declaration.kept(declaration.switch_type(*switches[g]), p.dtype)
+            buffers = declaration.kept(declaration.switch_type(*switches[g]), p.dtype, p.dim())
             kind = (g, p.device, p.dtype, *[state[name].dtype for name in buffers])
             updates[i] = Member(g, p, p, None, state, buffers, declaration.counts, kind=kind)
         dynamo.mark_static([*self.params, *(u.state[name] for u in updates.values() for name in u.buffers)])

@@ -1,0 +1,72 @@
+"""Adafactor."""
+
+from torch import Tensor
+
+from compiled_optim._engine.values import lerp, maximum, mean, where
+from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, counter, number
+from compiled_optim.optimizer import Optimizer
+
+
+class Adafactor(Optimizer):
+    r"""Adam with a factored second moment and without a first (Shazeer and Stern 2018, arXiv:1804.04235).
+
+    .. math::
+        R &\leftarrow R + t^{\beta} (\overline{g^2}^{\text{rows}} - R), \qquad
+        C \leftarrow C + t^{\beta} (\overline{g^2}^{\text{columns}} - C), \qquad
+        \hat v = R C / \max(\overline{R}, \epsilon_1) \\
+        u &= g / \sqrt{\max(\hat v, \epsilon_1^2)} \\
+        \theta &\leftarrow (1 - \gamma \lambda)\,\theta - \min(\gamma, t^{-1/2})\,
+        \frac{\max(\epsilon_2, \operatorname{RMS}(\theta))}{\max(1, \operatorname{RMS}(u) / d)} \, u
+
+    :math:`\beta` is ``beta2_decay``, :math:`\lambda` the ``weight_decay`` and :math:`\theta` under RMS the parameter
+    before its decay. Parameters of two dimensions or more are factored along the last two; the others keep
+    :math:`\hat v` itself.
+    """
+
+    lr: float | Tensor = number(default=1e-2, low=0, unit="parameter / RMS of the parameter", help="largest step")
+    beta2_decay: float = number(default=-0.8, high=0, help="exponent of t in the weight of a new square")
+    eps: tuple[float | None, float] = number(
+        default=(None, 1e-3),
+        low=0,
+        names=("eps1", "eps2"),
+        help="keeps the quotient finite (None: the rounding error of the dtype), and least RMS of a parameter",
+    )
+    d: float = number(default=1.0, low=1, help="largest RMS of u")
+    weight_decay: float = number(default=0.0, low=0, unit="1 / lr", help="decay of the parameter per step")
+    differentiable = None  # type: ignore[assignment]  # torch.optim.Adafactor has it not
+
+    step_count = counter()
+    row_var = buffer(of="matrices", mean_over=-1, help="mean over the last dimension of the squares")
+    col_var = buffer(of="matrices", mean_over=-2, help="mean over the last but one")
+    variance = buffer(of="vectors", help="second moment, of parameters of fewer than two dimensions")
+
+    elementwise = False
+    accepts_complex = False
+
+    @staticmethod
+    def scalars(h: Hyper, step: Value) -> dict[str, Value]:
+        return {
+            "weight": step**h.beta2_decay,
+            "step_size": min(h.lr, step**-0.5),
+            "eps1": h.eps1 or 0.0,
+            "own_eps": float(h.eps1 is None),
+            "eps2": h.eps2,
+            "most": h.d,
+            "decay": 1 - h.lr * h.weight_decay,
+        }
+
+    @staticmethod
+    def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
+        eps1 = k.eps1 + k.own_eps * k.dtype_eps
+        size = mean(p * p) ** 0.5
+        if hasattr(s, "variance"):
+            s.variance = v = lerp(s.variance, g * g, k.weight)
+        else:
+            s.row_var = lerp(s.row_var, mean(g * g, -1), k.weight)
+            s.col_var = lerp(s.col_var, mean(g * g, -2), k.weight)
+            v = s.row_var * s.col_var / maximum(mean(s.row_var, -2), eps1)
+        u = g / maximum(v, eps1 * eps1) ** 0.5
+        # where NaN is compared, as torch.optim does in Python: the bound is taken
+        excess = mean(u * u) ** 0.5 / k.most
+        step_size = where(size > k.eps2, size, k.eps2) * k.step_size / where(excess > 1, excess, 1.0)
+        return p * k.decay - u * step_size

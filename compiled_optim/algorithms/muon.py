@@ -1,0 +1,102 @@
+"""Muon."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_optim._engine.values import batched, lerp, of_shape
+from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, flag, number
+from compiled_optim.optimizer import Optimizer
+
+# How the learning rate follows the shape (rows, columns) of a matrix.
+RATIOS = {
+    "original": lambda shape: math.sqrt(max(1, shape[0] / shape[1])),
+    "match_rms_adamw": lambda shape: 0.2 * math.sqrt(max(shape)),
+    "spectral_unclamped": lambda shape: math.sqrt(shape[0] / shape[1]),
+}
+
+
+class Muon(Optimizer):
+    r"""Momentum whose matrices are orthogonalized (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+
+    .. math::
+        B \leftarrow B + (1 - \mu)(g - B), \qquad u = \mu B + (1 - \mu) g, \qquad
+        \theta \leftarrow (1 - \gamma \lambda)\,\theta - \gamma\, r \operatorname{NS}_k(u / \lVert u \rVert)
+
+    Without ``nesterov``, :math:`u = B`. :math:`\operatorname{NS}_k` are ``ns_steps`` Newton-Schulz iterations
+    :math:`X \leftarrow aX + (b XX^T + c (XX^T)^2) X` in bfloat16, with the ``ns_coefficients`` :math:`a, b, c`. For an
+    :math:`A \times B` matrix, ``adjust_lr_fn`` chooses :math:`r`: ``"original"``, the default,
+    :math:`\sqrt{\max(1, A / B)}`; ``"match_rms_adamw"`` :math:`0.2 \sqrt{\max(A, B)}` (Liu et al. 2025,
+    arXiv:2502.16982); ``"spectral_unclamped"`` :math:`\sqrt{A / B}`.
+
+    Only for matrices: give embeddings, biases and the last layer to AdamW, or all to :class:`MuonAdamW`.
+    """
+
+    lr: float | Tensor = number(default=1e-3, low=0, unit="parameter", help="learning rate")
+    weight_decay: float = number(default=0.1, low=0, unit="1 / lr", help="decay of the parameter per step")
+    momentum: float = number(default=0.95, low=0, help="decay of the momentum per step")
+    nesterov: bool = flag(default=True, switch=True, help="look a step of momentum ahead")
+    ns_coefficients: tuple[float, float, float] = number(
+        default=(3.4445, -4.7750, 2.0315), names=("a", "b", "c"), help="of the Newton-Schulz polynomial"
+    )
+    eps: float = number(default=1e-7, unit="gradient", help="least norm that a matrix is divided by")
+    ns_steps: int = number(default=5, low=0, below=100, help="Newton-Schulz iterations")
+    adjust_lr_fn: str | None = flag(default=None, help="how the learning rate follows the shape")
+    # torch.optim.Muon has none of these
+    maximize = None  # type: ignore[assignment]
+    foreach = None
+    differentiable = None  # type: ignore[assignment]
+
+    momentum_buffer = buffer(help="average of the gradients")
+
+    elementwise = False
+    accepts_complex = False
+
+    @classmethod
+    def validate(cls, h: Hyper) -> None:
+        if h.adjust_lr_fn not in (None, *RATIOS):
+            raise ValueError(f"Muon: adjust_lr_fn must be None or one of {[*RATIOS]}, got {h.adjust_lr_fn!r}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, as in torch.optim; raises ValueError for parameters that are no matrices."""
+        super().add_param_group(param_group)
+        for i, p in enumerate(self.param_groups[-1]["params"]):
+            if p.dim() != 2:
+                del self.param_groups[-1]
+                raise ValueError(f"Muon: params must be matrices, got shape {tuple(p.shape)} at index {i} of a group")
+
+    @staticmethod
+    def scalars(h: Hyper, step: Value) -> dict[str, Value]:
+        chosen = h.adjust_lr_fn or "original"
+        return {
+            "momentum": h.momentum,
+            "one_minus_momentum": 1 - h.momentum,
+            "decay": 1 - h.lr * h.weight_decay,
+            **{name: h.lr if name == chosen else 0.0 for name in RATIOS},
+            **{name: getattr(h, name) for name in ("a", "b", "c", "eps", "ns_steps")},
+        }
+
+    @staticmethod
+    def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
+        s.momentum_buffer = lerp(s.momentum_buffer, g, k.one_minus_momentum)
+        u = lerp(g, s.momentum_buffer, k.momentum) if on.nesterov else s.momentum_buffer
+        lr = sum(getattr(k, name) * of_shape(ratio, p) for name, ratio in RATIOS.items())
+        return p * k.decay - batched(orthogonalized, u, k.a, k.b, k.c, k.eps, k.ns_steps).to(p.dtype) * lr
+
+
+def orthogonalized(matrices: list[Tensor], a: float, b: float, c: float, eps: float, steps: float) -> list[Tensor]:
+    """Each matrix after Newton-Schulz iterations in bfloat16: its singular values are near 1, or still 0."""
+    return [_orthogonalized(m, a, b, c, eps, int(steps)) for m in matrices]
+
+
+def _orthogonalized(matrix: Tensor, a: float, b: float, c: float, eps: float, steps: int) -> Tensor:
+    x = matrix.to(torch.bfloat16, copy=True)
+    if tall := x.size(0) > x.size(1):
+        x = x.T
+    x.div_(x.norm().clamp(min=eps))
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
