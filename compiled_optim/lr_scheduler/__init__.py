@@ -9,10 +9,25 @@ from __future__ import annotations
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from compiled_optim.lr_scheduler.compose import ChainedScheduler, SequentialLR
+from compiled_optim.lr_scheduler.compose import ChainedScheduler, SequentialLR, warmup
 from compiled_optim.lr_scheduler.cycles import CyclicLR, OneCycleLR
 from compiled_optim.lr_scheduler.plateau import ReduceLROnPlateau
 from compiled_optim.lr_scheduler.plot import plot_schedule
+from compiled_optim.lr_scheduler.ready import (
+    get_constant_schedule,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_cosine_with_hard_restarts_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup_lr_rate,
+    get_ema_decay_fn,
+    get_inverse_sqrt_schedule,
+    get_linear_schedule_with_warmup,
+    get_noam_schedule,
+    get_polynomial_decay_schedule_with_warmup,
+    get_rex_schedule,
+    get_wsd_schedule,
+)
 from compiled_optim.lr_scheduler.schedules import (
     SWALR,
     ConstantLR,
@@ -47,5 +62,19 @@ __all__ = [
     "SequentialLR",
     "StepLR",
     "SymbolicLR",
+    "get_constant_schedule",
+    "get_constant_schedule_with_warmup",
+    "get_cosine_schedule_with_warmup",
+    "get_cosine_with_hard_restarts_schedule_with_warmup",
+    "get_cosine_with_min_lr_schedule_with_warmup",
+    "get_cosine_with_min_lr_schedule_with_warmup_lr_rate",
+    "get_ema_decay_fn",
+    "get_inverse_sqrt_schedule",
+    "get_linear_schedule_with_warmup",
+    "get_noam_schedule",
+    "get_polynomial_decay_schedule_with_warmup",
+    "get_rex_schedule",
+    "get_wsd_schedule",
     "plot_schedule",
+    "warmup",
 ]

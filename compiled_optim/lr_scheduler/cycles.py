@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import lr_scheduler
 
 from compiled_optim.lr_scheduler.formulas import Form, annealed, library, minimum, piecewise
-from compiled_optim.lr_scheduler.scheduler import Scheduler, T, assigned
+from compiled_optim.lr_scheduler.functions import UserFunction
+from compiled_optim.lr_scheduler.scheduler import Scheduler, assigned
 
 
 class _Cycle(Scheduler):
@@ -139,24 +138,9 @@ class CyclicLR(_Cycle, lr_scheduler.CyclicLR):
         return low + (high - low) * height
 
     def _closed_form(self, group: int, of: str, **given: Any) -> Form:
-        if self._scale_fn_custom is None:
-            return self._scaled(None, group, of)
-        from compiled_optim.lr_scheduler.symbolic import applied, traced
-
-        return self._scaled(applied(traced(self._scale_fn_custom, "scale_fn", first=1)), group, of)
-
-    def _scaled(self, scale: Callable[[Any], Any] | None, group: int, of: str) -> Form:
+        custom = self._scale_fn_custom
+        scale = None if custom is None else UserFunction(custom, "scale_fn", first=1)
+        mode = self.mode if custom is None else self.scale_mode
         names = ("base_lr", "max_lr") if of == "lr" else ("max_momentum", "base_momentum")
         low, high = (self._parameter(name, group) for name in names)
-        return self._form(self._formula, group, {"low": low, "high": high, "mode": self._mode, "scale": scale})
-
-    @property
-    def _mode(self) -> str:
-        return self.mode if self._scale_fn_custom is None else self.scale_mode
-
-    def value(self, t: T, group: int = 0, of: str = "lr") -> T:
-        """As for all schedulers; numbers go to ``scale_fn`` itself, symbolic or not."""
-        if isinstance(t, Tensor) or self._scale_fn_custom is None:
-            return super().value(t, group, of)
-        self._check(group, of)
-        return float(self._scaled(self._scale_fn_custom, group, of)(t))
+        return self._form(self._formula, group, {"low": low, "high": high, "mode": mode, "scale": scale})

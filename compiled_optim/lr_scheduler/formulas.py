@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -36,6 +37,21 @@ def annealed(x: Any) -> Any:
     return (1 + known.cos(known.pi * x)) / 2
 
 
+def ramp(x: Any, kind: str, power: float = 1.0) -> Any:
+    """A way from 0 at ``x = 0`` to 1 at ``x = 1``, of one of `RAMPS`; ``power``: of "polynomial".
+
+    ``1 - x`` in the place of ``x`` makes a decay of it.
+    """
+    if kind == "cosine":
+        return 1 - annealed(x)
+    if kind == "1-sqrt":
+        return 1 - library(x).sqrt(1 - x)
+    return x if kind == "linear" else x**power
+
+
+RAMPS = ("linear", "cosine", "polynomial", "1-sqrt")
+
+
 def minimum(a: Any, b: Any) -> Any:
     """The lesser of ``a``, which is of the kind of the step, and ``b``."""
     if isinstance(a, Tensor):
@@ -57,6 +73,10 @@ def piecewise(t: Any, ends: Sequence[Any], piece: Callable[[int], Any]) -> Any:
     for i in reversed(range(len(ends))):
         value = where(t < ends[i], piece(i), value)
     return value
+
+
+class Factor(functools.partial[Any]):
+    """A function of the step in closed form, with all its other arguments given."""
 
 
 @dataclasses.dataclass

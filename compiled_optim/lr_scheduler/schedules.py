@@ -8,16 +8,17 @@ symbol alike; its other arguments are attributes of the scheduler, or of the par
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.optim import lr_scheduler, swa_utils
 
-from compiled_optim.lr_scheduler.formulas import Form, annealed, library, minimum, piecewise
-from compiled_optim.lr_scheduler.scheduler import Relative, Scheduler, T
+from compiled_optim.lr_scheduler.formulas import Factor, Form, annealed, library, minimum, piecewise
+from compiled_optim.lr_scheduler.functions import UserFunction
+from compiled_optim.lr_scheduler.scheduler import Relative, Scheduler
 
 if TYPE_CHECKING:
     import sympy as sp  # type: ignore[import-untyped]
@@ -130,11 +131,15 @@ class MultiplicativeLR(Scheduler, lr_scheduler.MultiplicativeLR):
     r""":math:`\eta_t = \eta_0 \prod_{i=1}^{t} \lambda(i)`; symbolic if ``lr_lambda`` is and the product is."""
 
     def _closed_form(self, group: int, of: str, **given: Any) -> Form:
-        from compiled_optim.lr_scheduler import symbolic
+        function, name = self.lr_lambdas[group], f"lr_lambda of param group {group}"
 
-        name = f"lr_lambda of param group {group}"
-        product = symbolic.product(symbolic.traced(self.lr_lambdas[group], name), name)
-        return self._form(symbolic.applied(symbolic.base_lr * product), group, given)
+        @functools.cache
+        def formula() -> Any:  # once it is asked for: `function` is called often to find it
+            from compiled_optim.lr_scheduler import symbolic
+
+            return symbolic.applied(symbolic.base_lr * symbolic.product(symbolic.traced(function, name), name))
+
+        return self._form(lambda t, base_lr: formula()(t, base_lr), group, given)
 
 
 # ---- absolute: they set it
@@ -144,17 +149,10 @@ class LambdaLR(Scheduler, lr_scheduler.LambdaLR):
     r""":math:`\eta_t = \eta_0 \lambda(t)`; symbolic if ``lr_lambda`` takes a symbol."""
 
     def _closed_form(self, group: int, of: str, **given: Any) -> Form:
-        from compiled_optim.lr_scheduler import symbolic
-
-        factor = symbolic.traced(self.lr_lambdas[group], f"lr_lambda of param group {group}")
-        return self._form(symbolic.applied(symbolic.base_lr * factor), group, given)
-
-    def value(self, t: T, group: int = 0, of: str = "lr") -> T:
-        """As for all schedulers; numbers go to ``lr_lambda`` itself, symbolic or not."""
-        if isinstance(t, Tensor):
-            return super().value(t, group, of)
-        self._check(group, of)
-        return float(self.base_lrs[group]) * float(self.lr_lambdas[group](t))  # type: ignore[arg-type]
+        factor: Any = self.lr_lambdas[group]
+        if not isinstance(factor, Factor):
+            factor = UserFunction(factor, f"lr_lambda of param group {group}")
+        return self._form(lambda t, base_lr: base_lr * factor(t), group, given)
 
 
 class SymbolicLR(Scheduler):
@@ -163,19 +161,25 @@ class SymbolicLR(Scheduler):
     Args:
         optimizer: any torch.optim.Optimizer.
         expression: a sympy expression in ``t`` and, where the learning rate of the param group enters, ``base_lr``
-            (symbols of these names, whatever is assumed of them); or a list with one for each param group. It is no
-            part of the ``state_dict``, like the function of `LambdaLR`.
+            (symbols of these names, whatever is assumed of them); the text of one, such as
+            ``"base_lr*(1 + cos(pi*t/100))/2"``, which is read and never run as code; or a list with one for each param
+            group. It is no part of the ``state_dict``, like the function of `LambdaLR`.
         last_epoch: as in torch.
 
     Raises:
         TypeError: for what is no expression.
-        ValueError: for another symbol, or a list of another length than the optimizer's param groups.
+        ValueError: for another symbol, for a text that is no expression, or a list of another length than the
+            optimizer's param groups.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, expression: sp.Expr | Sequence[sp.Expr], last_epoch: int = -1
+        self,
+        optimizer: torch.optim.Optimizer,
+        expression: sp.Expr | str | Sequence[sp.Expr | str],
+        last_epoch: int = -1,
     ) -> None:
         from compiled_optim.lr_scheduler.symbolic import in_our_symbols
+        from compiled_optim.lr_scheduler.text import read
 
         several = isinstance(expression, list | tuple)
         expressions = list(expression) if several else [expression] * len(optimizer.param_groups)
@@ -184,7 +188,7 @@ class SymbolicLR(Scheduler):
                 f"expression must have one entry for each of {len(optimizer.param_groups)} param groups, "
                 f"got {len(expressions)}"
             )
-        self.expressions = [in_our_symbols(e) for e in expressions]
+        self.expressions = [read(e) if isinstance(e, str) else in_our_symbols(e) for e in expressions]
         super().__init__(optimizer, last_epoch)
 
     def _closed_form(self, group: int, of: str, **given: Any) -> Form:

@@ -158,7 +158,7 @@ def in_our_symbols(expression: Any) -> sp.Expr:
         ValueError: for another symbol.
     """
     if not isinstance(expression, sp.Expr | int | float):
-        raise TypeError(f"expression must be a sympy expression, got {expression!r}")
+        raise TypeError(f"expression must be a sympy expression or the text of one, got {expression!r}")
     expression = sp.sympify(expression)
     known = {s.name: s for s in (t, base_lr)}
     others = sorted(s.name for s in expression.free_symbols if s.name not in known)

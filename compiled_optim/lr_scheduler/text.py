@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy as sp  # type: ignore[import-untyped]
 
-from compiled_optim.lr_scheduler.symbolic import lambdified, t
+from compiled_optim.lr_scheduler.symbolic import base_lr, lambdified, t
 
 _LONGEST, _DEEPEST = 1000, 30  # characters, and parts in parts
 _LARGEST = 1000  # number as an exponent
@@ -24,24 +24,25 @@ _LOGIC: dict[type[ast.AST], Any] = {
 }
 _FUNCTIONS = "sin cos tan asin acos atan sinh cosh tanh exp log sqrt erf floor ceiling sign Abs Min Max Piecewise Mod"
 _CALLS: dict[str, Any] = {name: getattr(sp, name) for name in _FUNCTIONS.split()}
+_CALLS |= {"abs": sp.Abs, "ceil": sp.ceiling, "max": sp.Max, "min": sp.Min}  # as Python calls them
 
 
-def read(text: str, base_lr: float) -> sp.Expr:
+def read(text: str) -> sp.Expr:
     """The expression in the step ``t`` that a text says in the notation of Python and sympy.
 
-    It may have numbers, ``t``, ``base_lr``, ``pi``, ``E``, arithmetic, and sympy's functions of ``Piecewise``. What has
-    no ``t`` is computed in floating point, but for fractions: so no number is long.
+    It may have numbers, ``t``, ``base_lr``, ``pi``, ``E``, arithmetic, and sympy's functions of ``Piecewise``. What is
+    a number is computed in floating point, but for fractions: so no number is long.
 
     Raises:
-        ValueError: for anything else, and for what is too long, too deep or too large.
+        ValueError: for anything else, and for what is too long, too deep or too large; the message has the text.
     """
     if len(text) > _LONGEST:
-        raise ValueError(f"expression must have at most {_LONGEST} characters, got {len(text)}")
-    names = {"t": t, "base_lr": sp.Float(base_lr), "pi": sp.pi, "E": sp.E}
+        raise ValueError(f"expression must have at most {_LONGEST} characters, got {len(text)}: {text[:50]!r}...")
+    names = {"t": t, "base_lr": base_lr, "pi": sp.pi, "E": sp.E}
     try:
         found = _read(ast.parse(text.strip().replace("^", "**"), mode="eval").body, names, _DEEPEST)
-    except (ArithmeticError, MemoryError, RecursionError, SyntaxError, TypeError) as error:
-        raise ValueError(f"expression cannot be read: {error}, got {text!r}") from error
+    except (ArithmeticError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"expression cannot be read: {error}; got {text!r}") from error
     if not isinstance(found, sp.Expr):
         raise ValueError(f"expression must be a number for each t, got {text!r}")
     return found
@@ -49,7 +50,7 @@ def read(text: str, base_lr: float) -> sp.Expr:
 
 def _read(node: ast.AST, names: dict[str, sp.Expr], depth: int) -> Any:
     if depth == 0:
-        raise ValueError(f"expression must be at most {_DEEPEST} parts deep")
+        raise ValueError(f"it must be at most {_DEEPEST} parts deep")
 
     def parts(*nodes: ast.AST) -> list[Any]:
         return [_read(part, names, depth - 1) for part in nodes]
@@ -77,7 +78,9 @@ def _read(node: ast.AST, names: dict[str, sp.Expr], depth: int) -> Any:
             return sp.And(*(_LOGIC[type(operation)](a, b) for operation, a, b in pairs))
         case ast.Call(ast.Name(name), arguments, []) if name in _CALLS:
             return _call(_CALLS[name], parts(*arguments))
-    raise ValueError(f"expression may have numbers, t, base_lr, pi, E and {_FUNCTIONS}, got {ast.unparse(node)!r}")
+    raise ValueError(
+        f"it may have numbers, t, base_lr, pi, E and {', '.join(sorted(_CALLS))}, not {ast.unparse(node)!r}"
+    )
 
 
 def _call(function: Any, arguments: list[Any]) -> Any:

@@ -37,7 +37,7 @@ BUDGETS = {
     "compiled_optim/algorithms": 430,
     "compiled_optim/integrations": 60,
     "compiled_optim/lbfgs": 620,
-    "compiled_optim/lr_scheduler": 1030,
+    "compiled_optim/lr_scheduler": 1400,
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -111,11 +113,38 @@ def test_symbolic_lr() -> None:
     assert ours.SymbolicLR(make_optimizer(), 0.5).value(torch.arange(3.0)).tolist() == [0.5] * 3
 
 
+def test_symbolic_lr_of_a_text() -> None:
+    """It is the expression, follows base_lr, and goes through checkpoints and copies."""
+
+    def make(expression: Any = ("0.5*(1+cos(pi*t/100))", "base_lr*max(0.1, 1 - t/50)")) -> Any:
+        return ours.SymbolicLR(make_optimizer(), list(expression))
+
+    scheduler, other = make(), make()
+    for i in range(60):
+        assert scheduled(scheduler.optimizer)[:2] == near(
+            [0.5 * (1 + math.cos(math.pi * i / 100)), 0.02 * max(0.1, 1 - i / 50)]
+        )
+        step(scheduler)
+    other.load_state_dict(copy.deepcopy(scheduler.state_dict()))
+    for duplicate in (other, copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+        duplicate.optimizer._opt_called = True
+        duplicate.step()
+        assert duplicate.get_last_lr() == near([scheduler.value(61), scheduler.value(61, 1)])
+        duplicate.base_lrs = [1.0, 1.0]
+        assert duplicate.value(25, 1) == near(0.5)
+    assert "expressions" not in scheduler.state_dict()
+
+
 @pytest.mark.parametrize(
     ("expression", "error", "match"),
     [
         (sp.Symbol("x") * t, ValueError, "symbols t and base_lr, got 'x' in t.x"),
-        ("t/2", TypeError, "must be a sympy expression, got 't/2'"),
+        (b"t/2", TypeError, "must be a sympy expression or the text of one, got b't/2'"),
+        (
+            "t/2 if t < 9 else 1",
+            ValueError,
+            "numbers, t, base_lr, pi, E and .*Piecewise.* not 't / 2 if .*; got 't/2 if t",
+        ),
         ([t], ValueError, "one entry for each of 2 param groups, got 1"),
         (sp.gamma(t) * sp.zeta(t), TypeError, "has no counterpart"),
     ],
