@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from compiled_optim import AdamW
+from compiled_optim import AdamW, explain
 
 
 @both
@@ -42,3 +42,45 @@ def test_accumulation_without_sync_is_clipped_and_averaged_once(mesh: Any, compi
     torch.testing.assert_close([*ours.parameters()], [*theirs.parameters()], rtol=1e-12, atol=1e-14)
     with one.averaged():
         torch.testing.assert_close([*ours.parameters()], [*average.parameters()], rtol=1e-12, atol=1e-14)
+
+
+@both
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.usefixtures("mesh")
+def test_steps_between_the_reductions(compiled: bool) -> None:
+    from compiled_optim.integrations import ddp
+
+    class Mine(AdamW):
+        """Of one's own, and it says what was built."""
+
+        def __init__(self, params: Any, **options: Any) -> None:
+            super().__init__(params, **options)
+            built.append(self)
+
+    built: list[AdamW] = []
+    ddp.register(Mine)
+    torch.set_default_dtype(torch.float64)
+    models = [torch.nn.Linear(3, 2)]
+    models.append(copy.deepcopy(models[0]))
+    ours = DistributedDataParallel(models[0])
+    with pytest.raises(ValueError, match="AdamW: lr must be at least 0, got -1"):
+        ours._register_fused_optim(AdamW, lr=-1)
+    with pytest.raises(TypeError, match="betas must have 2 values"):
+        DistributedDataParallel(models[0])._register_fused_optim(AdamW, betas=0.5)
+    ours = DistributedDataParallel(models[0])
+    ours._register_fused_optim(Mine, lr=0.1, compiled=compiled)
+    built.clear()  # of the check of the options
+    stock = torch.optim.AdamW(models[1].parameters(), lr=0.1)
+    for _ in range(3):
+        x = torch.randn(4, 3)
+        for model in (ours, models[1]):
+            model.zero_grad()
+            model(x).square().sum().backward()
+        stock.step()
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)  # DDP still fills them
+    assert len(built) == 2
+    assert {row.execution for optimizer in built for row in explain(optimizer)} == {
+        "multi_tensor" if compiled else "eager"
+    }

@@ -14,7 +14,6 @@ PACKAGES = (
     *("torch", "lightning", "accelerate", "transformers", "peft", "pytorch-ignite", "skorch", "pytorch_optimizer"),
     *("schedulefree", "hydra-core", "omegaconf", "jsonargparse", "torchmetrics", "scikit-learn", "timm", "torchvision"),
 )
-WAYS = ("eager", "compiled")
 HEAD = """# Hosts
 
 Small trainings inside the frameworks that own a training loop, each once with `torch.optim` and once with this package,
@@ -35,10 +34,11 @@ class Table:
         report = yield
         if marker := item.get_closest_marker("host"):
             way = item.callspec.params.get("way") if hasattr(item, "callspec") else None
-            row = self.rows.setdefault(marker.args, {"same": True, "eager": "", "compiled": ""})
-            row["same"] &= report.passed
+            row = self.rows.setdefault(marker.args, {"passed": True, "eager": "", "compiled": ""})
+            row["passed"] &= report.passed
             if report.when == "teardown":
-                row.update(dict.fromkeys([way] if way else WAYS, dict(item.user_properties).get("ran", "")))
+                said = dict(item.user_properties)
+                row.update({way or "compiled": said.get("ran", "")}, result=said.get("result"))
         return report
 
     def pytest_sessionfinish(self) -> None:
@@ -47,8 +47,10 @@ class Table:
     def lines(self) -> Iterator[str]:
         yield "| host | feature | same result | eager | compiled |"
         yield "|---|---|---|---|---|"
-        for (host, feature), row in self.rows.items():
-            yield f"| {host} | {feature} | {'yes' if row['same'] else 'NO'} | {row['eager']} | {row['compiled']} |"
+        hosts = [host for host, _ in self.rows]
+        for (host, feature), row in sorted(self.rows.items(), key=lambda entry: hosts.index(entry[0][0])):
+            result = row.get("result") or "yes" if row["passed"] else "NO"
+            yield f"| {host} | {feature} | {result} | {row['eager']} | {row['compiled']} |"
         yield ""
         yield f"Versions, with Python {platform.python_version()} on {platform.system()}:"
         yield ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + "."

@@ -36,7 +36,10 @@ class Way:
     Attributes:
         name: "eager" or "compiled".
         seen: the executions that `check` found.
+        result: what the table says of the result, if not that it is the same.
     """
+
+    result = ""
 
     def __init__(self, name: str) -> None:
         self.name, self.seen = name, set[str]()

@@ -1,0 +1,95 @@
+"""Optimizers that are named in a configuration: hydra's and LightningCLI's."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from training import MISSING, Way, assert_same, digits, network
+
+YAML = """
+optimizer:
+  _target_: {module}.AdamW
+  _partial_: true
+  lr: 0.01
+  betas: [0.8, 0.9]
+  weight_decay: 0.1
+"""
+
+
+def train(optimizer: Any, model: Any) -> None:
+    for images, labels in DataLoader(digits(dtype=torch.float64), batch_size=16):
+        optimizer.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+
+@pytest.mark.host("hydra", "`instantiate`, whose ListConfig are betas: given, in a param group, and assigned later")
+def test_hydra(way: Way) -> None:
+    omegaconf = pytest.importorskip("omegaconf", **MISSING)
+    hydra = pytest.importorskip("hydra", **MISSING)
+    models = []
+    for module, extra in (("compiled_optim", way.options()), ("torch.optim", {})):
+        config = omegaconf.OmegaConf.create(YAML.format(module=module))
+        model = network(dtype=torch.float64)
+        groups = [{"params": model[0].parameters(), "betas": config.optimizer.betas}, {"params": model[2].parameters()}]
+        optimizer = hydra.utils.instantiate(config.optimizer)(groups, **extra)
+        train(optimizer, model)
+        optimizer.param_groups[1]["betas"] = omegaconf.ListConfig([0.7, 0.9])
+        train(optimizer, model)
+        models.append(model)
+        if extra:
+            way.check(optimizer)
+            saved = io.BytesIO()
+            torch.save(optimizer.state_dict(), saved)
+            saved.seek(0)
+            loaded = torch.load(saved, weights_only=True)
+            assert [group["betas"] for group in loaded["param_groups"]] == [(0.8, 0.9), (0.7, 0.9)]
+            assert {type(group["lr"]) for group in loaded["param_groups"]} == {float}
+    assert_same(*models, tolerance=1e-12)
+
+
+@pytest.mark.host("LightningCLI", "an optimizer and its options from YAML")
+def test_command_line(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    L = pytest.importorskip("lightning", **MISSING)
+    pytest.importorskip("jsonargparse", **MISSING)
+    from lightning.pytorch.cli import LightningCLI
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Digits(L.LightningModule):
+        def __init__(self, width: int = 3) -> None:
+            super().__init__()
+            self.net = network(dtype=torch.float64)
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return cross_entropy(self.net(batch[0]), batch[1])
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(digits(dtype=torch.float64), batch_size=16)
+
+    modules = []
+    for module, extra in (
+        ("compiled_optim", f"compiled: {str(way.options()['compiled']).lower()}"),
+        ("torch.optim", ""),
+    ):
+        config = tmp_path / f"{module}.yaml"
+        config.write_text(
+            f"optimizer:\n  class_path: {module}.AdamW\n"
+            f"  init_args:\n    lr: 0.01\n    betas: [0.8, 0.9]\n    {extra}\n"
+            "trainer:\n  max_epochs: 2\n  accelerator: cpu\n  logger: false\n  enable_checkpointing: false\n"
+            "  enable_progress_bar: false\n  enable_model_summary: false\n"
+        )
+        cli = LightningCLI(Digits, save_config_callback=None, args=["fit", "--config", str(config)])
+        modules.append(cli.model)
+        optimizer = cli.trainer.optimizers[0]
+        assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+        if extra:
+            way.check(optimizer)
+    assert_same(*modules, tolerance=1e-12)
