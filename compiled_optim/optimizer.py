@@ -13,7 +13,7 @@ from typing_extensions import dataclass_transform
 
 from compiled_optim._engine.declaration import coerce, take_fields
 from compiled_optim._engine.documentation import Documentation
-from compiled_optim._engine.executions.checks import is_count, number_of
+from compiled_optim._engine.executions.checks import check_dimensions, is_count, number_of
 from compiled_optim._engine.executions.dispatch import Execution
 from compiled_optim._engine.executions.scaling import Scaling
 from compiled_optim._engine.executions.state import count_tensor, make_state
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 # What a subclass that overrides one of these has a rule of its own for.
 _OF_A_RULE = {"update", "scalars", "elementwise", "accepts_sparse", "accepts_dense", "keeps_untouched_rows"}
-_OF_A_RULE |= {"accepts_complex"}
+_OF_A_RULE |= {"accepts_complex", "matrices_only"}
 
 
 @dataclass_transform(field_specifiers=(number, flag))  # state is no argument
@@ -108,6 +108,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     accepts_sparse: ClassVar[bool] = False
     accepts_dense: ClassVar[bool] = True
     accepts_complex: ClassVar[bool] = True
+    matrices_only: ClassVar[bool] = False
     state_at_construction: ClassVar[bool] = False  # False: state is made when the first gradient arrives
     elementwise: ClassVar[bool] = True  # False: ``update`` is given one whole tensor at a time, and may reduce it
 
@@ -325,6 +326,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             optim.undecorated("add_param_group")(self, param_group)
             group = self.param_groups[-1]
             group.update({name: coerce(group[name]) for name in self.rule.declaration.options})
+            check_dimensions(self.rule, group["params"], count)
         except BaseException:
             del self.param_groups[count:]
             raise
@@ -363,9 +365,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
                     if isinstance(self.rule.declaration.options.get(name), Number) and name in group:
                         (value,) = self.rule.declaration.parts(name, group[name])
                         with torch.no_grad():
-                            tensor.copy_(value.reshape(tensor.shape)) if isinstance(value, Tensor) else tensor.fill_(
-                                value
-                            )
+                            tensor.fill_(value.squeeze() if isinstance(value, Tensor) else value)
                         group[name] = tensor
             if self._attached is not None:
                 self._attached.optimizer_loaded()

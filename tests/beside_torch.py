@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import gradient, taken
+from cases import fitted, gradient, taken
 from torch import Tensor
 
 from compiled_optim import Optimizer, explain
@@ -119,10 +119,10 @@ class Lockstep:
             action(optimizer, params)
 
     def give(self, gradients: Sequence[Tensor | None]) -> None:
-        """Dense ones become sparse for an algorithm that takes no others."""
+        """Those that the class does not take are given as it takes them: sparse, or as matrices."""
         for params in self.params:
             for p, g in zip(params, gradients, strict=True):
-                p.grad = None if g is None else taken(type(self.ours), g.detach().clone())
+                p.grad = None if g is None else taken(type(self.ours), fitted(type(self.ours), g.detach().clone()))
 
     def step(self, count: int = 1, missing: Collection[int] = ()) -> None:
         """Steps with fresh gradients, but for the parameters ``missing``."""

@@ -13,7 +13,7 @@ import compiled_optim
 from compiled_optim import algorithms
 from compiled_optim.declare import Flag, Number
 
-CLASSES = [getattr(algorithms, name) for name in algorithms.__all__]
+CLASSES = [getattr(algorithms, name) for name in algorithms.__all__ if hasattr(torch.optim, name)]
 _NO_RULE = {"foreach", "differentiable", "fused", "capturable"}  # flags that select an execution, not a formula
 
 # Where a number has an effect within a few steps, if its declared bounds do not say.
@@ -23,6 +23,10 @@ _RANGES = {
     "t0": [(0.0, 4.0)],
     "etas": [(0.3, 0.6), (1.2, 2.0)],
     "step_sizes": [(0.01, 0.03), (0.06, 0.1)],
+    "beta2_decay": [(-0.9, -0.3)],
+    "d": [(1.0, 1.2)],  # the RMS that it bounds begins at 1
+    "ns_coefficients": [(3.0, 3.5), (-5.0, -4.5), (1.8, 2.1)],
+    "ns_steps": [(1, 4)],
 }
 
 
@@ -43,8 +47,9 @@ def tolerance(cls: type[compiled_optim.Optimizer]) -> float:
 
 def _kind_of_state(cls: type[compiled_optim.Optimizer]) -> tuple[bool, ...]:
     """What decides how the state of a class is made, checked and loaded, whatever its formula is."""
-    counts, carried = (bool(names) for names in (cls.rule.declaration.counts, cls.rule.declaration.carried))
-    return counts, carried, cls.accepts_dense, cls.accepts_sparse, cls.state_at_construction
+    declared = cls.rule.declaration
+    held = (bool(names) for names in (declared.counts, declared.carried, declared.means))
+    return *held, cls.accepts_dense, cls.accepts_sparse, cls.state_at_construction, cls.elementwise
 
 
 def _one_of_each_kind() -> list[type[compiled_optim.Optimizer]]:
@@ -57,7 +62,14 @@ def _one_of_each_kind() -> list[type[compiled_optim.Optimizer]]:
 KINDS = _one_of_each_kind()  # for what depends on the kind of state and not on the formula
 
 
-# ---- gradients
+# ---- parameters and gradients
+
+
+def fitted(cls: type[torch.optim.Optimizer], tensor: Tensor) -> Tensor:
+    """A tensor of the same elements, in a shape that parameters of the class may have."""
+    if not getattr(algorithms, cls.__name__, cls).matrices_only or tensor.dim() == 2:
+        return tensor
+    return tensor.reshape(tensor.shape[:-1].numel(), *(tensor.shape[-1:] or [1]))
 
 
 def taken(cls: type[torch.optim.Optimizer], dense: Tensor) -> Tensor:
@@ -89,10 +101,21 @@ def ranges(name: str, field: Number) -> list[tuple[float, float]]:
 
 def sample(name: str, field: Number, fraction: float = 0.6) -> Any:
     """A value that has an effect, this far into its range; the numbers of a tuple differ."""
+    digits = None if is_integer(field) else 4
     parts = tuple(
-        round(low + (high - low) * (fraction + 0.2 * i), 4) for i, (low, high) in enumerate(ranges(name, field))
+        round(low + (high - low) * (fraction + 0.2 * i), digits) for i, (low, high) in enumerate(ranges(name, field))
     )
     return parts if isinstance(field.default, tuple) else parts[0]
+
+
+def is_integer(field: Number) -> bool:
+    """Whether it is a number of times."""
+    return isinstance(field.default, int) and field.default > 1
+
+
+def filled(field: Number, value: float) -> Any:
+    """This value, or a tuple of it where the number is a tuple."""
+    return (value,) * len(field.default) if isinstance(field.default, tuple) else value
 
 
 def numbers_of(cls: type[compiled_optim.Optimizer]) -> dict[str, Number]:
@@ -105,10 +128,12 @@ def switch_sets(cls: type[compiled_optim.Optimizer]) -> list[dict[str, Any]]:
     ``maximize`` negates the gradient before any rule sees it: it is on alone and with all others.
     """
     fields = {k: v for k, v in cls.rule.declaration.options.items() if v.init and v.switch and k != "maximize"}
-    on = {k: True if isinstance(v, Flag) else sample(k, v) for k, v in fields.items()}
+    on = {k: not v.default if isinstance(v, Flag) else sample(k, v) for k, v in fields.items()}
     subsets = itertools.chain.from_iterable(itertools.combinations(on, n) for n in range(len(on) + 1))
     sets = [{k: on[k] for k in subset} for subset in subsets]
     sets = [options for options in sets if accepted(cls, options)]
+    if "maximize" not in cls.rule.declaration.options:
+        return sets
     return [*sets, {"maximize": True}, *([{**sets[-1], "maximize": True}] if sets[-1] else [])]
 
 
@@ -139,8 +164,10 @@ def with_all_numbers(cls: type[compiled_optim.Optimizer], switches: dict[str, An
 
 
 def accepted(cls: type[compiled_optim.Optimizer], options: dict[str, Any], dtype: torch.dtype = torch.float32) -> bool:
+    if dtype.is_complex and not cls.accepts_complex:  # which torch refuses in the first step
+        return False
     try:
-        oracle(cls)([torch.zeros(1, dtype=dtype, requires_grad=True)], **options)
+        oracle(cls)([torch.zeros(1, 1, dtype=dtype, requires_grad=True)], **options)
     except ValueError:
         return False
     return True

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from beside_torch import parameter, state_of
-from cases import gradient, oracle
+from cases import fitted, gradient, oracle
 from torch import Tensor
 
 
@@ -21,7 +21,8 @@ def trajectory(
             p.grad = g.to(dtype)
         optimizer.step()
     state = [state_of(optimizer, p) for p in params]
-    columns = [params, *([s[name] for s in state] for name in state[0] if name in cls.rule.declaration.buffers)]
+    held = [[s[name] for s in state if name in s] for name in cls.rule.declaration.buffers]
+    columns = [params, *filter(None, held)]
     return [torch.cat([t.detach().double().flatten() for t in column]) for column in columns]
 
 
@@ -37,7 +38,7 @@ def assert_no_less_exact(
     Args:
         options: of both; execution: of ours alone, such as ``compiled``.
     """
-    initial = [torch.randn(shape).to(device, dtype) for shape in [(4000,), (63, 65), (1,), ()]]
+    initial = [fitted(cls, torch.randn(shape)).to(device, dtype) for shape in [(4000,), (63, 65), (1,), ()]]
     gradients = [[gradient(cls, p) for p in initial] for _ in range(10)]
     names = cls.rule.declaration.options
     loop = {"foreach": False} if "foreach" in names else {}  # torch's lists, its choice on GPUs, have other formulas

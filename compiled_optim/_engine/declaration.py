@@ -190,7 +190,10 @@ class Declaration:
     def _labelled(self, name: str, parts: Any, value: Any) -> Iterable[tuple[str, Any, Any]]:
         """Each part of a hyperparameter with its name, and as it was given, for messages."""
         given = value if isinstance(self.options[name].default, tuple) else [value]
-        return zip(self._rule_names(name), parts, given, strict=True)
+        labels = self._rule_names(name)
+        if getattr(self.options[name], "names", ()):  # which the user of the class does not know
+            labels = [f"{name}[{i}]" for i in range(len(labels))]
+        return zip(labels, parts, given, strict=True)
 
     def parts(self, name: str, value: Any) -> tuple[Any, ...]:
         """A hyperparameter as plain numbers and tensors of one element: one, or as many as its default has.

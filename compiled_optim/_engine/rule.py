@@ -84,6 +84,10 @@ class Rule:
         return bool(self.owner.accepts_complex)
 
     @property
+    def matrices_only(self) -> bool:
+        return bool(self.owner.matrices_only)
+
+    @property
     def accepts_dense(self) -> bool:
         return bool(self.owner.accepts_dense)
 

@@ -20,16 +20,16 @@ class Adafactor(Optimizer):
 
     :math:`\beta` is ``beta2_decay``, :math:`\lambda` the ``weight_decay`` and :math:`\theta` under RMS the parameter
     before its decay. Parameters of two dimensions or more are factored along the last two; the others keep
-    :math:`\hat v` itself.
+    :math:`\hat v` itself. An RMS that is NaN counts as the bound it is compared with.
+
+    Unlike in torch.optim, :math:`\epsilon_1` is that of the dtype of each parameter, not of the first in a param group,
+    and an empty parameter is no error.
     """
 
     lr: float | Tensor = number(default=1e-2, low=0, unit="parameter / RMS of the parameter", help="largest step")
     beta2_decay: float = number(default=-0.8, high=0, help="exponent of t in the weight of a new square")
     eps: tuple[float | None, float] = number(
-        default=(None, 1e-3),
-        low=0,
-        names=("eps1", "eps2"),
-        help="keeps the quotient finite (None: the rounding error of the dtype), and least RMS of a parameter",
+        default=(None, 1e-3), low=0, names=("eps1", "eps2"), help="least root of v (None: the dtype's eps), least RMS"
     )
     d: float = number(default=1.0, low=1, help="largest RMS of u")
     weight_decay: float = number(default=0.0, low=0, unit="1 / lr", help="decay of the parameter per step")
@@ -45,15 +45,9 @@ class Adafactor(Optimizer):
 
     @staticmethod
     def scalars(h: Hyper, step: Value) -> dict[str, Value]:
-        return {
-            "weight": step**h.beta2_decay,
-            "step_size": min(h.lr, step**-0.5),
-            "eps1": h.eps1 or 0.0,
-            "own_eps": float(h.eps1 is None),
-            "eps2": h.eps2,
-            "most": h.d,
-            "decay": 1 - h.lr * h.weight_decay,
-        }
+        eps = {"eps1": h.eps1 or 0.0, "own_eps": float(h.eps1 is None), "eps2": h.eps2}
+        size = {"step_size": min(h.lr, step**-0.5), "decay": 1 - h.lr * h.weight_decay, "most": h.d}
+        return {"weight": step**h.beta2_decay, **size, **eps}
 
     @staticmethod
     def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:

@@ -1,7 +1,6 @@
 """Muon."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,19 +52,12 @@ class Muon(Optimizer):
 
     elementwise = False
     accepts_complex = False
+    matrices_only = True
 
     @classmethod
     def validate(cls, h: Hyper) -> None:
         if h.adjust_lr_fn not in (None, *RATIOS):
             raise ValueError(f"Muon: adjust_lr_fn must be None or one of {[*RATIOS]}, got {h.adjust_lr_fn!r}")
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group, as in torch.optim; raises ValueError for parameters that are no matrices."""
-        super().add_param_group(param_group)
-        for i, p in enumerate(self.param_groups[-1]["params"]):
-            if p.dim() != 2:
-                del self.param_groups[-1]
-                raise ValueError(f"Muon: params must be matrices, got shape {tuple(p.shape)} at index {i} of a group")
 
     @staticmethod
     def scalars(h: Hyper, step: Value) -> dict[str, Value]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import NARROW, accepted, named, numbers_of, oracle, taken
+from cases import NARROW, accepted, fitted, named, numbers_of, oracle, taken
 from torch import Tensor
 
 import compiled_optim
@@ -35,10 +35,10 @@ def decays(cls: Any, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def steps(build: Any, g: Tensor, factors: tuple[float, ...], cls: Any) -> list[Tensor]:
     """Parameter and state after each step, one after the other."""
-    p = torch.nn.Parameter(torch.linspace(-1, 1, len(g)).bfloat16().to(g.dtype))
+    p = torch.nn.Parameter(fitted(cls, torch.linspace(-1, 1, len(g)).bfloat16().to(g.dtype)))
     optimizer, seen = build([p]), []
     for factor in factors:
-        p.grad = taken(cls, g * factor)
+        p.grad = taken(cls, fitted(cls, g * factor))
         optimizer.step()
         state = [v for k, v in optimizer.state.get(p, {}).items() if k in cls.rule.declaration.buffers]
         seen += [t.detach().double().clone() for t in (p, *state)]
@@ -67,7 +67,9 @@ def test_no_worse_than_torch(cls: Any, options: dict[str, Any], dtype: torch.dty
                 worst = torch.stack(errors).amax(0)
                 floor = 32 * eps * expected.abs() + 4 * torch.finfo(dtype).tiny * eps
                 within = (actual - expected).abs().nan_to_num(math.inf, math.inf) <= torch.maximum(2 * worst, floor)
-                assert within.all(), f"{varied}, gradients times {factors}: {g[~within]}, {actual[~within]}"
+                assert within.all(), (
+                    f"{varied}, gradients times {factors}: {g[~within.reshape(g.shape)]}, {actual[~within]}"
+                )
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -92,10 +94,10 @@ def test_what_heals_in_torch_heals(cls: Any, options: dict[str, Any], bad: float
     for varied in decays(cls, options):
         finite = []
         for build, how in ((oracle(cls), {}), (cls, {"compiled": compiled})):
-            p = torch.nn.Parameter(torch.ones(5))
+            p = torch.nn.Parameter(fitted(cls, torch.ones(5)))
             optimizer = build([p], **varied, **how)
             for g in (bad, 1.0, 1.0, 1.0):
-                p.grad = torch.full((5,), g)
+                p.grad = torch.full_like(p, g)
                 optimizer.step()
                 if not math.isfinite(g):
                     p.data.fill_(1.0)

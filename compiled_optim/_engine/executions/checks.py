@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.work import Work
+from compiled_optim._engine.rule import Rule
 from compiled_optim._engine.torch_private import tensor_parts
 
 COUNT_DTYPES = (torch.float32, torch.float64)
@@ -48,6 +50,14 @@ def refuse(work: Work, choices: list[Group]) -> None:
                 dtensors.refuse(work, p)
             if capturable and p.grad is not None and p.device.type == "cpu":
                 raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
+
+
+def check_dimensions(rule: Rule, params: Iterable[Tensor], group: int) -> None:
+    """Raises ValueError for parameters of a param group that the rule does not take because of their dimensions."""
+    for i, p in enumerate(params):
+        if rule.matrices_only and p.dim() != 2:
+            found = f"shape {tuple(p.shape)} at index {i} of param group {group}"
+            raise ValueError(f"{rule.name}: params must be matrices, got {found}")
 
 
 def check_gradient(work: Work, choice: Group, grad: Tensor) -> Tensor:

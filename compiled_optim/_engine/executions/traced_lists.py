@@ -229,9 +229,11 @@ def _update_list(rule: Rule, on: Any, tensors: Columns, scalars: dict[str, list[
         found = zip(*columns)  # noqa: B905
     for k, (p, g, *buffers) in zip(values, found):  # noqa: B905
         new, made = apply(rule, on, p, g, dict(zip(state, buffers)), k)  # noqa: B905
-        p.copy_(new)
-        for name, tensor in zip(state, buffers):  # noqa: B905
-            tensor.copy_(made[name])
+        for target, value in zip([p, *buffers], [new, *[made[name] for name in state]]):  # noqa: B905
+            if rule.elementwise:
+                target.copy_(value)
+            else:  # Inductor of torch 2.13 drops a `copy_` into a 0-d tensor of float64
+                torch._foreach_copy_([target], [value])
 
 
 # ---- compiled as "foreach"
