@@ -14,6 +14,7 @@ from compiled_optim._engine.kernels.registry import CacheInfo, cache_info
 from compiled_optim.algorithms import *  # noqa: F403
 from compiled_optim.optimizer import Optimizer
 from compiled_optim.report import explain
+from compiled_optim.stateless import swap_in_optimizer_params_and_state
 from compiled_optim.version import __version__
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def cache_clear(disk: bool = False) -> None:
         store.clear()
 
 
-_MODULES = ("declare", "lr_scheduler", "swa_utils", "testing")
+_MODULES = ("declare", "functional", "lr_scheduler", "swa_utils", "testing")
 
 
 def __getattr__(name: str) -> Any:
@@ -83,5 +84,6 @@ __all__ = [
     "cache_dir",
     "cache_info",
     "explain",
+    "swap_in_optimizer_params_and_state",
 ]
 __all__ += algorithms.__all__

@@ -68,7 +68,7 @@ def _class_of(name: str) -> type[Optimizer]:
         cls = getattr(importlib.import_module(module), of_module, None)
     else:
         cls = getattr(algorithms, name) if name in algorithms.__all__ else None
-    if not (isinstance(cls, type) and issubclass(cls, Optimizer) and hasattr(cls, "rule")):
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer) and cls.rule.declaration.options):
         raise ValueError(f"an optimizer must be module:class or one of {', '.join(algorithms.__all__)}, got {name!r}")
     return cls
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -33,14 +33,6 @@ class AroundStep:
             )
         self._one_pass = one_pass
         self.rule = self.rule.extended(one_pass.extras)  # type: ignore[misc]
-
-    def _loading(self) -> AbstractContextManager[None]:
-        """What surrounds torch's ``load_state_dict``."""
-        if not self.rule.extras.any:
-            return nullcontext()
-        from compiled_optim._engine import checkpoint
-
-        return checkpoint.declared_dtypes(self)
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.optim import optimizer as of_torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import dataclass_transform
 
@@ -24,7 +25,7 @@ from compiled_optim._engine.rule import Rule
 from compiled_optim._engine.torch_private import dynamo, optim
 from compiled_optim.around_step import AroundStep
 from compiled_optim.backward import StepsInBackward
-from compiled_optim.declare import Compiled, Flag, Hyper, Number, Switches, Value, flag, number
+from compiled_optim.declare import Compiled, Flag, Hyper, Switches, Value, flag, number
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -100,6 +101,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
         master_weights: bool = flag(default=False, kw_only=True)
         stochastic_rounding: bool | int = flag(default=False, kw_only=True)
 
+        def __init__(self, params: ParamsT, defaults: dict[str, Any] = ..., **options: Any) -> None: ...
+
     maximize: bool = flag(default=False, switch=True, kw_only=True)
     foreach: bool | None = flag(default=None, kw_only=True)
     differentiable: bool = flag(default=False, kw_only=True)
@@ -111,6 +114,13 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     matrices_only: ClassVar[bool] = False
     state_at_construction: ClassVar[bool] = False  # False: state is made when the first gradient arrives
     elementwise: ClassVar[bool] = True  # False: ``update`` is given one whole tensor at a time, and may reduce it
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+            """Of a class that declares nothing and has its own step, as those derived from torch's Optimizer."""
+            torch.optim.Optimizer.__init__(self, params, defaults)
+            self._inputs = operators.inputs_of(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -306,8 +316,9 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             self._restore_counts(group)
             for p in group["params"]:
                 state = self.state.get(p, {})
+                kept = {k: v for k, v in state.items() if k in self.rule.declaration.buffers and isinstance(v, Tensor)}
                 # torch.optim.SGD keeps the momentum of sparse gradients sparse
-                state.update({k: v.to_dense() for k, v in state.items() if isinstance(v, Tensor) and v.is_sparse})
+                state.update({k: v.to_dense() for k, v in kept.items() if v.is_sparse})
         self._inputs = self._inputs or operators.inputs_of(self)
 
     def _restore_counts(self, group: dict[str, Any]) -> None:
@@ -342,40 +353,21 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict`` returned, that of this class or of the same class in torch.optim.
 
-        A learning rate that is a tensor stays the same tensor and takes the saved value. If this raises, the optimizer
-        is unchanged.
+        If both optimizers were given ``named_parameters()``, parameters are matched by name, in any order and however
+        they are split into param groups; a group takes the options that its parameters had. Otherwise they are matched
+        by position, as in torch.optim. A learning rate that is a tensor stays the same tensor and takes the saved
+        value. If this raises, the optimizer is unchanged.
 
         Raises:
-            KeyError, TypeError, ValueError: for a checkpoint of another make; the message names what was expected.
+            KeyError, TypeError, ValueError: for a checkpoint of another make; the message names what was expected. For
+                names that do not match it lists which are missing, unexpected or of another shape.
         """
-        state, groups = self.state, self.param_groups
-        kept = [{k: v for k, v in group.items() if isinstance(v, Tensor)} for group in groups]
-        values = [{k: v.detach().clone() for k, v in tensors.items()} for tensors in kept]
-        try:
-            try:
-                with self._loading():
-                    optim.undecorated("load_state_dict")(self, state_dict)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                declared = self.rule.declaration
-                from compiled_optim._engine import checkpoint
+        from compiled_optim._engine import checkpoint  # few processes load one
 
-                raise checkpoint.problem(declared.name, declared.slots, state_dict) or error from None
-            for group, tensors in zip(self.param_groups, kept, strict=True):
-                for name, tensor in tensors.items():
-                    if isinstance(self.rule.declaration.options.get(name), Number) and name in group:
-                        (value,) = self.rule.declaration.parts(name, group[name])
-                        with torch.no_grad():
-                            tensor.fill_(value.squeeze() if isinstance(value, Tensor) else value)
-                        group[name] = tensor
+        with checkpoint.all_or_nothing(self):
+            checkpoint.load(self, state_dict)
             if self._attached is not None:
                 self._attached.optimizer_loaded()
-        except BaseException:
-            self.state, self.param_groups = state, groups
-            with torch.no_grad():
-                for tensors, before in zip(kept, values, strict=True):
-                    for name, tensor in tensors.items():
-                        tensor.copy_(before[name])
-            raise
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__()} - _SETTINGS)
@@ -391,7 +383,15 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
 
 take_fields(Optimizer)
+Optimizer.rule = Rule(object)  # which declares nothing
 _SETTINGS = {k for k, v in vars(Optimizer)["__annotations__"].items() if "ClassVar" in v} - {"scalars", "update"}
 
 # Runs the hooks, and makes an entry in the profiler.
 _observed_step = torch.optim.Optimizer.profile_hook_step(Optimizer._step)
+
+
+def __getattr__(name: str) -> Any:
+    """What else ``torch.optim.optimizer`` has, such as ``required`` and the hooks of all optimizers."""
+    if not hasattr(of_torch, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(of_torch, name)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import swa_utils
+from torch.optim.swa_utils import PARAM_LIST as PARAM_LIST
 
 from compiled_optim._engine.executions.checks import PLAIN
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, make_plan

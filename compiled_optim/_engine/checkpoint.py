@@ -1,15 +1,73 @@
-"""Around torch.optim's ``load_state_dict``: why it could not load a checkpoint, and dtypes that it would not keep."""
+"""Around torch.optim's ``load_state_dict``: names of parameters, tensors and dtypes that it would not keep, errors."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from compiled_optim._engine import by_name
+from compiled_optim._engine.declaration import Declaration
+from compiled_optim._engine.torch_private import optim
+from compiled_optim.declare import Number
+
 _AS_RETURNED = "as state_dict() returns it"
+
+
+@contextmanager
+def all_or_nothing(optimizer: Any) -> Iterator[None]:
+    """Puts param groups and state back if what is done in the context raises."""
+    state, groups = optimizer.state, optimizer.param_groups
+    tensors = [v for group in groups for v in group.values() if isinstance(v, Tensor)]
+    values = [t.detach().clone() for t in tensors]
+    try:
+        yield
+    except BaseException:
+        optimizer.state, optimizer.param_groups = state, groups
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+        raise
+
+
+def load(optimizer: Any, state_dict: Any) -> None:
+    """Loads a checkpoint, by the names of parameters where it has them.
+
+    Hyperparameters that are tensors stay the same tensors and take the saved values.
+    """
+    declared = optimizer.rule.declaration
+    kept = [{k: v for k, v in group.items() if isinstance(v, Tensor)} for group in optimizer.param_groups]
+    # Pre-hooks run in their order, so this sees what those of a user have made of the checkpoint.
+    arrange = optimizer.register_load_state_dict_pre_hook(_arranged)
+    try:
+        with declared_dtypes(optimizer) if optimizer.rule.extras.any else nullcontext():
+            optim.undecorated("load_state_dict")(optimizer, state_dict)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise problem(declared.name, declared.slots, state_dict) or error from None
+    finally:
+        arrange.remove()
+    for group, tensors in zip(optimizer.param_groups, kept, strict=True):
+        for name, tensor in tensors.items():
+            if isinstance(declared.options.get(name), Number) and name in group:
+                (value,) = declared.parts(name, group[name])
+                with torch.no_grad():
+                    tensor.fill_(value.squeeze() if isinstance(value, Tensor) else value)
+                group[name] = tensor
+
+
+def _arranged(optimizer: Any, state_dict: Any) -> dict[str, Any] | None:
+    declared: Declaration = optimizer.rule.declaration
+    if problem(declared.name, declared.slots, state_dict) is not None:
+        return None  # torch raises, and `load` says why
+
+    def shape_of(name: str, shape: torch.Size) -> torch.Size | None:
+        return declared.shape_of(name, shape) if name in declared.buffers else None
+
+    return by_name.arranged(declared.name, optimizer.param_groups, shape_of, state_dict)
 
 
 def problem(optimizer: str, state_names: Collection[str], state_dict: Any) -> Exception | None:

@@ -100,8 +100,8 @@ class Declaration:
             for what, there in known.items():
                 if isinstance(given := getattr(buffer, what), str) and given not in there:
                     raise TypeError(f"{self.name}: {what} of {name!r} must be one of {there}, got {given!r}")
-        self._values = itemgetter(*self.options)
-        names = [(n, field) for k, field in self.options.items() for n in self._rule_names(k)]
+        self._values = itemgetter(*self.options) if self.options else lambda group: ()
+        names = [(n, field) for k, field in self.options.items() for n in self.rule_names(k)]
         self.hyper_type: Any = namedtuple("Hyper", [n for n, _ in names])  # type: ignore[misc]
         self.numbers = tuple(n for n, field in names if isinstance(field, Number))  # as rules name them
         self._numbers_at = [i for i, (_, field) in enumerate(names) if isinstance(field, Number)]
@@ -116,7 +116,8 @@ class Declaration:
         # Positions of tuples, such as betas; the last comes first, so that spreading one does not move the others.
         self._tuples_at = [i for i, f in enumerate(self.options.values()) if isinstance(f.default, tuple)][::-1]
 
-    def _rule_names(self, option: str) -> list[str]:
+    def rule_names(self, option: str) -> list[str]:
+        """The names by which a rule knows an option: one, or one for each number of a tuple."""
         default = self.options[option].default
         if not isinstance(default, tuple):
             return [option]
@@ -182,7 +183,7 @@ class Declaration:
             KeyError: naming the one that is missing.
         """
         try:
-            return self._values(group)  # type: ignore[no-any-return]
+            return self._values(group)
         except KeyError as error:
             missing, found = error.args[0], [name for name in group if name != "params"]
             raise KeyError(f"{self.name}: a param group must have {missing!r}, got {found}") from None
@@ -190,7 +191,7 @@ class Declaration:
     def _labelled(self, name: str, parts: Any, value: Any) -> Iterable[tuple[str, Any, Any]]:
         """Each part of a hyperparameter with its name, and as it was given, for messages."""
         given = value if isinstance(self.options[name].default, tuple) else [value]
-        labels = self._rule_names(name)
+        labels = self.rule_names(name)
         if getattr(self.options[name], "names", ()):  # which the user of the class does not know
             labels = [f"{name}[{i}]" for i in range(len(labels))]
         return zip(labels, parts, given, strict=True)

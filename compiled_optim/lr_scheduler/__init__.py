@@ -7,7 +7,7 @@ them, and drive any torch.optim optimizer. In addition they know their formula: 
 
 from __future__ import annotations
 
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING, LRScheduler, _LRScheduler  # noqa: F401
 
 from compiled_optim.lr_scheduler.compose import ChainedScheduler, SequentialLR, warmup
 from compiled_optim.lr_scheduler.cycles import CyclicLR, OneCycleLR

@@ -19,6 +19,7 @@ from compiled_optim.report import Row
 SNAPSHOT = Path(__file__).parents[1] / "golden" / "public.json"
 MODULES = {
     "compiled_optim": compiled_optim.__all__,
+    "compiled_optim.functional": None,
     "compiled_optim.declare": ["number", "flag", "buffer", "carried", "counter"],
     "compiled_optim.lr_scheduler": None,  # all of its __all__
     "compiled_optim.swa_utils": None,

@@ -239,12 +239,12 @@ def test_what_is_declared_is_inherited_and_can_be_withdrawn() -> None:
 
 
 def test_the_names_of_the_package() -> None:
-    optimizers = ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "NAdam", "Optimizer", "RAdam"]
-    optimizers += ["RMSprop", "Rprop", "SGD", "SparseAdam"]
+    optimizers = ["ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam"]
+    optimizers += ["Optimizer", "RAdam", "RMSprop", "Rprop", "SGD", "SparseAdam"]
     others = ["CacheInfo", "CacheWarning", "CompileError", "CompileFallbackWarning", "__version__"]
-    functions = ["cache_clear", "cache_dir", "cache_info", "explain"]
+    functions = ["cache_clear", "cache_dir", "cache_info", "explain", "swap_in_optimizer_params_and_state"]
     assert sorted(compiled_optim.__all__) == sorted(optimizers + others + functions)
-    on_demand = ["declare", "lr_scheduler", "plot_schedule", "swa_utils", "testing"]
+    on_demand = ["declare", "functional", "lr_scheduler", "plot_schedule", "swa_utils", "testing"]
     assert dir(compiled_optim) == sorted(compiled_optim.__all__ + on_demand)
     assert [name for name in dir(compiled_optim) if not hasattr(compiled_optim, name)] == []
 

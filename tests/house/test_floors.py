@@ -13,7 +13,23 @@ import compiled_optim
 PACKAGE = Path(compiled_optim.__file__).parent
 # From the top; a name stands for a module or for all of a folder.
 FLOORS = {
-    "front": ("", "__main__", "demo", "graphs", "inspection", "integrations", "report", "testing"),
+    "front": (
+        *(
+            "",
+            "__main__",
+            "demo",
+            "functional",
+            "graphs",
+            "inspection",
+            "integrations",
+            "report",
+            "stateless",
+            "testing",
+        ),
+        # the import paths of torch.optim
+        *("adadelta", "adagrad", "adam", "adamax", "adamw", "asgd"),
+        *("nadam", "radam", "rmsprop", "rprop", "sgd", "sparse_adam"),
+    ),
     "wings": ("algorithms", "lbfgs", "lr_scheduler", "swa_utils"),
     "optimizer": ("optimizer", "around_step", "backward"),
     "in graphs": ("_engine.in_graph",),

@@ -22,6 +22,7 @@ ALLOWED = {
     "lr_scheduler": {
         *("._apply", "._get_closed_form_lr", "._get_lr_called_within_step", "._initial_step", "._is_initial"),
         *("._last_lr", "._step_count", "._update_lr"),
+        "torch.optim.lr_scheduler._LRScheduler",  # which scripts import under this name
     },
     "swa_utils": {"._buffers", "._parameters"},  # of a module, in one walk
 }

@@ -25,10 +25,10 @@ def test_no_file_over_400_lines(file: Path) -> None:
 
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
-    "compiled_optim": 1450,
-    "compiled_optim/_engine": 880,
+    "compiled_optim": 1860,
+    "compiled_optim/_engine": 1040,
     "compiled_optim/_engine/cache": 640,
-    "compiled_optim/_engine/executions": 2470,
+    "compiled_optim/_engine/executions": 2590,
     "compiled_optim/_engine/in_graph": 470,
     "compiled_optim/_engine/kernels": 650,
     "compiled_optim/_engine/kernels/backends": 530,

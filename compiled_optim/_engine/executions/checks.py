@@ -46,9 +46,9 @@ def refuse(work: Work, choices: list[Group]) -> None:
     for group in work.groups:
         capturable = group.get("capturable")
         for p in group["params"]:
-            if type(p) not in PLAIN and p.grad is not None and tensor_parts.is_dtensor(p):
+            if type(p) not in PLAIN and work.gradient(p) is not None and tensor_parts.is_dtensor(p):
                 dtensors.refuse(work, p)
-            if capturable and p.grad is not None and p.device.type == "cpu":
+            if capturable and work.gradient(p) is not None and p.device.type == "cpu":
                 raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
 
 

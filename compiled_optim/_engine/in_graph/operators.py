@@ -18,7 +18,8 @@ from compiled_optim._engine.torch_private import dynamo, optim
 
 def inputs_of(optimizer: Any) -> LiveInputs:
     """What the graphs of an optimizer will take in."""
-    if not hasattr(optimizer, "rule") or optimizer._compiled or optimizer.rule.extras.any:
+    rule = getattr(optimizer, "rule", None)
+    if rule is None or not rule.declaration.options or optimizer._compiled or rule.extras.any:
         return LiveInputs(optimizer)
     # imported here, because compiled optimizers have no use for it and would pay for it in their first step
     from compiled_optim._engine.in_graph.traced import TracedState

@@ -1,0 +1,6 @@
+"""The names of ``torch.optim.adagrad``."""
+
+from compiled_optim.algorithms import Adagrad
+from compiled_optim.functional import adagrad
+
+__all__ = ["Adagrad", "adagrad"]

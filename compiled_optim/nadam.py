@@ -1,0 +1,6 @@
+"""The names of ``torch.optim.nadam``."""
+
+from compiled_optim.algorithms import NAdam
+from compiled_optim.functional import nadam
+
+__all__ = ["NAdam", "nadam"]
