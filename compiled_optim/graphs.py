@@ -63,9 +63,11 @@ class Selection:
 
 
 def selections() -> Iterator[Selection]:
-    """Each algorithm with its defaults and with all its switches on, and one with all that one pass does beside it."""
+    """Each elementwise algorithm with its defaults and with all switches on, and one with all of one pass beside it."""
     for name in algorithms.__all__:
         cls: type[Optimizer] = getattr(algorithms, name)
+        if not cls.elementwise:  # no single kernel
+            continue
         everything = {k: True if isinstance(v, Flag) else 0.1 for k, v in switches_of(cls).items()}
         yield Selection(name, cls, {})
         yield Selection(f"{name}-all-switches", cls, everything)

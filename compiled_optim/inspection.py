@@ -47,6 +47,8 @@ def signature_of(
     Raises:
         ValueError: for options that are out of range or do not go together, and for what the target has no kernel of.
     """
+    if not cls.elementwise:
+        raise ValueError(f"{cls.__name__} is not elementwise, so its step is not one kernel")
     rule = cls.rule.extended(OnePass(**{k: v for k, v in options.items() if k in ARGUMENTS}).extras)
     declaration, backend = rule.declaration, backend_named(target)
     hyper, switches, _ = declaration.read(declaration.check({**options}))

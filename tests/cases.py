@@ -14,6 +14,7 @@ from compiled_optim import algorithms
 from compiled_optim.declare import Flag, Number
 
 CLASSES = [getattr(algorithms, name) for name in algorithms.__all__ if hasattr(torch.optim, name)]
+ELEMENTWISE = [cls for cls in CLASSES if cls.elementwise]  # whose step is one kernel
 _NO_RULE = {"foreach", "differentiable", "fused", "capturable"}  # flags that select an execution, not a formula
 
 # Where a number has an effect within a few steps, if its declared bounds do not say.

@@ -52,6 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def reduces_compiled(item: Any) -> bool:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        return not getattr(params.get("cls"), "elementwise", True) and bool(params.get("compiled"))
+        compiled = params.get("compiled") or "compiled" in item.name
+        return not getattr(params.get("cls") or params.get("subject"), "elementwise", True) and bool(compiled)
 
     items[:] = [item for item in items if not reduces_compiled(item)]

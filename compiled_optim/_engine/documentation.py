@@ -101,6 +101,8 @@ def _example(cls: Any) -> Iterator[str]:
     model, batch = "torch.nn.Linear(3, 1)", "torch.ones(2, 3)"
     if not cls.accepts_dense:
         model, batch = "torch.nn.Embedding(10, 3, sparse=True)", "torch.tensor([1, 4])"
+    if cls.matrices_only:
+        model = "torch.nn.Linear(3, 1, bias=False)"
     lr = cls.rule.declaration.options.get("lr")
     yield ">>> import torch"
     yield f">>> from {module} import {cls.__name__}"

@@ -12,10 +12,10 @@ import pytest
 import torch
 from cases import (
     ALL,
-    CLASSES,
-    IDS,
+    ELEMENTWISE,
     NARROW,
     gradient,
+    named,
     numbers_of,
     rich_options,
     sample,
@@ -26,7 +26,8 @@ import compiled_optim
 from compiled_optim.testing import assert_compiles
 
 SHAPES = [(3, 5), (7,), (), (33, 2)]
-each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+KERNELS = [(cls, options) for cls, options in ALL if cls in ELEMENTWISE]
+each_class = pytest.mark.parametrize("cls", ELEMENTWISE, ids=lambda cls: cls.__name__)
 
 
 def parameters(dtype: torch.dtype = torch.float64, shapes: list[Any] = SHAPES) -> list[torch.nn.Parameter]:
@@ -55,7 +56,7 @@ def test_every_kernel_at_once(cls: type[compiled_optim.Optimizer]) -> None:
     assert [(row.launches, row.tensors) for row in compiled_optim.explain(optimizer)] == [(1, 4)] * len(wanted)
 
 
-@pytest.mark.parametrize(("cls", "options"), ALL, ids=IDS)
+@pytest.mark.parametrize(("cls", "options"), KERNELS, ids=[f"{c.__name__}-{named(o)}" for c, o in KERNELS])
 def test_one_kernel_and_only_at_the_first_step(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) -> None:
     compiled_optim.cache_clear()
     with assert_compiles(0):  # building an optimizer compiles nothing
@@ -85,7 +86,7 @@ def test_no_value_of_a_hyperparameter_makes_a_kernel(cls: type[compiled_optim.Op
 
 @pytest.mark.parametrize(
     ("cls", "switch"),
-    [(cls, name) for cls in CLASSES for name, field in numbers_of(cls).items() if field.switch],
+    [(cls, name) for cls in ELEMENTWISE for name, field in numbers_of(cls).items() if field.switch],
     ids=lambda v: getattr(v, "__name__", v),
 )
 def test_a_number_from_zero_adds_one_kernel_at_most(cls: type[compiled_optim.Optimizer], switch: str) -> None:

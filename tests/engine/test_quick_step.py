@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from beside_torch import Lockstep, executions, tensors
-from cases import CLASSES, oracle, tolerance
+from cases import ELEMENTWISE, oracle, tolerance
 from test_staleness import adam, sgd
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -73,7 +73,7 @@ def test_steps_with_options_of_storage_are_quick(around: dict[str, Any], long_st
         torch.testing.assert_close(params[0], others[0], rtol=2.0**-8, atol=0)
 
 
-@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.accepts_dense], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [cls for cls in ELEMENTWISE if cls.accepts_dense], ids=lambda cls: cls.__name__)
 def test_steps_are_quick_from_the_second_on(cls: Any, long_steps: list[Any]) -> None:
     run = Lockstep(oracle(cls), lambda params: cls(params, compiled=True), tensors(SHAPES))
     run.step(4)
@@ -93,7 +93,7 @@ def in_groups(options: list[dict[str, Any]], ours: Any = Adam) -> Lockstep:
     )
 
 
-@pytest.mark.parametrize("cls", [c for c in CLASSES if c.rule.declaration.carried], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [c for c in ELEMENTWISE if c.rule.declaration.carried], ids=lambda cls: cls.__name__)
 def test_groups_carry_scalars_of_their_own(cls: Any, long_steps: list[Any]) -> None:
     torch.set_default_dtype(torch.float64)
     run = in_groups([{}, {"lr": 0.03}], cls)

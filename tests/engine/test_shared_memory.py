@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from beside_torch import Lockstep, assert_same, set_gradients
-from cases import CLASSES, oracle, rich_options, tolerance
+from cases import ELEMENTWISE, oracle, rich_options, tolerance
 from torch import Tensor
 
 from compiled_optim import SGD, Adam, CompileError, CompileFallbackWarning, NAdam, SparseAdam, explain
 
 N = 30_000  # enough for a team of threads
-DENSE = [cls for cls in CLASSES if cls.accepts_dense]
+DENSE = [cls for cls in ELEMENTWISE if cls.accepts_dense]
 each_class = pytest.mark.parametrize("cls", DENSE, ids=lambda cls: cls.__name__)
 Arrange = Callable[[Any, list[Any]], None]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FEW, KINDS, named, oracle
+from cases import FEW, KINDS, fitted, named, oracle
 from torch import Tensor
 
 from compiled_optim import Adam
@@ -15,7 +15,6 @@ from compiled_optim._engine.executions.memory import Memory
 from compiled_optim.testing import assert_compiles
 
 N = 24
-DENSE = [(cls, options) for cls, options in FEW if cls in KINDS and cls.accepts_dense]
 Views = Callable[[Tensor], list[Tensor]]
 
 
@@ -43,7 +42,7 @@ class Run:
 
     def __init__(self, cls: Any, views: Views, **options: Any) -> None:
         torch.set_default_dtype(torch.float64)
-        self.params = [torch.nn.Parameter(v) for v in views(torch.linspace(1, 2, N))]
+        self.params = [torch.nn.Parameter(fitted(cls, v)) for v in views(torch.linspace(1, 2, N))]
         self.optimizer = cls(self.params, **options)
         self.steps = 0
 
@@ -63,15 +62,24 @@ class Run:
         return [t.detach().clone() for t in (*self.params, *kept)]
 
 
+LOOP = {"foreach": False}
+
+
+def ways(cls: Any) -> list[dict[str, Any]]:
+    return [{}, LOOP] if "foreach" in cls.rule.declaration.options else [{}]
+
+
+DENSE = [(cls, o, how) for cls, o in FEW if cls in KINDS and cls.accepts_dense for how in ways(cls)]
+
+
 def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
 @each_way
-@pytest.mark.parametrize("how", [{}, {"foreach": False}], ids=str)
-@pytest.mark.parametrize(("cls", "options"), DENSE, ids=[f"{c.__name__}-{named(o)}" for c, o in DENSE])
+@pytest.mark.parametrize(("cls", "options", "how"), DENSE, ids=[f"{c.__name__}-{named(o)}-{h}" for c, o, h in DENSE])
 def test_parameters(cls: Any, options: dict[str, Any], how: dict[str, Any], views: Views) -> None:
-    theirs, ours = Run(oracle(cls), views, **options, foreach=False), Run(cls, views, **options, **how)
+    theirs, ours = Run(oracle(cls), views, **options, **ways(cls)[-1]), Run(cls, views, **options, **how)
     assert_same(ours.step(3), theirs.step(3))
 
 

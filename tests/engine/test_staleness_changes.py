@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from beside_torch import Lockstep, parameter, tensors
-from cases import CLASSES, KINDS, oracle, rich_options, taken, tolerance
+from cases import CLASSES, KINDS, filled, fitted, numbers_of, oracle, rich_options, taken, tolerance
 from torch import Tensor
 
-from compiled_optim import SGD, AdamW
+from compiled_optim import SGD, AdamW, algorithms
 
 SHAPES: list[tuple[int, ...]] = [(5, 7), (3, 4, 2, 2), (), (131,)]
 Change = Callable[[Any, list[Any]], None]
@@ -26,7 +26,9 @@ def rich(cls: Any, initial: list[Tensor]) -> Lockstep:
     # where torch.optim makes state at construction it raises later if there is none: then ours, eager, is the reference
     reference = cls if cls.state_at_construction else oracle(cls)
     return Lockstep(
-        lambda params: reference(params, **options), lambda params: cls(params, **options, compiled=True), initial
+        lambda params: reference(params, **options),
+        lambda params: cls(params, **options, compiled=cls.elementwise),
+        [fitted(cls, t) for t in initial],
     )
 
 
@@ -118,16 +120,24 @@ def replace_groups(optimizer: Any, params: list[Any]) -> None:
 
 
 def add_group(optimizer: Any, params: list[Any]) -> None:
-    params += [parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((4, 4), ())]
+    params += [parameter(fitted(type(optimizer), t)) for t in tensors([(4, 4), ()])]
     optimizer.add_param_group({"params": params[-2:], "lr": 0.3})
 
 
+def ours(optimizer: Any) -> Any:
+    """Our class, for that of torch too."""
+    return getattr(algorithms, type(optimizer).__name__)
+
+
 def change_values(optimizer: Any, _: list[Any]) -> None:
-    optimizer.param_groups[0].update(lr=0.7, eps=0.3)
+    eps = numbers_of(ours(optimizer)).get("eps")
+    optimizer.param_groups[0].update(lr=0.7, **({} if eps is None else {"eps": filled(eps, 0.3)}))
 
 
 def change_a_switch(optimizer: Any, _: list[Any]) -> None:
-    optimizer.param_groups[0]["maximize"] = not optimizer.param_groups[0]["maximize"]
+    group = optimizer.param_groups[0]
+    switch = "maximize" if "maximize" in group else next(k for k, v in group.items() if isinstance(v, bool))
+    group[switch] = not group[switch]
 
 
 def load_other_state(optimizer: Any, params: list[Any]) -> None:
