@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Read when torch is loaded. Workers share cores: a product on threads that spin took 0.6 s there, and 1 ms on others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import torch._inductor.config  # takes CXX from the environment when it is imported; some tests change that
 
