@@ -305,6 +305,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "differentiable" not in self.rule.declaration.options:  # torch adds it, which graphs would be guarded by
+            self.defaults.pop("differentiable", None)
         if self._one_pass is not None:
             self._surround(self._one_pass)
         for group in self.param_groups:

@@ -66,9 +66,14 @@ KINDS = _one_of_each_kind()  # for what depends on the kind of state and not on 
 # ---- parameters and gradients
 
 
+def fits(cls: type[torch.optim.Optimizer], tensor: Tensor) -> bool:
+    """Whether the class, ours or torch's, takes parameters of this shape."""
+    return tensor.dim() == 2 or not getattr(algorithms, cls.__name__, cls).matrices_only
+
+
 def fitted(cls: type[torch.optim.Optimizer], tensor: Tensor) -> Tensor:
     """A tensor of the same elements, in a shape that parameters of the class may have."""
-    if not getattr(algorithms, cls.__name__, cls).matrices_only or tensor.dim() == 2:
+    if fits(cls, tensor):
         return tensor
     return tensor.reshape(tensor.shape[:-1].numel(), *(tensor.shape[-1:] or [1]))
 
@@ -181,5 +186,6 @@ def named(options: dict[str, Any]) -> str:
 ALL = [(cls, options) for cls in CLASSES for options in option_sets(cls)]
 IDS = [f"{cls.__name__}-{named(options)}" for cls, options in ALL]
 FEW = [(cls, options) for cls in CLASSES for options in ({}, rich_options(cls))]
+FEW_KERNELS = [(cls, options) for cls, options in FEW if cls.elementwise]
 # of narrower dtypes: a kernel takes seconds to compile, so all switches only where torch's fused kernels set the bar
 NARROW = [(cls, options) for cls, options in FEW if not options or "fused" in cls.rule.declaration.options]

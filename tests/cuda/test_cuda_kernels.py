@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CLASSES, FEW, accepted, named, numbers_of, sample, switch_sets, with_all_numbers
+from cases import ELEMENTWISE, FEW_KERNELS, accepted, named, numbers_of, sample, switch_sets, with_all_numbers
 from torch import Tensor
 
 from compiled_optim import AdamW
@@ -218,16 +218,16 @@ def cases(*sets: list[tuple[Any, ...]]) -> Any:
     return pytest.mark.parametrize("case", all_sets, ids=ids)
 
 
-EVERY = [(cls, switches) for cls in CLASSES for switches in switch_sets(cls)]
-SPARSE = [(cls, switches) for cls, switches in FEW if keeps_untouched_rows(cls, switches)]
-SCALABLE = [(cls, switches) for cls, switches in FEW if "fused" in cls.rule.declaration.options]
+EVERY = [(cls, switches) for cls in ELEMENTWISE for switches in switch_sets(cls)]
+SPARSE = [(cls, switches) for cls, switches in FEW_KERNELS if keeps_untouched_rows(cls, switches)]
+SCALABLE = [(cls, switches) for cls, switches in FEW_KERNELS if "fused" in cls.rule.declaration.options]
 
 
 @cases(
     [(*pair, torch.float32) for pair in EVERY],
-    [(*pair, dtype) for pair in FEW for dtype in (torch.bfloat16, torch.float64)],
+    [(*pair, dtype) for pair in FEW_KERNELS for dtype in (torch.bfloat16, torch.float64)],
     [(*pair, torch.float16) for pair in SCALABLE],
-    [(*pair, torch.bfloat16, torch.float32) for pair in FEW],
+    [(*pair, torch.bfloat16, torch.float32) for pair in FEW_KERNELS],
 )
 def test_update(case: tuple[Any, ...]) -> None:
     launch = Launch(*case)
@@ -235,7 +235,7 @@ def test_update(case: tuple[Any, ...]) -> None:
     launch.compare()
 
 
-@cases([(*pair, *dtypes) for pair in FEW[:1] for dtypes in ((torch.bfloat16, torch.float32), (torch.float32,))])
+@cases([(*pair, *dtypes) for pair in FEW_KERNELS[:1] for dtypes in ((torch.bfloat16, torch.float32), (torch.float32,))])
 def test_update_of_gradients_of_another_dtype(case: tuple[Any, ...]) -> None:
     launch = Launch(*case, grad_dtype=torch.float32 if torch.bfloat16 in case else torch.bfloat16)
     launch.update()
@@ -260,7 +260,7 @@ def test_update_of_all_switches(case: tuple[Any, ...]) -> None:
     launch.compare()
 
 
-@cases([(*pair, torch.float32) for pair in FEW], [(*pair, torch.float64) for pair in FEW])
+@cases([(*pair, torch.float32) for pair in FEW_KERNELS], [(*pair, torch.float64) for pair in FEW_KERNELS])
 def test_prologue(case: tuple[Any, ...]) -> None:
     launch = Launch(*case, on_device=True)
     launch.prologue()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CLASSES, FEW, named, rich_options, tolerance, with_all_numbers
+from cases import ELEMENTWISE, FEW_KERNELS, named, rich_options, tolerance, with_all_numbers
 
 from compiled_optim import SGD, AdamW, CompileFallbackWarning, cache_clear, cache_info, explain
 from compiled_optim._engine.cache.compiler import BuildError
@@ -31,11 +31,11 @@ def cases(pairs: list[tuple[Any, dict[str, Any]]]) -> Any:
 
 def rich(option: str) -> list[tuple[Any, dict[str, Any]]]:
     """The classes that have an option, with it and without or with all other switches."""
-    classes = [cls for cls in CLASSES if option in cls.rule.declaration.options]
+    classes = [cls for cls in ELEMENTWISE if option in cls.rule.declaration.options]
     return [(cls, o) for cls in classes for o in ({}, with_all_numbers(cls, rich_options(cls)))]
 
 
-@cases(FEW)
+@cases(FEW_KERNELS)
 def test_counted_on_the_host(gpu: Any, cls: Any, options: dict[str, Any]) -> None:
     torch.set_default_dtype(torch.float64)
     run = Beside(gpu, cls, options)

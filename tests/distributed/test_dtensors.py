@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("torch.distributed.tensor", reason="this torch was built without torch.distributed")
 
 from beside_torch import assert_same
-from cases import CLASSES, oracle, tolerance
+from cases import ELEMENTWISE, oracle, tolerance
 from sharded import STEPS, Pair, parameter, whole
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +32,7 @@ from compiled_optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 WAYS: dict[str, dict[str, Any]] = {"eager": {}, "loop": {"foreach": False}, "compiled": {"compiled": True}}
 ways = pytest.mark.parametrize("way", WAYS)
-DENSE = [cls for cls in CLASSES if cls.accepts_dense]
+DENSE = [cls for cls in ELEMENTWISE if cls.accepts_dense]
 
 
 class Run:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from beside_torch import parameters, set_gradients
-from cases import CLASSES, FEW, named
+from cases import CLASSES, FEW_KERNELS, named
 
 import compiled_optim
 from compiled_optim import __main__ as command
@@ -27,10 +27,7 @@ def flags(options: dict[str, Any]) -> list[str]:
     return [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", *([] if v is True else [str(v)]))]
 
 
-KERNELS = [(cls, options) for cls, options in FEW if cls.elementwise]
-
-
-@pytest.mark.parametrize(("cls", "options"), KERNELS, ids=[f"{c.__name__}-{named(o)}" for c, o in KERNELS])
+@pytest.mark.parametrize(("cls", "options"), FEW_KERNELS, ids=[f"{c.__name__}-{named(o)}" for c, o in FEW_KERNELS])
 def test_it_shows_the_kernel_that_runs(cls: Any, options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     kernel, *lines = inspect(capsys, cls.__name__, *flags(options)).splitlines()
     switches = cls.rule.declaration.read(cls.rule.declaration.check(options)).switches._asdict()

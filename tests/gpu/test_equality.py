@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from beside_torch import SHAPES, Lockstep, parameter, set_gradients, tensors
-from cases import CLASSES, FEW, named, oracle, rich_options, sample, tolerance
+from cases import ELEMENTWISE, FEW_KERNELS, named, oracle, rich_options, sample, tolerance
 from exactness import assert_no_less_exact
 from torch import Tensor
 
@@ -15,8 +15,8 @@ from compiled_optim import SGD, AdamW, Optimizer, explain
 
 pytestmark = pytest.mark.gpu
 
-FUSED = [(cls, options) for cls, options in FEW if "fused" in cls.rule.declaration.options]
-CAPTURABLE = [(cls, options) for cls, options in FEW if "capturable" in cls.rule.declaration.options]
+FUSED = [(cls, options) for cls, options in FEW_KERNELS if "fused" in cls.rule.declaration.options]
+CAPTURABLE = [(cls, options) for cls, options in FEW_KERNELS if "capturable" in cls.rule.declaration.options]
 LARGE = [(1000,), (4099,), (129, 65)]  # whole chunks, and chunks with a tail
 
 
@@ -43,7 +43,7 @@ def adamw(device: torch.device, values: list[Tensor], theirs: dict[str, Any] | N
     )
 
 
-@cases(FEW)
+@cases(FEW_KERNELS)
 def test_float64(cls: Any, options: dict[str, Any], device: torch.device) -> None:
     torch.set_default_dtype(torch.float64)
     run = Lockstep(
@@ -58,7 +58,7 @@ def test_float64(cls: Any, options: dict[str, Any], device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@cases(FEW)
+@cases(FEW_KERNELS)
 def test_no_less_exact_than_torch(cls: Any, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
     assert_no_less_exact(cls, options, dtype, device, compiled=True)
 
@@ -194,7 +194,7 @@ def test_not_finite_gradients(value: float, device: torch.device) -> None:
     run.compare(1e-5)
 
 
-@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.accepts_sparse], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [cls for cls in ELEMENTWISE if cls.accepts_sparse], ids=lambda cls: cls.__name__)
 def test_sparse_gradients(cls: Any, device: torch.device) -> None:
     values = on(device, [torch.randn(1000, 48), torch.randn(7, 3)])
     run = Lockstep(lambda params: oracle(cls)(params), lambda params: cls(params, compiled=True), values)

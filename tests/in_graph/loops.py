@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from beside_torch import Lockstep
-from cases import oracle
+from cases import fits, oracle
 from torch import Tensor, nn
 
 _numbers = itertools.count()
@@ -45,6 +45,7 @@ def build(
 ) -> tuple[Model, Any]:
     torch.manual_seed(seed)
     model = Model(not getattr(cls, "accepts_dense", cls is not torch.optim.SparseAdam), dtype)
+    model.trained = [p for p in model.trained if fits(cls, p)]
     return model, cls(model.trained, **(options or {}))
 
 

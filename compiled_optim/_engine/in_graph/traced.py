@@ -92,6 +92,8 @@ class TracedState(LiveInputs):
         dtype = count_tensor(torch.empty((), device="cpu"), {}, 0.0).dtype
         self._counts = HostCounts(names, dtype, self._groups, self.states)
         self._cannot = "" if set(map(type, params)) <= set(PLAIN) else "a tensor subclass"
+        if optimizer.rule.matrices_only:
+            self._cannot = "a `batched` function of numbers, which are tensors in a graph"
         if self._share_memory:  # or a parameter is listed twice
             self._cannot = "tensors that share memory"
             return
