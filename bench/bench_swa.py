@@ -1,4 +1,4 @@
-"""One update of an averaged model, ours against torch.optim.swa_utils."""
+"""One update of an averaged model: ours, torch.optim.swa_utils, and the one operation that it is made of."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 import torch
 from rivals import compare
-from shapes import SMALL, resnet50
+from shapes import SMALL, TINY, resnet50
 from torch.optim import swa_utils as stock
 
 from compiled_optim import swa_utils
 
-MODELS = {"100 small tensors": (SMALL, 200), "ResNet-50": (resnet50(), 30)}
+MODELS = {
+    "6 small tensors": (TINY, 1000),
+    "20 small tensors": (SMALL[:20], 500),
+    "100 small tensors": (SMALL, 200),
+    "ResNet-50": (resnet50(), 30),
+}
 AVERAGES: dict[str, Any] = {
     "equal": lambda utils: {},
     "EMA": lambda utils: {"multi_avg_fn": utils.get_ema_multi_avg_fn(0.999)},
@@ -28,11 +33,14 @@ def test_average(average: str, model: str, benchmark: Any) -> None:
     ours = swa_utils.AveragedModel(source, **AVERAGES[average](swa_utils), compiled=True)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         p.data = q.data  # the same memory for both, as in rivals.Shared
+    averaged, models = ([p.detach() for p in m.parameters()] for m in (ours, source))
     steps = {name: lambda a=a: a.update_parameters(source) for name, a in (("torch", theirs), ("ours", ours))}
+    steps["lerp"] = lambda: torch._foreach_lerp_(averaged, models, 0.001)
     seconds = compare(steps, rounds)
     benchmark.extra_info.update(
-        average_milliseconds={k: round(v * 1e3, 4) for k, v in seconds.items()},
+        average_microseconds={k: round(v * 1e6, 2) for k, v in seconds.items()},
         ratio=round(seconds["torch"] / seconds["ours"], 2),
+        lerp_over=round(seconds["lerp"] / seconds["ours"], 2),
         gigabytes_per_second=round(12 * sum(torch.Size(s).numel() for s in shapes) / seconds["ours"] / 1e9, 1),
     )
     print(f"\n{average}, {model}: {benchmark.extra_info}")

@@ -93,10 +93,12 @@ def dtypes(results: Results) -> Iterator[str]:
 def averages(results: Results) -> Iterator[str]:
     rows = []
     for label, info in results:
-        if times := info.get("average_milliseconds"):
-            cells = [*map(number, times.values()), ratio(info["ratio"]), number(info["gigabytes_per_second"])]
+        if times := info.get("average_microseconds"):
+            cells = [number(times[name]) for name in ("torch", "lerp", "ours")]
+            cells += [ratio(info["ratio"]), ratio(info["lerp_over"]), number(info["gigabytes_per_second"])]
             rows.append([label.replace("-", ", ", 1), *cells])
-    yield from table(["`AveragedModel.update_parameters`", "torch", "ours compiled", "torch / ours", "GB/s"], rows)
+    names = ["torch", "`_foreach_lerp_` alone", "ours compiled", "torch / ours", "`_foreach_lerp_` / ours", "GB/s"]
+    yield from table(["`AveragedModel.update_parameters`, us", *names], rows)
 
 
 def host(results: Results) -> Iterator[str]:

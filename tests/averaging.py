@@ -64,8 +64,8 @@ def change(model: nn.Module) -> None:
             b.add_(1)
 
 
-def assert_same_state(actual: nn.Module, expected: nn.Module, rtol: float = 1e-12) -> None:
-    ours, theirs = actual.state_dict(), expected.state_dict()
+def assert_same_state(actual: nn.Module, expected: nn.Module | dict[str, Any], rtol: float = 1e-12) -> None:
+    ours, theirs = actual.state_dict(), expected if isinstance(expected, dict) else expected.state_dict()
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
         torch.testing.assert_close(

@@ -18,7 +18,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from compiled_optim._engine.kernels import registry
 from compiled_optim._engine.kernels.trace import Signature, trace
-from compiled_optim._engine.torch_private import absent_gpu, backward, dynamo, inductor, optim, tensor_parts, version
+from compiled_optim._engine.torch_private import (
+    absent_gpu,
+    backward,
+    dynamo,
+    inductor,
+    modules,
+    optim,
+    tensor_parts,
+    version,
+)
 from compiled_optim.algorithms import AdamW
 from compiled_optim.testing import assert_compiles
 
@@ -74,6 +83,18 @@ def test_a_quick_step_finds_hooks_and_switches_where_they_were() -> None:
         for name in attributes:
             found = getattr(found, name)
         assert found is value, f"{key} is not {value}: quick steps are none"
+
+
+def test_modules_keep_what_they_hold_in_plain_dicts() -> None:
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    norm = vars(module[0])
+    assert [type(vars(m)[name]) for m in module.modules() for name in modules.HELD] == [dict] * 9
+    assert [list(norm[name]) for name in modules.HELD[:2]] == [
+        [name for name, _ in module[0].named_parameters()],
+        [name for name, _ in module[0].named_buffers()],
+    ]
+    assert [*vars(module)[modules.HELD[2]].values()] == [*module.children()]
+    assert modules.tensors(module) == ([*module.parameters()], [*module.buffers()])
 
 
 def test_profiler_state_can_be_asked() -> None:

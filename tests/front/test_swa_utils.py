@@ -15,7 +15,7 @@ from torch.optim import swa_utils as stock
 
 import compiled_optim
 from compiled_optim import CompileError, CompileFallbackWarning, swa_utils
-from compiled_optim.swa_utils import AveragedModel
+from compiled_optim.swa_utils import AveragedModel, launcher
 from compiled_optim.testing import assert_compiles
 
 average = pytest.mark.parametrize(("theirs", "ours"), AVERAGES.values(), ids=AVERAGES.keys())
@@ -77,8 +77,8 @@ def test_one_kernel_for_every_weighted_average() -> None:
 
 def test_one_plan_for_all_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    make_plan = swa_utils.make_plan
-    monkeypatch.setattr(swa_utils, "make_plan", lambda *args: made.append(1) or make_plan(*args))
+    make_plan = launcher.make_plan
+    monkeypatch.setattr(launcher, "make_plan", lambda *args: made.append(1) or make_plan(*args))
     model = Net()
     mine = AveragedModel(model, compiled=True)
     for _ in range(5):
@@ -198,8 +198,7 @@ def test_strict_mode_forbids_to_fall_back(options: dict[str, Any]) -> None:
     before = copy.deepcopy(mine.state_dict())
     with pytest.raises(CompileError, match=r"averaged eagerly|the average is updated eagerly"):
         mine.update_parameters(model)
-    for name, value in mine.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert_same_state(mine, before, 0)
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

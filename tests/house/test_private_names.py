@@ -24,7 +24,6 @@ ALLOWED = {
         *("._last_lr", "._step_count", "._update_lr"),
         "torch.optim.lr_scheduler._LRScheduler",  # which scripts import under this name
     },
-    "swa_utils": {"._buffers", "._parameters"},  # of a module, in one walk
 }
 # Private attributes of the objects that an optimizer is given or overrides.
 OBJECTS = (

@@ -25,19 +25,20 @@ def test_no_file_over_400_lines(file: Path) -> None:
 
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
-    "compiled_optim": 1860,
+    "compiled_optim": 1620,
     "compiled_optim/_engine": 1040,
     "compiled_optim/_engine/cache": 640,
     "compiled_optim/_engine/executions": 2590,
     "compiled_optim/_engine/in_graph": 470,
     "compiled_optim/_engine/kernels": 650,
     "compiled_optim/_engine/kernels/backends": 530,
-    "compiled_optim/_engine/kernels/host": 2000,
-    "compiled_optim/_engine/torch_private": 710,
+    "compiled_optim/_engine/kernels/host": 2180,
+    "compiled_optim/_engine/torch_private": 720,
     "compiled_optim/algorithms": 560,
     "compiled_optim/integrations": 60,
     "compiled_optim/lbfgs": 620,
     "compiled_optim/lr_scheduler": 1400,
+    "compiled_optim/swa_utils": 450,
 }
 
 

@@ -4,13 +4,10 @@
 // dictionaries and dtypes, and takes each address from the live object in the step that uses it.
 #include <memory>
 
+#include "averages.h"
 #include "gradients.h"
-#include "quick.h"
 
 namespace {
-
-// Sets a Python error and returns nullptr for anything but a plan.
-Plan* plan_of(PyObject* capsule) { return static_cast<Plan*>(PyCapsule_GetPointer(capsule, "compiled_optim.plan")); }
 
 void drop_plan(PyObject* capsule) { delete plan_of(capsule); }
 
@@ -341,6 +338,7 @@ PyMethodDef methods[] = {{"make", make, METH_VARARGS, nullptr},
                          {"conflicts", conflicts, METH_VARARGS, nullptr},
                          {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL, nullptr},
                          {"quick", quick, METH_VARARGS, nullptr},
+                         {"quick_average", quick_average, METH_VARARGS, nullptr},
                          {"expected", expected, METH_O, nullptr},
                          {"norm", norm, METH_VARARGS, nullptr},
                          {"zero", zero, METH_VARARGS, nullptr},

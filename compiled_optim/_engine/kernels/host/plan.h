@@ -141,6 +141,9 @@ struct Plan {
   }
 };
 
+// Sets a Python error and returns nullptr for anything but a plan.
+Plan* plan_of(PyObject* capsule) { return static_cast<Plan*>(PyCapsule_GetPointer(capsule, "compiled_optim.plan")); }
+
 // Of a parameter that is `in_memory`, such as "the parameter of shape (5, 7) at index 3 of param group 0".
 std::string name(const Plan* plan, size_t entry) {
   const auto& e = plan->entries[entry];

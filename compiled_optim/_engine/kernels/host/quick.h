@@ -102,6 +102,15 @@ bool append_number(std::vector<double>& table, PyObject* value) {
   return table.back() != -1 || !PyErr_Occurred();
 }
 
+// What each of these returns. False after a Python error.
+bool read_contexts(PyObject* functions, std::vector<void*>& contexts) {
+  return all_of(functions, [&](PyObject* function) {
+    const Owned context(PyObject_CallNoArgs(function));
+    contexts.push_back(context ? PyLong_AsVoidPtr(context) : nullptr);
+    return !PyErr_Occurred();
+  });
+}
+
 // What `evaluate` returns for a row: (scalars by name, recurrent scalars). Without it, what the rule's `scalars` returns.
 Owned scalars_of(const Quick& quick, PyObject* hyper, const double* counts) {
   const auto width = static_cast<Py_ssize_t>(quick.plan->expected.width);
@@ -153,12 +162,7 @@ bool evaluate(Quick& quick, PyObject* groups) {
     scalars.table.resize((r + 1) * scalars.columns);
   }
   scalars.addresses.assign(scalars.table.size(), nullptr);
-  for (Py_ssize_t l = 0; l < PyTuple_GET_SIZE(quick.contexts); l++) {
-    const Owned context(PyObject_CallNoArgs(PyTuple_GET_ITEM(quick.contexts, l)));
-    quick.inputs.contexts.push_back(context ? PyLong_AsVoidPtr(context) : nullptr);
-    if (PyErr_Occurred()) return false;
-  }
-  return true;
+  return read_contexts(quick.contexts, quick.inputs.contexts);
 }
 
 // Takes the parameters and the state from where they are now, and then the step. False if Python has to take it.

@@ -37,13 +37,18 @@ bool same_params(const Plan* plan, const std::vector<Owned>& lists) {
   return true;
 }
 
-using SubstituteGrads = std::unordered_map<PyObject*, PyObject*>;  // by parameter: (parameter, gradient[, indices])
+struct Substitute {
+  PyObject* gradient;
+  PyObject* indices = nullptr;  // of a sparse one
+};
+using SubstituteGrads = std::unordered_map<PyObject*, Substitute>;  // by parameter
 
 bool read_substitutes(PyObject* list, SubstituteGrads& found) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
     PyObject* tuple = PyList_GET_ITEM(list, i);
     if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) < 2 || PyTuple_GET_SIZE(tuple) > 3) return false;
-    found[PyTuple_GET_ITEM(tuple, 0)] = tuple;
+    found[PyTuple_GET_ITEM(tuple, 0)] = {PyTuple_GET_ITEM(tuple, 1),
+                                         PyTuple_GET_SIZE(tuple) == 3 ? PyTuple_GET_ITEM(tuple, 2) : nullptr};
   }
   return true;
 }
@@ -100,11 +105,11 @@ const char* collect(Plan* plan, PyObject* state, const SubstituteGrads& substitu
   plan->listed.clear();
   for (size_t e = 0; e < plan->entries.size(); e++) {
     auto& entry = plan->entries[e];
-    PyObject* substitute = nullptr;
+    const Substitute* substitute = nullptr;
     if (!substitutes.empty())
-      if (auto found = substitutes.find(entry.param); found != substitutes.end()) substitute = found->second;
+      if (auto found = substitutes.find(entry.param); found != substitutes.end()) substitute = &found->second;
     if (entry.launch == kNoLaunch) {
-      note_eager(plan, e, substitute ? PyTuple_GET_ITEM(substitute, 1) : nullptr);
+      note_eager(plan, e, substitute ? substitute->gradient : nullptr);
       continue;
     }
     const auto* object = unpack(entry.param);
@@ -113,12 +118,11 @@ const char* collect(Plan* plan, PyObject* state, const SubstituteGrads& substitu
     const auto* grad = gradient(param);
     entry.indices = nullptr;
     if (substitute) {
-      const bool sparse = PyTuple_GET_SIZE(substitute) == 3;
-      const auto* values = unpack(PyTuple_GET_ITEM(substitute, 1));
-      const auto* indices = sparse ? unpack(PyTuple_GET_ITEM(substitute, 2)) : nullptr;
-      if (!values || (sparse && !indices)) return "a gradient changed its type";
+      const auto* values = unpack(substitute->gradient);
+      const auto* indices = substitute->indices ? unpack(substitute->indices) : nullptr;
+      if (!values || (substitute->indices && !indices)) return "a gradient changed its type";
       grad = values->unsafeGetTensorImpl();
-      if (sparse) entry.indices = indices->unsafeGetTensorImpl();
+      if (indices) entry.indices = indices->unsafeGetTensorImpl();
     }
     entry.idle = !grad;
     if (!grad) {
