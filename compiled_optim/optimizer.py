@@ -24,6 +24,7 @@ from compiled_optim._engine.one_pass import OnePass
 from compiled_optim._engine.rule import Rule
 from compiled_optim._engine.torch_private import dynamo, optim
 from compiled_optim.around_step import AroundStep
+from compiled_optim.attached import attachment
 from compiled_optim.backward import StepsInBackward
 from compiled_optim.declare import Compiled, Flag, Hyper, Switches, Value, flag, number
 
@@ -252,18 +253,21 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     def attach(self, schedule: LRScheduler) -> None:
         """Steps a schedule after every step of this optimizer, so that nobody needs to call ``schedule.step()``.
 
-        The result is the same as by hand, also when the schedule or the param groups are changed in between. In a CUDA
-        graph, the learning rate must be a tensor; each replay moves it. Once the schedule has ended, a step of the
-        optimizer raises the schedule's ValueError and updates nothing.
+        The result is the same as by hand, also when the schedule or the param groups are changed in between: a step of
+        the schedule runs on the host, and calls functions of yours, such as that of a LambdaLR, as often as by hand. In
+        a CUDA graph the learning rate must be a tensor, which each replay moves by the formula of the schedule. Once
+        the schedule has ended, a step of the optimizer raises the schedule's ValueError and updates nothing.
 
-        The optimizer now holds the schedule, and the schedule refers to the optimizer weakly. ``state_dict`` does not
-        include the schedule: save and load its own ``state_dict`` too. A copy of the optimizer has no schedule.
+        The optimizer now holds the schedule, and a schedule of `compiled_optim.lr_scheduler` refers to the optimizer
+        weakly. ``state_dict`` does not include the schedule: save and load its own ``state_dict`` too. A copy of the
+        optimizer has no schedule.
 
         Args:
-            schedule: of `compiled_optim.lr_scheduler`, built on this optimizer.
+            schedule: built on this optimizer, of `compiled_optim.lr_scheduler`; or of ``torch.optim.lr_scheduler``, as
+                libraries make them, which has no formula for a CUDA graph.
 
         Raises:
-            TypeError: if it has no closed form, as ReduceLROnPlateau.
+            TypeError: for one that is stepped with a metric, as ReduceLROnPlateau.
             ValueError: if it belongs to another optimizer, or a schedule is attached already.
         """
         if self._attached is not None:
@@ -276,10 +280,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             )
         if getattr(schedule, "optimizer", None) is not self:
             raise ValueError(f"schedule must be one of this optimizer, got a {type(schedule).__name__} of another")
-        if not hasattr(schedule, "_attachment"):
-            kind = f"{type(schedule).__module__}.{type(schedule).__name__}"
-            raise TypeError(f"schedule must be of compiled_optim.lr_scheduler, got a {kind}")
-        self._attached = schedule._attachment()
+        self._attached = attachment(schedule)
 
     def detach(self, schedule: LRScheduler) -> None:
         """Undoes `attach`. The schedule keeps its place; step it by hand from there.

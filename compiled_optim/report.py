@@ -83,10 +83,12 @@ class Explanation:
         rows: a `Row` for each part of the step.
         rebuilt: why each of the last plans was made, the newest last.
         state: a `StateMemory` for each kind of parameter that has buffers.
+        notes: what else a step does, such as calling a function of yours for the schedule that is attached.
     """
 
     def __init__(self, rows: list[Row], rebuilt: list[str], state: Sequence[StateMemory] = ()) -> None:
         self.rows, self.rebuilt, self.state = rows, rebuilt, list(state)
+        self.notes: list[str] = []
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -101,7 +103,12 @@ class Explanation:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
         return "\n".join(
-            [*lines, *map(str, self.state), *(f"plan {i + 1}: {why}" for i, why in enumerate(self.rebuilt))]
+            [
+                *lines,
+                *map(str, self.state),
+                *(f"plan {i + 1}: {why}" for i, why in enumerate(self.rebuilt)),
+                *self.notes,
+            ]
         )
 
 
@@ -134,6 +141,8 @@ def explain(optimizer: torch.optim.Optimizer, *, bandwidth: float | None = None)
     found = _explain(optimizer, bandwidth)
     if isinstance(optimizer, Optimizer):
         found.state = _memory(optimizer)
+        if optimizer._attached is not None and (note := optimizer._attached.note):
+            found.notes.append(note)
     return found
 
 

@@ -27,6 +27,15 @@ class _Composed(Scheduler):
         self._move_to(-1)
         self._initial_step()
 
+    def _refer(self, *, weakly: bool) -> None:
+        for member in [_member(scheduler) for scheduler in self._schedulers]:
+            member._refer(weakly=weakly)
+        super()._refer(weakly=weakly)
+
+    @property
+    def _calls(self) -> str:  # type: ignore[override]
+        return ", ".join(dict.fromkeys(why for scheduler in self._schedulers if (why := _member(scheduler)._calls)))
+
     @property
     def _groups_seen(self) -> int:
         return min(_member(scheduler)._groups_seen for scheduler in self._schedulers)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler
 
+from compiled_optim.attached import check_total
 from compiled_optim.lr_scheduler.formulas import Form, annealed, library, minimum, piecewise
 from compiled_optim.lr_scheduler.functions import UserFunction
 from compiled_optim.lr_scheduler.scheduler import Scheduler, assigned
@@ -99,9 +100,7 @@ class OneCycleLR(_Cycle, lr_scheduler.OneCycleLR):
             return [self._closed_form(i, "lr")(self.last_epoch) for i in range(len(groups))]
 
     def _check_next(self) -> None:
-        step = self.last_epoch + 1
-        if step > self.total_steps:
-            raise ValueError(f"Tried to step {step} times. The specified number of total steps is {self.total_steps}")
+        check_total(self)
 
 
 def _left(t: Any, begin: Any, end: Any, strategy: str) -> Any:
@@ -121,6 +120,10 @@ class CyclicLR(_Cycle, lr_scheduler.CyclicLR):
     """
 
     __init__ = _keeping_kinds(lr_scheduler.CyclicLR.__init__)
+
+    @property
+    def _calls(self) -> str:  # type: ignore[override]
+        return "" if self._scale_fn_custom is None else "each step calls scale_fn"
 
     @staticmethod
     def _formula(

@@ -14,7 +14,6 @@ from torch.optim import lr_scheduler
 
 from compiled_optim._engine.in_graph import operators
 from compiled_optim._engine.in_graph.handles import LiveInputs
-from compiled_optim.lr_scheduler.attached import Attached
 from compiled_optim.lr_scheduler.formulas import Form, evaluate
 
 if TYPE_CHECKING:
@@ -81,6 +80,7 @@ class Scheduler(lr_scheduler.LRScheduler):
     __slots__ = ("_inputs", "_reference")  # not in ``__dict__``, which is torch's
 
     schedules: tuple[str, ...] = ("lr",)
+    _calls: ClassVar[str] = ""  # which of the user's functions a step calls, in words
     _take_step = lr_scheduler.LRScheduler.step  # what ``step`` is outside of graphs
     step = _Step(_take_step)
     optimizer = _Reference()
@@ -114,8 +114,6 @@ class Scheduler(lr_scheduler.LRScheduler):
             self.__dict__.pop("optimizer", None)
         else:
             self.optimizer = optimizer
-        for scheduler in getattr(self, "_schedulers", ()):
-            scheduler._refer(weakly=weakly)
 
     def expression(self, group: int = 0, of: str = "lr") -> sp.Expr:
         """The schedule of a param group as a sympy expression in ``t``, which is ``Symbol("t", nonnegative=True)``.
@@ -188,9 +186,15 @@ class Scheduler(lr_scheduler.LRScheduler):
         several = getattr(self, f"{name}s", None)
         return self.optimizer.param_groups[group][name] if several is None else several[group]
 
-    def _attachment(self) -> Attached:
-        """What moves this schedule with the steps of its optimizer."""
-        return Attached(self)
+    def _follow(self) -> None:
+        """Takes a step after one of the optimizer that this is attached to."""
+        optimizer = self._reference()
+        self.optimizer = optimizer  # for a moment: the reference takes longer to look up
+        try:
+            self._take_step()
+        finally:
+            if optimizer._attached is not None and optimizer._attached.schedule is self:
+                del self.optimizer
 
     def _check_by_hand(self) -> None:
         """Of a step that the optimizer does not take: refuses it if it does, and warns if it takes those of another."""

@@ -130,6 +130,8 @@ class SWALR(Relative, swa_utils.SWALR):
 class MultiplicativeLR(Scheduler, lr_scheduler.MultiplicativeLR):
     r""":math:`\eta_t = \eta_0 \prod_{i=1}^{t} \lambda(i)`; symbolic if ``lr_lambda`` is and the product is."""
 
+    _calls = "each step calls lr_lambda"
+
     def _closed_form(self, group: int, of: str, **given: Any) -> Form:
         function, name = self.lr_lambdas[group], f"lr_lambda of param group {group}"
 
@@ -146,7 +148,15 @@ class MultiplicativeLR(Scheduler, lr_scheduler.MultiplicativeLR):
 
 
 class LambdaLR(Scheduler, lr_scheduler.LambdaLR):
-    r""":math:`\eta_t = \eta_0 \lambda(t)`; symbolic if ``lr_lambda`` takes a symbol."""
+    r""":math:`\eta_t = \eta_0 \lambda(t)`; symbolic if ``lr_lambda`` takes a symbol.
+
+    A function that does not, for it has an ``if``, a table or ``math.cos``, has its values on numbers only. Attached or
+    stepped by hand, any function is called once in each step for each param group, so what it reads may change.
+    """
+
+    @property
+    def _calls(self) -> str:  # type: ignore[override]
+        return "" if all(isinstance(f, Factor) for f in self.lr_lambdas) else "each step calls lr_lambda"
 
     def _closed_form(self, group: int, of: str, **given: Any) -> Form:
         factor: Any = self.lr_lambdas[group]

@@ -31,7 +31,7 @@ FLOORS = {
         *("nadam", "radam", "rmsprop", "rprop", "sgd", "sparse_adam"),
     ),
     "wings": ("algorithms", "lbfgs", "lr_scheduler", "swa_utils"),
-    "optimizer": ("optimizer", "around_step", "backward"),
+    "optimizer": ("optimizer", "around_step", "attached", "backward"),
     "in graphs": ("_engine.in_graph",),
     "executions": ("_engine.executions",),
     "kernels": ("_engine.kernels",),

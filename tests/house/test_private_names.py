@@ -18,9 +18,10 @@ ALLOWED = {
         *("._add_grad", "._clone_param", "._directional_evaluate", "._gather_flat_grad"),
         *("._numel_cache", "._params", "._set_param"),
     },
+    "attached": {"._last_lr"},  # what a scheduler of torch has set
     # what torch's schedulers keep and step by
     "lr_scheduler": {
-        *("._apply", "._get_closed_form_lr", "._get_lr_called_within_step", "._initial_step", "._is_initial"),
+        *("._get_closed_form_lr", "._get_lr_called_within_step", "._initial_step", "._is_initial"),
         *("._last_lr", "._step_count", "._update_lr"),
         "torch.optim.lr_scheduler._LRScheduler",  # which scripts import under this name
     },

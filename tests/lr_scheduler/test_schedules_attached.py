@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -146,7 +147,7 @@ def test_on_a_device_nothing_is_read_back(build: Any, captured: bool, monkeypatc
     optimizer._opt_called = True
     attached: Any = optimizer._attached
     attached.advance()
-    monkeypatch.setattr("compiled_optim.lr_scheduler.attached.is_capturing", lambda device: captured)
+    monkeypatch.setattr("compiled_optim.attached.is_capturing", lambda device: captured)
     host = compiled_optim.AdamW(groups(), lr=0.1)
     reference = build(lr_scheduler, host)
     host.attach(reference)
@@ -174,10 +175,12 @@ def test_a_function_of_the_user_is_not_called_by_a_captured_step(monkeypatch: py
     optimizer._opt_called = True
     attached: Any = optimizer._attached
     attached.advance()
-    monkeypatch.setattr("compiled_optim.lr_scheduler.attached.is_capturing", lambda device: True)
+    monkeypatch.setattr("compiled_optim.attached.is_capturing", lambda device: True)
+    attached.check()
     attached.advance()
     calls.clear()
     for _ in range(3):
+        attached.check()
         attached.advance()
     assert not calls
     assert_close(rates(schedule.get_last_lr()), rates(LRS) * 0.98**5)
@@ -199,8 +202,14 @@ def test_refusals() -> None:
     optimizer, other = (compiled_optim.AdamW(groups()) for _ in range(2))
     with pytest.raises(TypeError, match="ReduceLROnPlateau is not symbolic"):
         optimizer.attach(lr_scheduler.ReduceLROnPlateau(optimizer))
-    with pytest.raises(TypeError, match=r"of compiled_optim\.lr_scheduler, got a torch\.optim"):
-        optimizer.attach(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
+    with pytest.raises(TypeError, match="ReduceLROnPlateau is not symbolic"):
+        optimizer.attach(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.lr_scheduler\.LRScheduler, got a types\.SimpleNames"):
+        optimizer.attach(types.SimpleNamespace(optimizer=optimizer))  # type: ignore[arg-type]
+    mixed = lr_scheduler.SequentialLR(optimizer, [theirs.StepLR(optimizer, 3)], [])
+    with pytest.raises(TypeError, match=r"torch\.optim\.lr_scheduler\.StepLR has no formula: take the one here"):
+        optimizer.attach(mixed)
+    assert mixed.optimizer is optimizer
     schedule = lr_scheduler.ExponentialLR(optimizer, 0.9)
     with pytest.raises(ValueError, match="of another"):
         other.attach(schedule)

@@ -291,6 +291,11 @@ def test_schedules_do_without_sympy_until_an_expression_is_asked_for() -> None:
         "optimizer = compiled_optim.SGD([torch.ones(1)], momentum=0.9)\n"
         "schedule = compiled_optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 9)\n"
         "optimizer.attach(schedule), schedule.value(3), schedule.value(torch.arange(9.0))\n"
+        "optimizer.detach(schedule)\n"
+        "ready = compiled_optim.lr_scheduler.get_wsd_schedule(optimizer, 3, 4, 20)\n"
+        "ready = compiled_optim.lr_scheduler.warmup(ready, 5)\n"
+        "optimizer.attach(ready), ready.value(torch.arange(9.0)), optimizer.detach(ready)\n"
+        "optimizer.attach(compiled_optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.9**i)), optimizer.step()\n"
         "assert not {'sympy', 'matplotlib'} & set(sys.modules)\n"
         "assert not hasattr(compiled_optim, 'nothing')\n"
     )

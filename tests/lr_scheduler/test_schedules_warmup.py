@@ -71,8 +71,6 @@ def rows(values: list[list[float]]) -> Any:
 @pytest.mark.parametrize("attached", [False, True], ids=["stepped", "attached"])
 @pytest.mark.parametrize("case", EVERY)
 def test_any_schedule_begins_after_the_warm_up(case: str, attached: bool) -> None:
-    if attached and case in STATEFUL:
-        return
     for tensor in (False, True):
         schedule = begin(case, tensor)
         given = [group["lr"] for group in schedule.optimizer.param_groups]

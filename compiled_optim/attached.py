@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from compiled_optim._engine import settings
 from compiled_optim._engine.kernels.backends import is_capturing
@@ -14,8 +17,25 @@ from compiled_optim._engine.kernels.backends import is_capturing
 _SEARCHED = 100_000  # steps among which a lost place is looked for
 
 
+def attachment(schedule: LRScheduler) -> Attached:
+    """What moves this schedule with the steps of its optimizer.
+
+    Raises:
+        TypeError: for one that is stepped with a metric, and one of this package that holds schedulers of another.
+    """
+    if not isinstance(schedule, LRScheduler):
+        kind = f"{type(schedule).__module__}.{type(schedule).__name__}"
+        raise TypeError(f"schedule must be a torch.optim.lr_scheduler.LRScheduler, got a {kind}")
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise TypeError("ReduceLROnPlateau is not symbolic: the learning rate depends on the metric, not on the step")
+    if not hasattr(schedule, "_refer"):
+        cls: Any = type(schedule)
+        schedule.__class__ = _stock(cls)
+    return Attached(schedule)
+
+
 class Attached:
-    """Steps a schedule after each step of its optimizer, as its user would.
+    """Steps a schedule after each step of its optimizer, as its user would, on the host.
 
     While a CUDA graph is captured, and from then on, a learning rate on the device takes the closed form, as it was
     then, at a count that is kept there: nothing is read back, and a replay counts.
@@ -24,7 +44,7 @@ class Attached:
     def __init__(self, schedule: Any) -> None:
         self.schedule = schedule
         self.is_moving = False  # while the optimizer steps the schedule
-        self._look_up()  # or there is no closed form
+        self._functions: dict[tuple[int, str], Callable[[Any], Any]] = {}  # that the last `_look_up` found
         self._is_captured = False
         self._is_restored = self._is_lost = False
         self._is_changed = self._was_changed = self._has_warned = False
@@ -33,13 +53,25 @@ class Attached:
         schedule._refer(weakly=True)
         self._count(self._devices())
 
-    def _look_up(self) -> None:
-        """Takes the closed forms; of a param group that the schedule has not seen there is none."""
-        schedule = self.schedule
+    def _look_up(self) -> str:
+        """Takes the closed forms; of a param group that the schedule has not seen there is none.
+
+        Returns:
+            Why there are none.
+        """
+        schedule, self._functions = self.schedule, {}
         known = range(min(schedule._groups_seen, len(schedule.optimizer.param_groups)))
-        self._functions: dict[tuple[int, str], Callable[[Any], Any]] = {
-            (i, of): schedule.function(i, of) for i in known for of in schedule.schedules
-        }
+        try:
+            self._functions = {(i, of): schedule.function(i, of) for i in known for of in schedule.schedules}
+        except TypeError as error:
+            return str(error)
+        return ""
+
+    @property
+    def note(self) -> str:
+        """What `explain` says of it: nothing of a schedule that is a formula."""
+        why = "" if self._is_captured else self._look_up() or self.schedule._calls
+        return why and f"the attached {type(self.schedule).__name__} moves on the host and by no formula: {why}"
 
     def _devices(self) -> set[torch.device]:
         groups = self.schedule._reference().param_groups
@@ -62,31 +94,42 @@ class Attached:
         if self._is_changed and self._was_changed:  # not only once, by hand
             self.warn_of_another("Something else")
         schedule._check_next()
+        if self._has_tensors and not self._is_captured and any(map(is_capturing, self._devices())):
+            self._begin_capture()
+
+    def _begin_capture(self) -> None:
+        """Takes the closed forms for good.
+
+        Raises:
+            TypeError: if there are none, or not of a count that is a tensor.
+        """
+        why = self._look_up()
+        try:
+            for function in self._functions.values():
+                function(torch.zeros((), dtype=torch.float64, device="cpu"))
+        except TypeError as error:
+            why = str(error)
+        if why:
+            raise TypeError(f"in a CUDA graph a schedule needs a formula, and {why}")
+        self._is_captured = True
 
     def advance(self) -> None:
         """After a step of the optimizer."""
         schedule = self.schedule
         self._is_restored, self._was_changed = False, self._is_changed
         devices = self._devices() if self._has_tensors else set()
-        if devices and not self._is_captured and any(map(is_capturing, devices)):
-            self._look_up()
-            self._is_captured = True
         if self._is_captured:
             schedule._move_to(schedule._steps_taken + 1)
             for count in self._counts.values():
                 count.add_(1)
-            self._apply()
+            self._set_values()
             schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
             return
-        optimizer = schedule._reference()
         self.is_moving = True
-        schedule.optimizer = optimizer  # for a moment: the reference takes longer to look up
         try:
-            schedule._take_step()
+            schedule._follow()
         finally:
             self.is_moving = False
-            if optimizer._attached is self:
-                del schedule.optimizer
         if devices:
             self._count(devices)
 
@@ -96,7 +139,7 @@ class Attached:
                 self._counts[device] = torch.zeros((), dtype=torch.float64, device=device)
             self._counts[device].fill_(self.schedule._steps_taken)
 
-    def _apply(self) -> None:
+    def _set_values(self) -> None:
         """Sets what the closed form says."""
         groups = self.schedule.optimizer.param_groups
         for (i, of), function in self._functions.items():
@@ -138,7 +181,7 @@ class Attached:
             self._look_up()
         if not self._is_lost:
             if schedule.schedules != ("lr",):
-                self._apply()
+                self._set_values()
             schedule._assign(schedule._last_lr, strict=False)  # which may not be those of the closed form
         self._is_restored, self._is_lost = True, False
 
@@ -156,12 +199,14 @@ class Attached:
         steps = torch.arange(last + 2, dtype=torch.float64, device="cpu")
         steps[-1] = counted
         fits = torch.ones_like(steps, dtype=torch.bool)
+        if not self._functions:
+            fits.fill_(False)
         for (i, of), function in self._functions.items():
             if of == "lr":
                 group = optimizer.param_groups[i]
                 lr, initial = _number(group["lr"]), _number(group["initial_lr"])
                 is_narrow = isinstance(group["lr"], Tensor) and group["lr"].dtype != torch.float64
-                fits &= (function(steps) - lr).abs() <= (1e-5 if is_narrow else 1e-9) * max(abs(lr), abs(initial))
+                fits &= (_at(function, steps) - lr).abs() <= (1e-5 if is_narrow else 1e-9) * max(abs(lr), abs(initial))
         places = steps[:-1][fits[:-1]].tolist()
         if fits[-1] and "step" in optimizer.rule.declaration.counts:
             places = [counted]
@@ -178,6 +223,17 @@ class Attached:
         settings.warn(text, UserWarning)
 
 
+def _at(function: Callable[[Any], Any], steps: Tensor) -> Tensor:
+    """The values at all steps; where a function takes numbers only, nan but at the last step, or everywhere."""
+    try:
+        return function(steps)  # type: ignore[no-any-return]
+    except TypeError:
+        values = torch.full_like(steps, torch.nan)
+    with contextlib.suppress(TypeError):
+        values[-1] = function(steps[-1].item())
+    return values
+
+
 def _is_on_device(group: dict[str, Any]) -> bool:
     """Whether to read the learning rate would make the host wait."""
     lr = group["lr"]
@@ -186,3 +242,65 @@ def _is_on_device(group: dict[str, Any]) -> bool:
 
 def _number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
+
+
+class _Stock:
+    """Stands before the class of a scheduler of torch while that is attached, and has what is asked of a schedule."""
+
+    schedules = ("lr",)
+    _groups_seen = 1
+    _stock: type[LRScheduler]
+    optimizer: Any
+    last_epoch: int
+    _last_lr: list[Any]
+
+    def function(self, group: int, of: str) -> Any:
+        kind = f"{self._stock.__module__}.{self._stock.__name__}"
+        raise TypeError(f"a {kind} has none: take the one of compiled_optim.lr_scheduler")
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"this {type(self).__name__} is attached, and moves with optimizer.step() alone")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stock.load_state_dict(self, state_dict)  # type: ignore[arg-type]
+        self.optimizer._attached.schedule_loaded()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return object.__new__, (self._stock,), dict(vars(self))
+
+    def _refer(self, *, weakly: bool) -> None:
+        if not weakly:
+            self.__class__ = self._stock  # type: ignore[assignment]
+
+    def _reference(self) -> Any:
+        return self.optimizer
+
+    def _follow(self) -> None:
+        self._stock.step(self)  # type: ignore[arg-type]
+
+    def _check_next(self) -> None:
+        check_total(self)
+
+    @property
+    def _steps_taken(self) -> int:
+        return getattr(self, "last_epoch", 0)  # a ChainedScheduler has none
+
+    def _assign(self, values: list[Any], *, strict: bool) -> None:
+        for group, value in zip(self.optimizer.param_groups, values, strict=strict):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].detach().fill_(value)
+            else:
+                group["lr"] = _number(value)
+
+
+@functools.cache
+def _stock(cls: Any) -> Any:
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "_stock": cls}
+    return type(cls.__name__, (_Stock, cls), names)
+
+
+def check_total(schedule: Any) -> None:
+    """Raises what OneCycleLR raises, if this is one at its end: before anything is updated."""
+    step, total = schedule._steps_taken + 1, getattr(schedule, "total_steps", None)
+    if total is not None and step > total:
+        raise ValueError(f"Tried to step {step} times. The specified number of total steps is {total}")
