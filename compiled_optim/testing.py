@@ -53,7 +53,8 @@ def check(cls: type[Optimizer], *option_sets: dict[str, Any], foreach: bool = Tr
     _check_ranges(cls)
     for options in option_sets or ({}, _every_switch(cls)):
         lowerings: list[Compiled] = [True] if cls.elementwise else []
-        lowerings += ["foreach"] if (foreach or not cls.elementwise) and cls.accepts_dense else []
+        in_lists = cls.accepts_dense and not cls.matrices_only
+        lowerings += ["foreach"] if (foreach or not cls.elementwise) and in_lists else []
         for compiled in (False, *lowerings):
             with _told(f"{cls.__name__}({options}, compiled={compiled!r})"):
                 _check_values(cls, options, compiled)
@@ -110,19 +111,20 @@ def _told(case: str) -> Iterator[None]:
 
 def _every_switch(cls: type[Optimizer]) -> dict[str, Any]:
     switches = {k: v for k, v in cls.rule.declaration.options.items() if v.switch and v.init}
-    options: dict[str, Any] = {k: True if isinstance(v, Flag) else 0.1 for k, v in switches.items()}
+    options: dict[str, Any] = {k: not v.default if isinstance(v, Flag) else 0.1 for k, v in switches.items()}
     for left_out in (None, *options):  # switches may exclude each other
         chosen = {k: v for k, v in options.items() if k != left_out}
         try:
-            cls([torch.zeros(1, requires_grad=True)], **chosen)
+            cls(_parameters(cls), **chosen)
         except ValueError:
             continue
         return chosen
     return {}
 
 
-def _parameters(shapes: Sequence[tuple[int, ...]] = _SHAPES, seed: int = 0) -> list[Tensor]:
+def _parameters(cls: type[Optimizer], shapes: Sequence[tuple[int, ...]] = _SHAPES, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
+    shapes = [s for s in shapes if len(s) == 2 or not cls.matrices_only]
     return [torch.nn.Parameter(torch.randn(s, dtype=torch.float64, generator=generator)) for s in shapes]
 
 
@@ -159,8 +161,8 @@ def _reference(cls: type[Optimizer], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(cls: type[Optimizer], options: dict[str, Any], compiled: Compiled) -> None:
-    expected = _train(cls(_parameters(), **_reference(cls, options)), range(8))
-    optimizer = cls(_parameters(), **options, compiled=compiled)
+    expected = _train(cls(_parameters(cls), **_reference(cls, options)), range(8))
+    optimizer = cls(_parameters(cls), **options, compiled=compiled)
     _assert_equal(_train(optimizer, range(8)), expected, "values")
     executions = {row.execution for row in explain(optimizer)}
     wanted = compiled if isinstance(compiled, str) else "multi_tensor" if compiled else "eager"
@@ -168,8 +170,8 @@ def _check_values(cls: type[Optimizer], options: dict[str, Any], compiled: Compi
 
 
 def _check_checkpoint(cls: type[Optimizer], options: dict[str, Any], compiled: Compiled) -> None:
-    expected = _train(cls(_parameters(), **_reference(cls, options)), range(8))
-    first = cls(_parameters(), **options, compiled=compiled)
+    expected = _train(cls(_parameters(cls), **_reference(cls, options)), range(8))
+    first = cls(_parameters(cls), **options, compiled=compiled)
     _train(first, range(4))
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
@@ -182,7 +184,7 @@ def _check_checkpoint(cls: type[Optimizer], options: dict[str, Any], compiled: C
 
 
 def _check_kernels(cls: type[Optimizer], options: dict[str, Any]) -> None:
-    optimizer = cls(_parameters(), **options, compiled=True)
+    optimizer = cls(_parameters(cls), **options, compiled=True)
     with assert_compiles() as first:
         _train(optimizer, range(2))
     assert first.kernels <= 1, f"the first step compiled {first.kernels} kernels"
@@ -194,11 +196,11 @@ def _check_kernels(cls: type[Optimizer], options: dict[str, Any]) -> None:
             with _told(f"{name} going from {value!r} to {changed!r}"), assert_compiles(0):
                 _train(optimizer, range(2, 4))
             optimizer.param_groups[0][name] = value
-    optimizer.add_param_group({"params": _parameters([(4, 3)], seed=1)})
+    optimizer.add_param_group({"params": _parameters(cls, [(4, 3)], seed=1)})
     with _told("add_param_group"), assert_compiles(0):
         _train(optimizer, range(4, 6))
     with _told("a second optimizer"), assert_compiles(0):
-        _train(cls(_parameters([(2, 2)] * 9), **options, compiled=True), range(2))
+        _train(cls(_parameters(cls, [(2, 2)] * 9), **options, compiled=True), range(2))
 
 
 def _check_layouts(cls: type[Optimizer], options: dict[str, Any]) -> None:
@@ -234,7 +236,7 @@ def _check_ranges(cls: type[Optimizer]) -> None:
             options: dict[str, Any] = {name: (value, *field.default[1:]) if isinstance(field.default, tuple) else value}
             message = ""
             try:
-                cls(_parameters(), **options)
+                cls(_parameters(cls), **options)
             except ValueError as error:
                 message = str(error)
             assert message, f"{cls.__name__}: {options} was not refused; {name} must be {field.range}"

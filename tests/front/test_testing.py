@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from compiled_optim import SGD, NAdam, Optimizer, SparseAdam, cache_clear
+from compiled_optim import SGD, Adafactor, Muon, NAdam, Optimizer, SparseAdam, cache_clear
 from compiled_optim.declare import buffer, counter, number
 from compiled_optim.testing import assert_compiles, check
 
@@ -39,7 +39,7 @@ def test_the_example_of_the_readme(lion: ModuleType) -> None:
         lion.Lion([torch.zeros(1)], betas=(0.9, 1.0))
 
 
-@pytest.mark.parametrize("cls", [SGD, NAdam, SparseAdam], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [SGD, NAdam, SparseAdam, Adafactor, Muon], ids=lambda cls: cls.__name__)
 def test_passes_ours(cls: type[Optimizer]) -> None:
     check(cls, {}, foreach=False)
 
