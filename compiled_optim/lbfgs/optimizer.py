@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from compiled_optim._engine import by_name
 from compiled_optim._engine.fallback import COMPILE_ERRORS, Fallback
 from compiled_optim._engine.in_graph import operators
 from compiled_optim._engine.torch_private import dynamo, optim, tensor_parts
@@ -114,6 +115,7 @@ class LBFGS(torch.optim.LBFGS):
 
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any]) -> Any:
+        self._params = self.param_groups[0]["params"]  # torch's parts read this, and others may have been swapped in
         if any(map(tensor_parts.is_dtensor, self._params)):
             raise RuntimeError(
                 "LBFGS does not support DTensor parameters: it takes products of whole vectors, and a process holds a "
@@ -269,7 +271,7 @@ class LBFGS(torch.optim.LBFGS):
         return states
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` of this class or of torch.optim.LBFGS returned.
+        """Loads what ``state_dict`` of this class or of torch.optim.LBFGS returned, by the names of parameters if any.
 
         Raises:
             ValueError, TypeError, RuntimeError: for what no step can go on from, naming it; nothing has changed then.
@@ -344,9 +346,29 @@ _observed_step = torch.optim.Optimizer.profile_hook_step(LBFGS._step)
 _step_outside_graphs = dynamo.outside_graphs(LBFGS._run_step)
 
 
-def _check_loaded(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    params = optimizer.param_groups[0]["params"]
-    checks.check_checkpoint(state_dict, sum(p.numel() * (2 if p.is_complex() else 1) for p in params))
+def _check_loaded(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """Checks a checkpoint, and puts it into the order of the parameters if both have their names."""
+    (group,) = optimizer.param_groups
+    sizes = [p.numel() * (2 if p.is_complex() else 1) for p in group["params"]]
+    checks.check_checkpoint(state_dict, sum(sizes))
+    arranged = by_name.arranged("LBFGS", [group], lambda name, shape: None, state_dict)
+    if arranged is None:
+        return None
+    (saved,) = state_dict["param_groups"]
+    state = dict(state_dict["state"].get(saved["params"][0], {}))  # of all parameters, in flat vectors
+    size_of = dict(zip(group["param_names"], sizes, strict=True))
+    lengths = [size_of[name] for name in saved["param_names"]]
+
+    def reordered(vector: Tensor) -> Tensor:
+        parts = dict(zip(saved["param_names"], torch.split(vector, lengths), strict=True))
+        return torch.cat([parts[name] for name in group["param_names"]])
+
+    for name in ("d", "prev_flat_grad"):
+        if state.get(name) is not None:
+            state[name] = reordered(state[name])
+    for name in checks.LISTS[:2]:
+        state |= {name: [reordered(vector) for vector in state[name]]} if state.get(name) else {}
+    return {**arranged, "state": {0: state} if state else {}}
 
 
 def _largest(vector: Tensor) -> Tensor:

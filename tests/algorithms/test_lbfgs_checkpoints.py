@@ -141,3 +141,42 @@ def test_state_dict_hooks_see_the_layout_of_torch(compiled: bool) -> None:
     assert len(seen) == 1
     assert {"old_dirs", "old_stps", "ro", "H_diag"} <= seen[0]
     assert "history" not in seen[0]
+
+
+# ---- names of parameters
+
+
+NAMES = ("w", "b", "v", "c")
+
+
+def named_run(side: str, order: str, values: list[Any] | None = None) -> Run:
+    def build(params: list[Any]) -> Any:
+        named = dict(zip(NAMES, params, strict=True))
+        return SIDES[side]([(name, named[name]) for name in order], **OPTIONS)
+
+    return Run(network, values or initial(network), build)
+
+
+@pytest.mark.parametrize("before", SIDES)
+def test_parameters_in_another_order_are_found_by_name(before: str) -> None:
+    run, uninterrupted = named_run(before, "wbvc"), named_run("torch", "wbvc")
+    for each in (run, uninterrupted):
+        each.step(3)
+    other = named_run("eager", "vcwb", run.values)
+    other.optimizer.load_state_dict(saved_and_loaded(run.optimizer.state_dict()))
+    assert other.optimizer.param_groups[0]["param_names"] == [*"vcwb"]
+    other.step(2)
+    uninterrupted.step(2)
+    assert_alike(other, uninterrupted)
+
+
+def test_names_that_do_not_match_are_listed() -> None:
+    run, other = named_run("eager", "wbvc"), named_run("eager", "vcwb")
+    for each in (run, other):
+        each.step()
+    saved = run.optimizer.state_dict()
+    saved["param_groups"][0]["param_names"] = ["w", "b", "v", "bias"]
+    before = copy.deepcopy(other.optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match=r"LBFGS: .*missing: c; unexpected: bias; to load it by position"):
+        other.optimizer.load_state_dict(saved)
+    torch.testing.assert_close(other.optimizer.state_dict()["state"], before, rtol=0, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -81,9 +82,15 @@ def test_maximizing_is_minimizing_the_negative(search: str | None, compiled: boo
     build: Any = lambda params: LBFGS(params, **options, compiled=compiled, maximize=True)  # noqa: E731
     ours = Run(lambda *params: -network(*params), initial(network), build)
     theirs = Run(network, initial(network), lambda params: torch.optim.LBFGS(params, **options))
+    stock = None
+    if "maximize" in inspect.signature(torch.optim.LBFGS).parameters:  # since torch 2.14
+        stock = Run(ours.loss, ours.values, lambda params: torch.optim.LBFGS(params, **options, maximize=True))
     for _ in range(3):
         assert ours.step() == pytest.approx([-loss for loss in theirs.step()])
         assert_alike(ours, theirs)
+        if stock is not None:
+            stock.step()
+            assert_alike(ours, stock)
     again = Run(ours.loss, ours.values, lambda params: LBFGS(params, compiled=compiled))
     again.optimizer.load_state_dict(ours.optimizer.state_dict())
     again.step()
