@@ -325,6 +325,13 @@ def test_shards_of_dtensors_are_where_they_were(mesh: Any) -> None:
     assert shard.tolist() == [2, 2, 2]
 
 
+def test_fake_tensors_are_told_apart() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    assert tensor_parts.is_fake(FakeTensorMode().from_tensor(torch.ones(3))), "their class has moved"
+    assert not tensor_parts.is_fake(torch.ones(3, device="meta"))
+
+
 def test_unflatten() -> None:
     tensors = [torch.randn(2, 3), torch.randn(()), torch.randn(4)]
     flat = torch.cat([t.reshape(-1) for t in tensors])

@@ -24,6 +24,11 @@ def is_count(value: Any) -> bool:
     return exact and value.numel() == 1
 
 
+def are_fake(params: Iterable[Tensor]) -> bool:
+    """Whether some of the parameters hold no data, so that nothing can be read of them or their state."""
+    return any([type(p) not in PLAIN and tensor_parts.is_fake(p) for p in params])  # noqa: C419
+
+
 def number_of(work: Work, p: Tensor, name: str, value: Any) -> float:
     """A step count, or another 0-d state, as a number.
 

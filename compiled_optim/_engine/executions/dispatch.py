@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions import dtensors, lists, quick
-from compiled_optim._engine.executions.checks import refuse
+from compiled_optim._engine.executions.checks import are_fake, refuse
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, expected, make_plan
 from compiled_optim._engine.executions.memory import Memory
 from compiled_optim._engine.executions.scaling import Scaling, unscale
@@ -126,7 +126,16 @@ class Execution:
             self._step_in_graphs(work)
 
     def _step_in_graphs(self, work: Work) -> None:
-        self.graphs, self.reason = _prepare_graphs(work, self._fallback)()
+        if not self._step_fakes(work):
+            self.graphs, self.reason = _prepare_graphs(work, self._fallback)()
+
+    def _step_fakes(self, work: Work) -> bool:
+        """Steps eagerly if parameters are fake, without a word: whoever swapped them in wants operations to trace."""
+        fake = are_fake([p for group in work.groups for p in group["params"]])
+        if fake:
+            self.reason = "its parameters are fake tensors"
+            self._step_otherwise(work, lambda: lists.step(work))
+        return fake
 
     def _step_otherwise(self, work: Work, step: Callable[[], None]) -> None:
         """A step without launches, which were to divide the gradients by their scale."""
@@ -339,6 +348,8 @@ class Execution:
         self._drop_plan(work)
         self.plan, self.graphs = None, []
         self.quick = self.quick_update = quick.never
+        if self._step_fakes(work):
+            return None
         refuse(work, self._choices)
         if work.substitutes is None:
             work.substitutes = dtensors.redistributed(work)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from compiled_optim._engine.executions.checks import are_fake
 from compiled_optim._engine.executions.program import Program, record
 from compiled_optim._engine.executions.state import Journal, withdraw
 from compiled_optim._engine.executions.steady import again, remember
@@ -74,9 +75,9 @@ def prepare(work: Work, only: Iterable[tuple[int, Tensor]] | None = None) -> Cal
     """
     differentiable = bool(work.defaults.get("differentiable"))
     groups = work.groups
-    capturable = [bool(group.get("capturable")) for group in groups]
-    choices = work.read(keep_tensors=differentiable or any(capturable))
-    rule = work.rule
+    rule, fake = work.rule, any([are_fake(group["params"]) for group in groups])  # noqa: C419
+    capturable = [bool(group.get("capturable") or (fake and rule.declaration.counts)) for group in groups]
+    choices = work.read(keep_tensors=differentiable or fake or any(capturable))
     updates = look(work, choices, only)
     switches = [choice.switches for choice in choices]
 

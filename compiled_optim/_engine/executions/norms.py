@@ -77,6 +77,8 @@ def _norm_of_plain(tensors: list[Tensor], norm_type: float, compiled: bool) -> f
     norm, others = gradients.norm(tensors, largest=norm_type == math.inf) if compiled else (0.0, tensors)
     kinds: dict[Any, list[Tensor]] = defaultdict(list)
     for t in others:
+        if type(t) is not Tensor and tensor_parts.is_fake(t):
+            raise RuntimeError("max_grad_norm and skip_nonfinite need gradients that can be read, got fake tensors")
         check_storage(t)
         if t.numel():  # nothing has no largest element
             kinds[t.device, t.dtype].append(t)

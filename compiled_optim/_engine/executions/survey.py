@@ -22,6 +22,7 @@ from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.checks import (
     COUNT_DTYPES,
     PLAIN,
+    are_fake,
     check_buffer,
     check_gradient,
     check_kind,
@@ -186,6 +187,8 @@ def _idle(work: Work, group: int, p: Tensor, buffers: tuple[str, ...]) -> Member
 
 
 def _take_turns(work: Work, updates: list[Member]) -> None:
+    if are_fake([u.param for u in updates]):  # which are nowhere in memory
+        return
     written = [[u.param, *[u.state[name] for name in (*u.counts, *u.buffers)]] for u in updates]
     if any([u.lacks for u in updates]):  # noqa: C419
         written = [[t for t in row if t is not None] for row in written]

@@ -56,6 +56,11 @@ def is_dtensor(value: Any) -> bool:
     return isinstance(value, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
+def is_fake(value: Any) -> bool:
+    """Whether it is a tensor without data, as tracers use them; as with `is_dtensor`, their module may be missing."""
+    return isinstance(value, getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", ()))
+
+
 def local_shard(tensor: Any) -> torch.Tensor:
     """The shard of a DTensor that this process holds: the tensor itself, where ``to_local`` makes a new view."""
     shard: Any = tensor._local_tensor
