@@ -15,7 +15,7 @@ pytest.importorskip("accelerate", **MISSING)
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.utils.data import DataLoader
 
 from compiled_optim import lr_scheduler
@@ -98,8 +98,8 @@ def test_scaler(way: Way) -> None:
         run.accelerator.scaler = scaler
         run.optimizer = type(run.optimizer)(run.raw, scaler=scaler)
         skipped.append(run.train(5))
-    assert skipped[0] == skipped[1] > 0
-    assert_same(runs[0].model, runs[1].model, 1e-4)
+    assert 0 < skipped[0] == skipped[1] < 30
+    assert_same(runs[0].model, runs[1].model, 1e-5)
     way.check(runs[0].optimizer)
 
 
@@ -145,31 +145,33 @@ def attached(way: Way) -> Any:
     return build
 
 
-@pytest.mark.host("Accelerate", "an attached schedule, which warns that it was not saved and goes on")
-def test_attached_schedule(way: Way, tmp_path: Path) -> None:
-    whole, first, second = (Run(attached(way)) for _ in range(3))
+def by_hand(params: Any) -> Any:
+    optimizer, _ = adamw(params)
+    return optimizer, CosineAnnealingLR(optimizer, 16)
+
+
+def compare_resumed(way: Way, directory: Path, *, registered: bool) -> None:
+    """Two epochs, with a checkpoint between them, beside torch's two with a schedule that is prepared."""
+    whole, first, second = Run(by_hand, torch.float64), *(Run(attached(way), torch.float64) for _ in range(2))
+    if registered:
+        for run in (first, second):
+            run.accelerator.register_for_checkpointing(run.raw._attached.schedule)
     whole.train(2)
     first.train()
-    first.accelerator.save_state(str(tmp_path))
-    second.accelerator.load_state(str(tmp_path))
-    with pytest.warns(UserWarning, match="attached CosineAnnealingLR did not: it goes on from step 8"):
-        second.train()
+    first.accelerator.save_state(str(directory))
+    second.accelerator.load_state(str(directory))
+    second.train()
     assert_same(second.model, whole.model, 1e-12)
-    assert second.raw.param_groups[0]["lr"] == pytest.approx(0, abs=1e-15)
     way.check(second.optimizer)
+
+
+@pytest.mark.host("Accelerate", "an attached schedule, which warns that it was not saved and goes on")
+def test_attached_schedule(way: Way, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="attached CosineAnnealingLR did not: it goes on from step 8"):
+        compare_resumed(way, tmp_path, registered=False)
 
 
 @pytest.mark.host("Accelerate", "an attached schedule, registered for checkpointing")
 def test_registered_schedule(way: Way, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    runs = [Run(attached(way)) for _ in range(3)]
-    for run in runs:
-        run.accelerator.register_for_checkpointing(run.raw._attached.schedule)
-    whole, first, second = runs
-    whole.train(2)
-    first.train()
-    first.accelerator.save_state(str(tmp_path))
-    second.accelerator.load_state(str(tmp_path))
-    second.train()
+    compare_resumed(way, tmp_path, registered=True)
     assert not [w for w in recwarn if "attached" in str(w.message)]
-    assert_same(second.model, whole.model, 1e-12)
-    way.check(second.optimizer)
