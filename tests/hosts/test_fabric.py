@@ -61,7 +61,7 @@ def test_training(way: Way, precision: Any) -> None:
     ours, stock = Run(with_ours(way), precision=precision), Run(adamw, precision=precision)
     for run in (ours, stock):
         run.train(2, clip=0.1, accumulate=2)
-    assert_same(ours.model, stock.model, 1e-12 if precision == "64-true" else 1e-4)
+    assert_same(ours.model, stock.model, 1e-12 if precision == "64-true" else 1e-5)
     way.check(ours.optimizer)
 
 

@@ -83,7 +83,7 @@ def test_training(way: Way, tmp_path: Path, model: Any) -> None:
 @pytest.mark.host("Trainer", "bf16")
 def test_bfloat16(way: Way, tmp_path: Path) -> None:
     ours, stock = (train(tmp_path, gpt2().float(), what, bf16=True) for what in (mine(way), theirs()))
-    assert_same(ours.model, stock.model, 1e-3)
+    assert_same(ours.model, stock.model, 1e-4)
     way.check(ours.optimizer)
 
 
