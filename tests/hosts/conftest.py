@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hosts_table import Table
@@ -31,10 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> Iterator[Way]:
-    """An eager and a compiled optimizer, one after the other. A test that checks nothing of what ran is wrong."""
-    found = Way(request.param)
-    yield found
-    request.node.user_properties.append(("ran", " and ".join(sorted(found.seen))))
-    request.node.user_properties.append(("result", found.result))
-    assert found.seen, "nothing was asked about what ran"
+def way(request: pytest.FixtureRequest) -> Way:
+    """An eager and a compiled optimizer, one after the other."""
+    return Way(request.param)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: Any) -> Any:
+    passed = yield
+    if way := pyfuncitem.funcargs.get("way"):
+        assert way.seen, "nothing was asked about what ran"
+        pyfuncitem.user_properties += [("ran", " and ".join(sorted(way.seen))), ("result", way.result)]
+    return passed

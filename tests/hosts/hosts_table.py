@@ -12,13 +12,16 @@ import pytest
 
 PACKAGES = (
     *("torch", "lightning", "accelerate", "transformers", "peft", "pytorch-ignite", "skorch", "pytorch_optimizer"),
-    *("schedulefree", "hydra-core", "omegaconf", "jsonargparse", "torchmetrics", "scikit-learn", "timm", "torchvision"),
+    *("schedulefree", "hydra-core", "omegaconf", "jsonargparse", "torchmetrics", "scikit-learn"),
 )
 HEAD = """# Hosts
 
 Small trainings inside the frameworks that own a training loop, each once with `torch.optim` and once with this package,
 from the same seed. *Same result* says whether parameters agree at the end; the other columns say what ran according to
 `explain` without and with `compiled=True`: `multi_tensor` is the compiled kernel. Written by `make test-hosts`.
+
+timm 1.0.31 is left out: it needs torchvision, of which the build in the package index (0.29.1) does not import beside the
+CPU build of torch ("operator torchvision::nms does not exist").
 """
 
 
@@ -35,10 +38,10 @@ class Table:
         if marker := item.get_closest_marker("host"):
             way = item.callspec.params.get("way") if hasattr(item, "callspec") else None
             row = self.rows.setdefault(marker.args, {"passed": True, "eager": "", "compiled": ""})
-            row["passed"] &= report.passed
+            row["passed"] &= report.outcome != "failed"
             if report.when == "teardown":
                 said = dict(item.user_properties)
-                row.update({way or "compiled": said.get("ran", "")}, result=said.get("result"))
+                row.update({way or "compiled": said.get("ran", "")}, result=said.get("result", "not run"))
         return report
 
     def pytest_sessionfinish(self) -> None:
@@ -49,7 +52,7 @@ class Table:
         yield "|---|---|---|---|---|"
         hosts = [host for host, _ in self.rows]
         for (host, feature), row in sorted(self.rows.items(), key=lambda entry: hosts.index(entry[0][0])):
-            result = row.get("result") or "yes" if row["passed"] else "NO"
+            result = row["result"] or "yes" if row["passed"] else "NO"
             yield f"| {host} | {feature} | {result} | {row['eager']} | {row['compiled']} |"
         yield ""
         yield f"Versions, with Python {platform.python_version()} on {platform.system()}:"

@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from training import MISSING, Way, assert_same, digits, network
 
+pytest.importorskip("lightning", **MISSING)  # a sign that frameworks are installed at all
+
 LR = 0.01
 
 
