@@ -20,8 +20,8 @@ Small trainings inside the frameworks that own a training loop, each once with `
 from the same seed. *Same result* says whether parameters agree at the end; the other columns say what ran according to
 `explain` without and with `compiled=True`: `multi_tensor` is the compiled kernel. Written by `make test-hosts`.
 
-timm 1.0.31 is left out: it needs torchvision, of which the build in the package index (0.29.1) does not import beside the
-CPU build of torch ("operator torchvision::nms does not exist").
+timm 1.0.31 is left out: it needs torchvision, whose build in the package index (0.29.1) does not import beside the CPU
+build of torch ("operator torchvision::nms does not exist").
 """
 
 
