@@ -39,6 +39,7 @@ class Number(Field):
     switch: bool
     unit: str = ""
     names: tuple[str, ...] = ()
+    integer: bool = False
     kw_only: bool = False
     init: bool = True
 
@@ -50,7 +51,8 @@ class Number(Field):
 
     @property
     def range(self) -> str:
-        return self.bounds or "a number"
+        kind = "an integer" if self.integer else "a number"
+        return f"{kind}, {self.bounds}" if self.integer and self.bounds else self.bounds or kind
 
     def takes_none(self, position: int) -> bool:
         """Whether None may stand in this place of a tuple, as it does in the default."""
@@ -63,6 +65,7 @@ class Number(Field):
             and (self.above is None or bool(value > self.above))
             and (self.high is None or bool(value <= self.high))
             and (self.below is None or bool(value < self.below))
+            and (not self.integer or bool(value % 1 == 0))
         )
 
 
@@ -123,6 +126,7 @@ def number(
     switch: bool = False,
     unit: str = "",
     names: tuple[str, ...] = (),
+    integer: bool = False,
     help: str = "",
 ) -> Any:
     """Declares a hyperparameter: a float, or a tuple of floats, or 0-d tensors in their place.
@@ -135,9 +139,10 @@ def number(
         switch: whether zero and non-zero values take different kernels (different values never do).
         unit: its unit, such as ``"parameter / gradient"``; empty for a pure number.
         names: what the update rule calls the values of a tuple, if not as above.
+        integer: whether it must have no fraction.
         help: what it is, for the documentation of the class.
     """
-    return Number(default, low, above, high, below, switch, unit, names, help=help)
+    return Number(default, low, above, high, below, switch, unit, names, integer, help=help)
 
 
 def flag(*, default: Any, switch: bool = False, kw_only: bool = False, init: bool = True, help: str = "") -> Any:

@@ -107,16 +107,11 @@ def ranges(name: str, field: Number) -> list[tuple[float, float]]:
 
 def sample(name: str, field: Number, fraction: float = 0.6) -> Any:
     """A value that has an effect, this far into its range; the numbers of a tuple differ."""
-    digits = None if is_integer(field) else 4
+    digits = None if field.integer else 4
     parts = tuple(
         round(low + (high - low) * (fraction + 0.2 * i), digits) for i, (low, high) in enumerate(ranges(name, field))
     )
     return parts if isinstance(field.default, tuple) else parts[0]
-
-
-def is_integer(field: Number) -> bool:
-    """Whether it is a number of times."""
-    return isinstance(field.default, int) and field.default > 1
 
 
 def filled(field: Number, value: float) -> Any:

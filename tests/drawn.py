@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cases import accepted, is_integer, numbers_of, ranges
+from cases import accepted, numbers_of, ranges
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -21,7 +21,7 @@ def values_for(cls: type[compiled_optim.Optimizer], switches: dict[str, Any]) ->
 
 
 def _values(name: str, field: Number) -> SearchStrategy[Any]:
-    if is_integer(field):
+    if field.integer:
         return st.integers(*ranges(name, field)[0])
     parts = [st.floats(*bounds, exclude_min=field.above is not None) for bounds in ranges(name, field)]
     one = st.tuples(*parts) if isinstance(field.default, tuple) else parts[0]

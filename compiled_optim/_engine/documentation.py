@@ -79,7 +79,10 @@ def _arguments(declaration: Declaration) -> Iterator[str]:
         what = [(field.help if field else "") or SHARED.get(name, "")]
         if isinstance(field, Number):
             each = "each " if isinstance(field.default, tuple) else ""
-            what += [f"unit: {field.unit}" if field.unit else "", f"{each}{field.bounds}" if field.bounds else ""]
+            what += [
+                f"unit: {field.unit}" if field.unit else "",
+                f"{each}{field.range}" if field.range != "a number" else "",
+            ]
         what += [f"default: {parameter.default!r}"]
         yield f"{label}: {'; '.join(filter(None, what))}."
 

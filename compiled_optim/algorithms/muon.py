@@ -9,11 +9,11 @@ from compiled_optim._engine.values import batched, lerp, of_shape
 from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, flag, number
 from compiled_optim.optimizer import Optimizer
 
-# How the learning rate follows the shape (rows, columns) of a matrix.
+# How the learning rate follows the shape (rows, columns) of a matrix, which may be empty.
 RATIOS = {
-    "original": lambda shape: math.sqrt(max(1, shape[0] / shape[1])),
+    "original": lambda shape: math.sqrt(max(1, shape[0] / max(1, shape[1]))),
     "match_rms_adamw": lambda shape: 0.2 * math.sqrt(max(shape)),
-    "spectral_unclamped": lambda shape: math.sqrt(shape[0] / shape[1]),
+    "spectral_unclamped": lambda shape: math.sqrt(shape[0] / max(1, shape[1])),
 }
 
 
@@ -41,7 +41,7 @@ class Muon(Optimizer):
         default=(3.4445, -4.7750, 2.0315), names=("a", "b", "c"), help="of the Newton-Schulz polynomial"
     )
     eps: float = number(default=1e-7, unit="gradient", help="least norm that a matrix is divided by")
-    ns_steps: int = number(default=5, low=0, below=100, help="Newton-Schulz iterations")
+    ns_steps: int = number(default=5, low=0, below=100, integer=True, help="Newton-Schulz iterations")
     adjust_lr_fn: str | None = flag(default=None, help="how the learning rate follows the shape")
     # torch.optim.Muon has none of these
     maximize = None  # type: ignore[assignment]
