@@ -51,7 +51,8 @@ class Attached:
         self._has_tensors = True  # or not known
         self._counts: dict[torch.device, Tensor] = {}
         schedule._refer(weakly=True)
-        self._count(self._devices())
+        self._on = self._devices()  # where learning rates lie that are not read
+        self._count(self._on)
 
     def _look_up(self) -> str:
         """Takes the closed forms; of a param group that the schedule has not seen there is none.
@@ -94,7 +95,8 @@ class Attached:
         if self._is_changed and self._was_changed:  # not only once, by hand
             self.warn_of_another("Something else")
         schedule._check_next()
-        if self._has_tensors and not self._is_captured and any(map(is_capturing, self._devices())):
+        self._on = self._devices() if self._has_tensors else set()
+        if self._on and not self._is_captured and any(map(is_capturing, self._on)):
             self._begin_capture()
 
     def _begin_capture(self) -> None:
@@ -106,7 +108,7 @@ class Attached:
         why = self._look_up()
         try:
             for function in self._functions.values():
-                function(torch.zeros((), dtype=torch.float64, device="cpu"))
+                function(torch.empty((), dtype=torch.float64, device="meta"))  # where nothing is captured or read
         except TypeError as error:
             why = str(error)
         if why:
@@ -117,7 +119,6 @@ class Attached:
         """After a step of the optimizer."""
         schedule = self.schedule
         self._is_restored, self._was_changed = False, self._is_changed
-        devices = self._devices() if self._has_tensors else set()
         if self._is_captured:
             schedule._move_to(schedule._steps_taken + 1)
             for count in self._counts.values():
@@ -130,8 +131,8 @@ class Attached:
             schedule._follow()
         finally:
             self.is_moving = False
-        if devices:
-            self._count(devices)
+        if self._on:
+            self._count(self._on)
 
     def _count(self, devices: Iterable[torch.device]) -> None:
         for device in devices:
@@ -177,7 +178,9 @@ class Attached:
         """The schedule is at another place; and the learning rates, unless those of a checkpoint were loaded too."""
         schedule = self.schedule
         self._count(self._counts)
-        if self._is_captured or schedule.schedules != ("lr",):
+        if self._is_captured:
+            self._begin_capture()
+        elif schedule.schedules != ("lr",):
             self._look_up()
         if not self._is_lost:
             if schedule.schedules != ("lr",):
@@ -229,7 +232,7 @@ def _at(function: Callable[[Any], Any], steps: Tensor) -> Tensor:
         return function(steps)  # type: ignore[no-any-return]
     except TypeError:
         values = torch.full_like(steps, torch.nan)
-    with contextlib.suppress(TypeError):
+    with contextlib.suppress(Exception):  # whatever a function of the user raises at a step that may not be its own
         values[-1] = function(steps[-1].item())
     return values
 

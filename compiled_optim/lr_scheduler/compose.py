@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import lr_scheduler
 
+from compiled_optim._engine.declaration import coerce
 from compiled_optim.lr_scheduler.formulas import RAMPS, Form, piecewise, ramp
 from compiled_optim.lr_scheduler.scheduler import Relative, Scheduler, copied
 from compiled_optim.lr_scheduler.schedules import SWALR, MultiplicativeLR
@@ -104,6 +105,7 @@ class Warmup(SequentialLR):
         if schedule._steps_taken != 0:
             place = f"a {type(schedule).__name__} at step {schedule._steps_taken}"
             raise ValueError(f"schedule must be at its first step, got {place}: to resume, load a state_dict")
+        steps, start_factor, power = map(coerce, (steps, start_factor, power))
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps must be an integer of at least 0, got {steps!r}")
         if kind not in RAMPS:

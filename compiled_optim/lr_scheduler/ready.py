@@ -13,14 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from compiled_optim._engine import settings
+from compiled_optim._engine.declaration import coerce
 from compiled_optim.lr_scheduler.formulas import RAMPS, Factor, annealed, library, minimum, piecewise, ramp
 from compiled_optim.lr_scheduler.schedules import LambdaLR
 
 
 def _schedule(optimizer: Optimizer, last_epoch: int, formula: Callable[..., Any], **values: Any) -> LambdaLR:
+    values = {name: coerce(value) for name, value in values.items()}
     for name, value in values.items():
         if name.endswith("_steps") and not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value!r}")
@@ -83,14 +86,22 @@ def get_cosine_schedule_with_warmup(
     return _schedule(optimizer, last_epoch, _cosine, **steps, num_cycles=num_cycles, min_lr_rate=0.0)
 
 
+def _default_lr(optimizer: Optimizer) -> float:
+    """The learning rate that the optimizer was given. One that is a tensor may have been moved since."""
+    lr = optimizer.defaults["lr"]
+    if not isinstance(lr, Tensor):
+        return float(lr)
+    initial = (group["initial_lr"] for group in optimizer.param_groups if group["lr"] is lr and "initial_lr" in group)
+    return float(next(initial, lr.detach()))
+
+
 def _rate(optimizer: Optimizer, min_lr: float | None, min_lr_rate: float | None) -> float:
     if (min_lr is None) == (min_lr_rate is None):
         raise ValueError(f"one of min_lr and min_lr_rate must be given, got {min_lr!r} and {min_lr_rate!r}")
-    rate = float(optimizer.defaults["lr"]) if min_lr_rate is None else 1.0
-    value = min_lr if min_lr_rate is None else min_lr_rate
-    if not value >= 0:  # type: ignore[operator]
-        raise ValueError(f"min_lr and min_lr_rate must be at least 0, got {value!r}")
-    return value / rate  # type: ignore[operator]
+    for name, value in (("min_lr", min_lr), ("min_lr_rate", min_lr_rate)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value!r}")
+    return min_lr / _default_lr(optimizer) if min_lr_rate is None else min_lr_rate  # type: ignore[operator]
 
 
 def get_cosine_with_min_lr_schedule_with_warmup(
@@ -189,7 +200,7 @@ def get_polynomial_decay_schedule_with_warmup(
     Args:
         lr_end: the end, below the optimizer's default learning rate: r is ``lr_end`` over that.
     """
-    initial = float(optimizer.defaults["lr"])
+    initial = _default_lr(optimizer)
     if not lr_end < initial:
         raise ValueError(f"lr_end must be below the learning rate {initial!r}, got {lr_end!r}")
     steps = {"num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps}
@@ -335,7 +346,8 @@ def _ema_decay(t: Any, decay: float) -> Any:
 def get_ema_decay_fn(decay: float = 0.9999) -> Callable[[Any], Any]:
     r"""The decay of an average that follows quickly at first: :math:`\min(d, (1 + t) / (10 + t))` after t updates.
 
-    For the ``ema_decay`` of an optimizer, and for an ``avg_fn``: a function of a number, a tensor or a symbol alike.
+    For the ``ema_decay`` of an optimizer and for ``swa_utils.get_ema_avg_fn``: a function of a number, a tensor or a
+    symbol alike.
 
     Args:
         decay: d, in [0, 1].

@@ -116,7 +116,7 @@ def mine_at_25() -> Any:
             "one of min_lr and min_lr_rate must be given, got None",
         ),
         ("get_cosine_with_min_lr_schedule_with_warmup", (1, 9, 0.5, -1, 0.1, 0.1), "must be given, got 0.1 and 0.1"),
-        ("get_cosine_with_min_lr_schedule_with_warmup", (1, 9, 0.5, -1, -0.1), "must be at least 0, got -0.1"),
+        ("get_cosine_with_min_lr_schedule_with_warmup", (1, 9, 0.5, -1, -0.1), "min_lr must be at least 0, got -0.1"),
         (
             "get_polynomial_decay_schedule_with_warmup",
             (1, 9, 0.2),
@@ -140,6 +140,27 @@ def test_of_two_numbers_of_steps_one_counts() -> None:
     with pytest.warns(UserWarning, match="num_stable_steps is used, and num_training_steps is not"):
         schedule = ours.get_wsd_schedule(make_optimizer(), 0, 10, num_training_steps=500, num_stable_steps=10)
     assert schedule.value(15) == near(LR / 2)
+
+
+def test_a_floor_does_not_follow_a_learning_rate_that_is_a_tensor() -> None:
+    """It is the optimizer's default too, which a schedule or a checkpoint may have moved."""
+    optimizer = make_optimizer(compiled_optim, torch.float64)
+    first = build("floor", optimizer)
+    for _ in range(50):
+        step(first)
+    assert rates(optimizer)[0] != near(LR)
+    for case in ("floor", "polynomial, power"):
+        again = build(case, optimizer)
+        assert again.value(130) == near(LR * reference(case)(130))
+
+
+def test_numbers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    schedule = ours.get_linear_schedule_with_warmup(make_optimizer(), numpy.int64(10), numpy.int64(50))
+    step(schedule)
+    assert {type(group["lr"]) for group in schedule.optimizer.param_groups} == {float}
+    assert schedule.expression().subs(t, 30) == near(LR / 2)
+    assert ours.warmup(ours.StepLR(make_optimizer(), 5), numpy.int64(4)).value(2) == near(LR / 2)
 
 
 def test_they_are_drawn() -> None:
@@ -177,15 +198,16 @@ def test_ema_decay_of_an_optimizer(compiled: bool) -> None:
         torch.testing.assert_close(optimizer.state[p]["ema"], average)
 
 
-def test_ema_decay_of_an_averaged_model() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ema_decay_of_an_averaged_model(compiled: bool) -> None:
     decay = ours.get_ema_decay_fn(0.3)
     model = torch.nn.Linear(2, 1, bias=False)
-    average = compiled_optim.swa_utils.AveragedModel(model, avg_fn=lambda a, m, n: torch.lerp(m, a, decay(n)))
-    expected = model.weight.detach().clone()
-    average.update_parameters(model)
-    for n in range(1, 6):
-        model.weight.data.add_(1.0)
+    fn = compiled_optim.swa_utils.get_ema_avg_fn(decay)
+    average = compiled_optim.swa_utils.AveragedModel(model, avg_fn=fn, compiled=compiled)
+    expected = torch.zeros(1, 2)
+    for n in range(6):
         average.update_parameters(model)
-        kept = min(0.3, (1 + n) / (10 + n))
+        kept = min(0.3, (1 + n) / (10 + n)) if n else 0.0
         expected = kept * expected + (1 - kept) * model.weight.detach()
         torch.testing.assert_close(average.module.weight.detach(), expected)
+        model.weight.data.add_(1.0)
