@@ -7,6 +7,7 @@ import io
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ready_cases import LR, READY, of_torch, reference
@@ -155,12 +156,11 @@ def test_a_floor_does_not_follow_a_learning_rate_that_is_a_tensor() -> None:
 
 
 def test_numbers_of_numpy() -> None:
-    numpy = pytest.importorskip("numpy")
-    schedule = ours.get_linear_schedule_with_warmup(make_optimizer(), numpy.int64(10), numpy.int64(50))
+    schedule = ours.get_linear_schedule_with_warmup(make_optimizer(), np.int64(10), np.int64(50))
     step(schedule)
     assert {type(group["lr"]) for group in schedule.optimizer.param_groups} == {float}
     assert schedule.expression().subs(t, 30) == near(LR / 2)
-    assert ours.warmup(ours.StepLR(make_optimizer(), 5), numpy.int64(4)).value(2) == near(LR / 2)
+    assert ours.warmup(ours.StepLR(make_optimizer(), 5), np.int64(4)).value(2) == near(LR / 2)
 
 
 def test_they_are_drawn() -> None:
