@@ -25,7 +25,7 @@ def test_no_file_over_400_lines(file: Path) -> None:
 
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
-    "compiled_optim": 1810,
+    "compiled_optim": 1820,
     "compiled_optim/_engine": 1040,
     "compiled_optim/_engine/cache": 640,
     "compiled_optim/_engine/executions": 2590,
@@ -37,7 +37,7 @@ BUDGETS = {
     "compiled_optim/algorithms": 560,
     "compiled_optim/integrations": 60,
     "compiled_optim/lbfgs": 640,
-    "compiled_optim/lr_scheduler": 1270,
+    "compiled_optim/lr_scheduler": 1280,
     "compiled_optim/swa_utils": 450,
 }
 
