@@ -177,15 +177,16 @@ def _rows(execution: Execution, bandwidth: float | None) -> list[Row]:
         )
         for g in execution.graphs
     ]
-    if execution.plan is not None:
-        for launch in execution.plan.launches:
+    plan = execution.plan or execution.staged
+    if plan is not None:
+        for launch in plan.launches:
             k = launch.kernel
             where = ("multi_tensor", str(launch.device), _dtype(launch.dtype))
-            size = (launch.tensors, launch.elements, 1 + k.signature.on_device, k.bytes_per_element)
+            size = (launch.tensors, launch.elements, launch.launches, k.bytes_per_element)
             row = Row(*where, *size, k.signature.name, k.origin, k.seconds, "")
             rows.append(row if bandwidth is None else _with_cost(row, k.signature, bandwidth))
-        for reason in dict.fromkeys(why for _, _, why in execution.plan.elsewhere):
-            rows += _eager_rows([p for _, p, why in execution.plan.elsewhere if why == reason], reason)
+        for reason in dict.fromkeys(why for _, _, why in plan.elsewhere):
+            rows += _eager_rows([p for _, p, why in plan.elsewhere if why == reason], reason)
     return rows
 
 

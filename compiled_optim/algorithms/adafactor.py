@@ -52,15 +52,15 @@ class Adafactor(Optimizer):
     @staticmethod
     def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
         eps1 = k.eps1 + k.own_eps * k.dtype_eps
-        size = mean(p * p) ** 0.5
+        size, square = mean(p * p).sqrt(), g * g
         if hasattr(s, "variance"):
-            s.variance = v = lerp(s.variance, g * g, k.weight)
+            s.variance = v = lerp(s.variance, square, k.weight)
         else:
-            s.row_var = lerp(s.row_var, mean(g * g, -1), k.weight)
-            s.col_var = lerp(s.col_var, mean(g * g, -2), k.weight)
+            s.row_var = lerp(s.row_var, mean(square, -1), k.weight)
+            s.col_var = lerp(s.col_var, mean(square, -2), k.weight)
             v = s.row_var * s.col_var / maximum(mean(s.row_var, -2), eps1)
-        u = g / maximum(v, eps1 * eps1) ** 0.5
+        u = g / maximum(v, eps1 * eps1).sqrt()
         # where NaN is compared, as torch.optim does in Python: the bound is taken
-        excess = mean(u * u) ** 0.5 / k.most
+        excess = mean(u * u).sqrt() / k.most
         step_size = where(size > k.eps2, size, k.eps2) * k.step_size / where(excess > 1, excess, 1.0)
         return p * k.decay - u * step_size

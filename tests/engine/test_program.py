@@ -103,7 +103,7 @@ def columns(seed: int) -> list[list[Tensor]]:
 def test_a_recorded_rule_does_what_it_does_on_lists(seed: int, length: int) -> None:
     whole = Subject.rule
     same = {name: getattr(whole, name) for name in ("declaration", "extras", "rounds", "name")}
-    rule: Any = SimpleNamespace(update=random_rule(seed, length), **same)
+    rule: Any = SimpleNamespace(elementwise=True, update=random_rule(seed, length), **same)
     on = Subject.rule.declaration.switch_type._make([False])
     given_tensors, tensors = columns(seed), columns(seed)
     p, g, *state = map(TensorList, given_tensors)

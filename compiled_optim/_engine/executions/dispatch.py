@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from compiled_optim._engine.declaration import Group
-from compiled_optim._engine.executions import dtensors, lists, quick
+from compiled_optim._engine.executions import dtensors, gradients, lists, quick
 from compiled_optim._engine.executions.checks import are_fake, refuse
 from compiled_optim._engine.executions.launch import Counts, Plan, Row, expected, make_plan
 from compiled_optim._engine.executions.memory import Memory
@@ -23,29 +23,17 @@ from compiled_optim._engine.kernels.backends import backend_of
 from compiled_optim._engine.kernels.registry import Kernel
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim._engine.one_pass import OnePass
-from compiled_optim._engine.rule import Rule, first_scalars
+from compiled_optim._engine.rule import Rule
 from compiled_optim._engine.torch_private import inductor, optim, version
 
 if TYPE_CHECKING:
+    from compiled_optim._engine.executions.staged import StagedPlan
     from compiled_optim._engine.executions.traced_lists import ListGraph
 
 # The types of devices that torch.compile makes good kernels for. Parameters on others are updated eagerly.
 GRAPH_DEVICES = ("cuda", "xpu")
 _KEPT_REASONS = 19  # besides the newest
 _REMEDY = "repair that, or build the optimizer with compiled=False"
-
-
-def _scalar_names(work: Work, choices: list[Group]) -> list[tuple[str, ...]]:
-    """Of each param group; none where they cannot be evaluated, if nothing is to be updated there."""
-    rule, names = work.rule, []
-    for group, choice in zip(work.groups, choices, strict=True):
-        try:
-            names.append(tuple(first_scalars(rule, choice.hyper)))
-        except Exception:
-            if any(p.grad is not None for p in group["params"]):
-                raise
-            names.append(())
-    return names
 
 
 def _prepare_graphs(
@@ -75,6 +63,7 @@ class Execution:
         self.quick: quick.QuickStep = quick.never
         self.quick_update: quick.QuickStep = quick.never
         self._offered: tuple[quick.QuickStep, quick.QuickStep] = self.quick, self.quick_update
+        self.staged: StagedPlan | None = None
         self.graphs: list[ListGraph] = []
         self.reason = ""
         self.rebuilt: list[str] = []
@@ -120,10 +109,39 @@ class Execution:
             self._step_otherwise(work, lambda: lists.step(work))
             return
         self._lowering = self._lowering or self._choose_lowering(work)
-        if self._lowering != "foreach":
+        if self._lowering == "staged":
+            self._step_staged(work)
+        elif self._lowering != "foreach":
             self._step_multi_tensor(work)
         else:
             self._step_in_graphs(work)
+
+    def _step_staged(self, work: Work) -> None:
+        """A step of a rule that reduces."""
+        from compiled_optim._engine.executions import staged  # few optimizers need it
+
+        if self._step_fakes(work):
+            return
+        try:
+            plan, take = staged.prepare(work, work.read(), self._refused)
+        except inductor.LoweringError as error:
+            self._step_in_graphs_after(work, error)
+        except COMPILE_ERRORS as error:
+            self.reason = self._fallback.give_up(str(error), _REMEDY)
+            lists.step(work)
+        else:
+            for launch in plan.launches:  # explain tells where a kernel came from when it was first used
+                launch.kernel = self._kernels.setdefault(launch.kernel.signature, launch.kernel)
+            self.staged = plan
+            take()
+
+    def _refused(self, elsewhere: list[tuple[Tensor, str]]) -> None:
+        self._fallback.tell_of(elsewhere, "parameter", "updated eagerly")
+
+    def _step_in_graphs_after(self, work: Work, error: inductor.LoweringError) -> None:
+        self._fallback.tell(str(error), 'it is compiled as with compiled="foreach"')
+        self._lowering = "foreach"
+        self._step_otherwise(work, lambda: self._step_in_graphs(work))
 
     def _step_in_graphs(self, work: Work) -> None:
         if not self._step_fakes(work):
@@ -165,22 +183,15 @@ class Execution:
 
     def zero_gradients(self, groups: list[dict[str, Any]]) -> bool:
         """Sets gradients to zero, those in host memory in one pass; False if nothing was done, as none was launched."""
-        launched = self.plan is not None and any(launch.device.type == "cpu" for launch in self.plan.launches)
+        plan = self.plan or self.staged
+        launched = plan is not None and any(launch.device.type == "cpu" for launch in plan.launches)
         if not launched or self._fallback.reason() or optim.is_profiled():
             return False
         try:
-            from compiled_optim._engine.kernels import gradients
-
-            others = gradients.zero([p for group in groups for p in group["params"]], of_gradients=True)
+            gradients.zero([p for group in groups for p in group["params"]])
         except COMPILE_ERRORS as error:
             self._fallback.give_up(str(error), _REMEDY)
             return False
-        for grad in others:  # as torch.optim does
-            if grad.grad_fn is not None:
-                grad.detach_()
-            else:
-                grad.requires_grad_(False)
-            grad.zero_()
         return True
 
     def _unscale(self, work: Work, scaling: Scaling) -> bool:
@@ -203,7 +214,7 @@ class Execution:
 
     @property
     def has_stepped(self) -> bool:
-        return bool(self.plan or self.graphs or self.reason)
+        return bool(self.plan or self.staged or self.graphs or self.reason)
 
     def begin(self, work: Work) -> None:
         """Starts to compile what the next step needs, if that is known yet. Raises nothing: the step does."""
@@ -212,11 +223,12 @@ class Execution:
             return
         with suppress(Exception):  # the step will raise it, where no graph is traced around it
             choices = work.read()
-            registry.prefetch(expected(work, choices, _scalar_names(work, choices)))
+            registry.prefetch(expected(work, choices, work.scalar_names(choices)))
 
     def _unavailable(self, work: Work) -> str:
-        if self.plan is not None:
-            if self.plan.is_current(work):
+        plan = self.plan or self.staged
+        if plan is not None:
+            if plan.is_current(work):
                 return ""
             name = work.rule.name
             why = f"the update of {name}, or what it refers to, has changed since it was compiled"
@@ -229,6 +241,8 @@ class Execution:
     def _choose_lowering(self, work: Work) -> str:
         params = [p for group in work.groups for p in group["params"]]
         in_graphs = self._compiled == "foreach" or (params and all(map(self._goes_into_graph, params)))
+        if not in_graphs and not work.rule.elementwise and all(p.device.type == "cpu" for p in params):
+            return "staged"
         return "foreach" if in_graphs else "multi_tensor"
 
     def _goes_into_graph(self, p: Tensor) -> bool:
@@ -353,19 +367,14 @@ class Execution:
         refuse(work, self._choices)
         if work.substitutes is None:
             work.substitutes = dtensors.redistributed(work)
-        self._scalar_names = _scalar_names(work, self._choices)
-
-        def refused(elsewhere: list[tuple[Tensor, str]]) -> None:
-            self._fallback.tell_of(elsewhere, "parameter", "updated eagerly")
+        self._scalar_names = work.scalar_names(self._choices)
 
         try:
             if not work.rule.elementwise:
                 raise inductor.LoweringError(f"{work.rule.name} is not elementwise, so not one fusible loop")
-            self.plan = plan = make_plan(work, self._choices, self._scalar_names, refused, self._goes_into_graph)
+            self.plan = plan = make_plan(work, self._choices, self._scalar_names, self._refused, self._goes_into_graph)
         except inductor.LoweringError as error:
-            self._fallback.tell(str(error), 'it is compiled as with compiled="foreach"')
-            self._lowering = "foreach"
-            self._step_otherwise(work, lambda: self._step_in_graphs(work))
+            self._step_in_graphs_after(work, error)
             return None
         except COMPILE_ERRORS as error:
             self.reason = self._fallback.give_up(str(error), _REMEDY)

@@ -1,4 +1,4 @@
-"""The dtype and the layout in which a kernel reads gradients."""
+"""The dtype and the layout in which a kernel reads gradients; and setting them to zero."""
 
 from __future__ import annotations
 
@@ -44,3 +44,15 @@ def samples(p: Tensor, signature: Signature) -> list[Tensor]:
         return []
     with dynamo.outside_modes():
         return [torch.empty(0, dtype=dtype.to_complex() if p.is_complex() else dtype, device="cpu")]
+
+
+def zero(params: list[Tensor]) -> None:
+    """Sets the gradients to zero, those in host memory in one native pass. Raises what that raises."""
+    from compiled_optim._engine.kernels import gradients  # its library is loaded when somebody asks for it
+
+    for grad in gradients.zero(params, of_gradients=True):  # the others, as torch.optim does
+        if grad.grad_fn is not None:
+            grad.detach_()
+        else:
+            grad.requires_grad_(False)
+        grad.zero_()

@@ -39,12 +39,14 @@ class Launch:
     """What one kernel does in a step on one device; complex elements count as two.
 
     ``context`` returns the last argument of the kernel's entry in the next step, given `Work.factor` if there is one.
+    ``launches`` are those of a step.
     """
 
     kernel: registry.Kernel
     dtype: torch.dtype
     device: torch.device
     context: Callable[..., int] = int
+    launches: int = 1
     tensors: int = 0
     elements: int = 0
 
@@ -185,7 +187,7 @@ def make_plan(
     frozen = work.rule.frozen(on_device)
     declaration = work.rule.declaration
     native = host.make(declaration.slots, len(declaration.counts))
-    plan = Plan(host, native, [c.switches for c in choices], frozen, _references(work, on_device))
+    plan = Plan(host, native, [c.switches for c in choices], frozen, references_of(work, on_device))
     for m in members:
         m.reason = m.reason or _host_reason(host, m)
     _leave_shared_memory(work, host, [m for m in members if m.grad is not None])
@@ -242,12 +244,12 @@ def _sorted_by_kernel(work: Work, choices: list[Group], scalar_names: list[tuple
 
     This needs no host module, so that it and the kernels can be compiled side by side.
     """
-    references = functools.cache(functools.partial(_references, work))
+    references = functools.cache(functools.partial(references_of, work))
     members = look(work, choices, idle=True)
     occurrences = Counter(id(m.param) for m in members)
     for m in members:
         p, choice = m.param, choices[m.group]
-        m.reason = "it is listed more than once" if occurrences[id(p)] > 1 else _reason(work, choice, m)
+        m.reason = "it is listed more than once" if occurrences[id(p)] > 1 else reason_of(work, choice, m)
         if not m.reason:
             default = work.rule.declaration.dtype_of
             of_state = [default(n, p.dtype) if (t := m.state[n]) is None else t.dtype for n in m.buffers]
@@ -289,7 +291,12 @@ def _is_counted_there(work: Work, m: Member) -> bool:
     return counted_on_device(work.groups[m.group])
 
 
-def _references(work: Work, on_device: bool) -> Form | None:
+def references_of(work: Work, on_device: bool) -> Form | None:
+    """What the functions that a kernel is traced from refer to, None if that cannot change.
+
+    Raises:
+        inductor.LoweringError: if it could change unnoticed.
+    """
     try:
         return all_references(work.rule.frozen(on_device))
     except UnknownReferenceError as error:
@@ -299,7 +306,7 @@ def _references(work: Work, on_device: bool) -> Form | None:
         ) from error
 
 
-def _reason(work: Work, choice: Group, m: Member) -> str:
+def reason_of(work: Work, choice: Group, m: Member) -> str:
     """Why no kernel takes a parameter, or an empty string."""
     p = m.param
     if type(p) not in PLAIN:
@@ -354,7 +361,7 @@ def _launch_of(plan: Plan, slots: tuple[str, ...], m: Member, kernel: registry.K
     if index == len(plan.launches):
         signature = kernel.signature
         backend = backend_named(signature.backend)
-        plan.launches.append(Launch(kernel, m.param.dtype, device))
+        plan.launches.append(Launch(kernel, m.param.dtype, device, launches=1 + signature.on_device))
         samples = {slots.index(name): m.state[name] for name in signature.buffers}
         plan.scaled = plan.scaled or signature.scaled
         differs = (signature.on_device, signature.by_rows, signature.scaled, *gradients.samples(m.param, signature))

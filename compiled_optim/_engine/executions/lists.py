@@ -203,7 +203,8 @@ def run_bucket(update: Update, columns: list[list[Tensor]]) -> None:
         columns = [[torch.view_as_real(t) for t in column] for column in columns]
     if not rule.elementwise:
         for tensors in zip(*columns, strict=True):
-            run_value(rule, on, list(tensors), buffers, scalars)
+            if tensors[0].numel():  # the mean of nothing is NaN
+                run_value(rule, on, list(tensors), buffers, scalars)
         return
     by_tensor = any(isinstance(v, TensorList) for v in scalars.values())
     cuts = (program is None or program.makes_temporaries) and not rule.rounds(columns[0][0].dtype)

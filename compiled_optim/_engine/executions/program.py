@@ -16,57 +16,11 @@ import torch
 from torch import Tensor
 
 from compiled_optim._engine.one_pass import arithmetic_dtype
+from compiled_optim._engine.record import Entry, Record
 from compiled_optim._engine.rule import Rule, apply
-from compiled_optim._engine.values import FUNCTIONS, IN_FOREACH, Value, each
+from compiled_optim._engine.values import FUNCTIONS, IN_FOREACH, each
 
-# An entry of a record: a name, the dtype of its result, and the indices of its operands. Inputs come first.
-Entry = tuple[Any, ...]
-_COMPARISONS = ("gt", "lt", "eq", "ne")
 _GRADIENT = 1  # its place among the inputs, after the parameter
-
-
-class Symbol(Value):
-    """The result of one entry of a record."""
-
-    __slots__ = ("_record", "dtype", "index")
-
-    def __init__(self, record: _Record, index: int, dtype: torch.dtype) -> None:
-        self._record, self.index, self.dtype = record, index, dtype
-
-    def to(self, dtype: torch.dtype) -> Symbol:
-        return self if dtype == self.dtype else self._record.add("to", dtype, self)
-
-    def _apply(self, name: str, *operands: Any) -> Symbol:
-        if name == "sub" and isinstance(operands[0], int | float):
-            return self._apply("add", -operands[0])
-        dtype = self.dtype
-        for operand in operands:
-            if isinstance(operand, Symbol) and name not in ("where", "masked_fill"):
-                dtype = torch.promote_types(dtype, operand.dtype)
-        if name in _COMPARISONS:
-            dtype = torch.bool
-        elif dtype is torch.bool:
-            return self.to(self._record.width)._apply(name, *operands)
-        return self._record.add(name, dtype, self, *operands)
-
-
-class _Record:
-    def __init__(self, dtypes: Sequence[torch.dtype], width: torch.dtype) -> None:
-        self.width = width
-        self.entries: list[Entry] = []
-        self.constants: list[Any] = []
-        self.inputs = [Symbol(self, i, dtype) for i, dtype in enumerate(dtypes)]
-
-    def add(self, name: str, dtype: torch.dtype, *operands: Any) -> Symbol:
-        at = [self.index(operand, dtype) for operand in operands]
-        self.entries.append((name, dtype, *at))
-        return Symbol(self, len(self.inputs) + len(self.entries) - 1, dtype)
-
-    def index(self, operand: Any, dtype: torch.dtype) -> int:
-        if isinstance(operand, Symbol) and operand._record is self:
-            return operand.index
-        self.constants.append(operand)
-        return self.add("number", dtype).index
 
 
 class _Step(NamedTuple):
@@ -131,7 +85,7 @@ def record(
         AttributeError, TypeError: for what a rule cannot do with a value.
     """
     buffers = rule.declaration.kept(on, dtypes[0])
-    recorded = _Record(dtypes, arithmetic_dtype(dtypes[0]))
+    recorded = Record(dtypes, arithmetic_dtype(dtypes[0]))
     p, g, *state = recorded.inputs
     new, new_state = apply(rule, on, p, g, dict(zip(buffers, state, strict=True)), scalars)
     outputs = tuple(recorded.index(output, recorded.width) for output in (new, *new_state.values()))

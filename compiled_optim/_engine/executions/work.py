@@ -11,7 +11,7 @@ from torch import Tensor
 from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions.memory import Memory
 from compiled_optim._engine.executions.scaling import Scaling
-from compiled_optim._engine.rule import Rule, evaluate
+from compiled_optim._engine.rule import Rule, evaluate, first_scalars
 
 _NUMBERS = {float, int, bool, type(None), list, str}  # the types that param groups hold most
 
@@ -56,6 +56,18 @@ class Work:
     def read(self, *, keep_tensors: bool = False) -> list[Group]:
         """The hyperparameters and switches of each param group."""
         return [self.rule.declaration.read(group, keep_tensors=keep_tensors) for group in self.groups]
+
+    def scalar_names(self, choices: list[Group]) -> list[tuple[str, ...]]:
+        """Of each param group; none where they cannot be evaluated, if nothing is to be updated there."""
+        names = []
+        for group, choice in zip(self.groups, choices, strict=True):
+            try:
+                names.append(tuple(first_scalars(self.rule, choice.hyper)))
+            except Exception:
+                if any(p.grad is not None for p in group["params"]):
+                    raise
+                names.append(())
+        return names
 
 
 def hyper_tensors(group: dict[str, Any]) -> list[Tensor]:

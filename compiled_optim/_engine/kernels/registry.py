@@ -21,6 +21,7 @@ import torch
 from compiled_optim._engine import process, settings
 from compiled_optim._engine.cache import native
 from compiled_optim._engine.cache.store import Fact
+from compiled_optim._engine.kernels import staged
 from compiled_optim._engine.kernels.backends import backend_named
 from compiled_optim._engine.kernels.references import UnknownReferenceError, all_references, is_own
 from compiled_optim._engine.kernels.trace import Signature, trace
@@ -155,6 +156,10 @@ def _library(signature: Signature, excused: bool) -> native.Library[tuple[int, o
     backend = backend_named(signature.backend)
     versions = {s.references for s in _kernels if s.rule is signature.rule} - {signature.references}
 
+    identity, persistent = _identity(signature)
+    if not signature.rule.elementwise:
+        return _staged_library(signature, excused, identity, persistent)
+
     def produce() -> native.Source:
         inductor.excuse_from_dynamo(excused)
         if len(versions) >= _MOST_VERSIONS:
@@ -163,10 +168,22 @@ def _library(signature: Signature, excused: bool) -> native.Library[tuple[int, o
         facts: dict[str, Fact] = {"name": signature.name, "bytes_per_element": bytes_per_element(signature, lowered)}
         return native.Source(*backend.program(signature, lowered), facts)
 
-    identity, persistent = _identity(signature)
     key = native.machine_key("kernel", _engine(), backend.name, *backend.identity(), *identity)
     load = functools.partial(backend.load, signature=signature)
     return native.Library(key, produce, load, persistent, backend.suffix, backend.compiled)
+
+
+def _staged_library(
+    signature: Signature, excused: bool, identity: Sequence[str], persistent: bool
+) -> native.Library[tuple[int, object]]:
+    """The same for a rule that reduces."""
+
+    def produce() -> native.Source:
+        inductor.excuse_from_dynamo(excused)
+        return native.Source(*staged.program(signature))
+
+    key = native.machine_key("stages", _engine(), *backend_named("cpu").identity(), staged.identity(), *identity)
+    return native.Library(key, produce, functools.partial(staged.load, signature=signature), persistent)
 
 
 def _kernel(signature: Signature, library: native.Loaded[tuple[int, object]]) -> Kernel:
@@ -245,5 +262,5 @@ def _source_of(rule: Any) -> str:
 def _engine() -> str:
     """A hash of the files that decide what every backend is given to lower."""
     lowering = ("torch_private/inductor.py", "torch_private/bfloat16.h")
-    files = ("one_pass.py", "rule.py", "values.py", "kernels/trace.py", *lowering)
+    files = ("one_pass.py", "record.py", "rule.py", "values.py", "kernels/trace.py", *lowering)
     return hashlib.sha256(b"\0".join((_ENGINE / f).read_bytes() for f in files)).hexdigest()

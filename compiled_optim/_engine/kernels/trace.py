@@ -71,6 +71,8 @@ class Signature:
         dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in self.dtypes)
         device = f", {str(self.grad_dtype).removeprefix('torch.')} gradients" if self.grad_dtype else ""
         device += "" if self.backend == "cpu" else f" on {self.backend}"
+        which = {self.rule.declaration.buffers[name].of for name in self.buffers} - {"all"}
+        device += f", {which.pop()}" if which else ""
         for name in ("on_device", "scaled", "by_rows"):
             device += f", {name}" if getattr(self, name) else ""
         return f"{self.rule.name}({on})[{', '.join(dtypes)}{device}]"
