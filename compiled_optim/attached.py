@@ -21,13 +21,19 @@ def attachment(schedule: LRScheduler) -> Attached:
     """What moves this schedule with the steps of its optimizer.
 
     Raises:
-        TypeError: for one that is stepped with a metric, and one of this package that holds schedulers of another.
+        TypeError: for one that is stepped with a metric, one of this package that holds schedulers of another, and an
+            optimizer whose step is not ours.
     """
     if not isinstance(schedule, LRScheduler):
         kind = f"{type(schedule).__module__}.{type(schedule).__name__}"
         raise TypeError(f"schedule must be a torch.optim.lr_scheduler.LRScheduler, got a {kind}")
     if isinstance(schedule, ReduceLROnPlateau):
         raise TypeError("ReduceLROnPlateau is not symbolic: the learning rate depends on the metric, not on the step")
+    optimizer: Any = schedule.optimizer
+    if not optimizer.rule.declaration.options:
+        raise TypeError(
+            f"{type(optimizer).__name__} declares no rule, and its own step moves no schedule: step it by hand"
+        )
     if not hasattr(schedule, "_refer"):
         cls: Any = type(schedule)
         schedule.__class__ = _stock(cls)

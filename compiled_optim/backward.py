@@ -102,6 +102,8 @@ class StepsInBackward:
             >>> handle.remove()
         """
         optimizer: Any = self
+        if not optimizer.rule.declaration.options:
+            raise TypeError(f"step_in_backward needs an optimizer that declares a rule, got a {type(self).__name__}")
         for name, value in (("micro_steps", micro_steps), ("block_elements", block_elements)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")

@@ -356,10 +356,9 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict`` returned, that of this class or of the same class in torch.optim.
 
-        If both optimizers were given ``named_parameters()``, parameters are matched by name, in any order and however
-        they are split into param groups; a group takes the options that its parameters had. Otherwise they are matched
-        by position, as in torch.optim. A learning rate that is a tensor stays the same tensor and takes the saved
-        value. If this raises, the optimizer is unchanged.
+        If both optimizers were given ``named_parameters()``, parameters are matched by name, in any order and split
+        into param groups, which take the options that their parameters had; otherwise by position, as in torch.optim.
+        A learning rate that is a tensor takes the saved value. If this raises, the optimizer is unchanged.
 
         Raises:
             KeyError, TypeError, ValueError: for a checkpoint of another make; the message names what was expected. For
@@ -386,7 +385,8 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
 
 
 take_fields(Optimizer)
-Optimizer.rule = Rule(object)  # which declares nothing
+# The rule of subclasses that declare none and step by themselves: without options, so that any param group will do.
+Optimizer.rule = Rule(type("Optimizer", (Optimizer,), dict.fromkeys(("maximize", "foreach", "differentiable"))))
 _SETTINGS = {k for k, v in vars(Optimizer)["__annotations__"].items() if "ClassVar" in v} - {"scalars", "update"}
 
 # Runs the hooks, and makes an entry in the profiler.

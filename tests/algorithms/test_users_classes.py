@@ -13,6 +13,7 @@ import torch
 from compiled_optim import AdamW, Optimizer, cache_info, explain
 from compiled_optim._engine.one_pass import ARGUMENTS
 from compiled_optim.declare import buffer, flag, number
+from compiled_optim.lr_scheduler import ExponentialLR
 
 
 def parameter(*shape: int) -> torch.nn.Parameter:
@@ -186,3 +187,77 @@ def test_an_optimizer_may_be_reclassed() -> None:
     walk(optimizer, params, grads[1:])
     assert cache_info().misses == before
     torch.testing.assert_close(params[0].detach(), expected[0].detach(), rtol=0, atol=1e-12)
+
+
+# ---- a user's class in the style of torch, with a step of its own
+
+
+def heavy_ball(base: Any) -> Any:
+    class HeavyBall(base):  # type: ignore[misc]
+        def __init__(self, params: Any, lr: float = 0.1, masks: Any = ()) -> None:
+            super().__init__(params, {"lr": lr, "masks": list(masks)})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            loss = None if closure is None else torch.enable_grad()(closure)()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        state = self.state[p]
+                        state["speed"] = state.get("speed", 0) * 0.5 + p.grad
+                        p.sub_(state["speed"], alpha=group["lr"])
+            return loss
+
+    return HeavyBall
+
+
+HeavyBall, StockHeavyBall = heavy_ball(Optimizer), heavy_ball(torch.optim.Optimizer)
+
+
+def test_a_class_in_the_style_of_torch_does_what_it_does_there() -> None:
+    ours, stock = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    pair: list[tuple[Any, Any]] = [(HeavyBall([ours], masks=[1]), ours), (StockHeavyBall([stock], masks=[1]), stock)]
+    schedules = [ExponentialLR(optimizer, 0.5) for optimizer, _ in pair]
+    calls: list[Any] = []
+    for optimizer, _ in pair:
+        optimizer.register_step_post_hook(lambda *args: calls.append(1))
+    for _ in range(3):
+        for (optimizer, p), schedule in zip(pair, schedules, strict=True):
+            optimizer.zero_grad()
+
+            def closure(p: Any = p) -> Any:
+                loss = p.square().sum()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+            schedule.step()
+    assert torch.equal(ours, stock)
+    assert len(calls) == 6
+    mine = pair[0][0]
+    saved = mine.state_dict()
+    assert saved["param_groups"] == pair[1][0].state_dict()["param_groups"]
+    assert saved["param_groups"][0]["masks"] == [1]
+    for other in (copy.deepcopy(mine), HeavyBall([torch.nn.Parameter(ours.detach())])):
+        other.load_state_dict(copy.deepcopy(saved))
+        (p,) = other.param_groups[0]["params"]
+        assert torch.equal(other.state[p]["speed"], mine.state[ours]["speed"])
+    assert [row.execution for row in explain(mine)] == ["eager"]
+
+
+def test_a_class_in_the_style_of_torch_keeps_its_own_state_as_it_is() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = HeavyBall([p])
+    optimizer.state[p]["rows"] = torch.ones(3).to_sparse()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[p]["rows"].is_sparse
+
+
+def test_what_needs_a_rule_says_so() -> None:
+    optimizer = HeavyBall([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(TypeError, match="HeavyBall declares no rule, and its own step moves no schedule"):
+        optimizer.attach(ExponentialLR(optimizer, 0.5))
+    with pytest.raises(TypeError, match="step_in_backward needs an optimizer that declares a rule, got a HeavyBall"):
+        optimizer.step_in_backward()
+    with pytest.raises(TypeError, match="Optimizer: state_dict must be a dict as state_dict"):
+        optimizer.load_state_dict([])  # type: ignore[arg-type]
