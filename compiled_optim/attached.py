@@ -201,9 +201,13 @@ class Attached:
         """
         self._is_lost = False
         schedule = self.schedule
-        optimizer = schedule.optimizer
-        self._look_up()
+        optimizer, before = schedule.optimizer, schedule._steps_taken
+        counts = "step" in optimizer.rule.declaration.counts
         counted = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+        rates = [_number(group["lr"]) for group in optimizer.param_groups]
+        if counts and counted == before and rates == list(map(_number, schedule._last_lr)):
+            return  # it has loaded what it had, as Accelerate's prepare does
+        self._look_up()
         last = min(getattr(schedule, "total_steps", _SEARCHED), _SEARCHED)
         steps = torch.arange(last + 2, dtype=torch.float64, device="cpu")
         steps[-1] = counted
@@ -217,9 +221,9 @@ class Attached:
                 is_narrow = isinstance(group["lr"], Tensor) and group["lr"].dtype != torch.float64
                 fits &= (_at(function, steps) - lr).abs() <= (1e-5 if is_narrow else 1e-9) * max(abs(lr), abs(initial))
         places = steps[:-1][fits[:-1]].tolist()
-        if fits[-1] and "step" in optimizer.rule.declaration.counts:
+        if fits[-1] and counts:
             places = [counted]
-        name, before = type(schedule).__name__, schedule._steps_taken
+        name = type(schedule).__name__
         if places == [before]:
             return
         if len(places) == 1:

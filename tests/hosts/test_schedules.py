@@ -143,7 +143,7 @@ def test_attached(way: Way, kind: str, options: Any, warmup: int) -> None:
 @pytest.mark.host("transformers", "a kind of `get_scheduler` that needs a metric, attached")
 def test_a_metric_cannot_be_attached(way: Way, kind: str) -> None:
     optimizer: Any = way.of("SGD")(parameter(), lr=LR)
-    with pytest.raises(TypeError, match="ReduceLROnPlateau is not|GreedyLR"):
+    with pytest.raises(TypeError, match=r"ReduceLROnPlateau is not|GreedyLR"):
         optimizer.attach(of_transformers(kind, optimizer, {}, 0))
     way.result = "refused with TypeError"
     stepped(optimizer, Nobody(), 1)
