@@ -101,9 +101,10 @@ class Attached:
         if self._is_changed and self._was_changed:  # not only once, by hand
             self.warn_of_another("Something else")
         schedule._check_next()
-        self._on = self._devices() if self._has_tensors else set()
-        if self._on and not self._is_captured and any(map(is_capturing, self._on)):
-            self._begin_capture()
+        if self._has_tensors:
+            self._on = self._devices()
+            if not self._is_captured and any(map(is_capturing, self._on)):
+                self._begin_capture()
 
     def _begin_capture(self) -> None:
         """Takes the closed forms for good.
