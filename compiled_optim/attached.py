@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from compiled_optim._engine import settings
 from compiled_optim._engine.kernels.backends import is_capturing
@@ -314,7 +315,12 @@ def _stock(cls: Any) -> Any:
 
 
 def check_total(schedule: Any) -> None:
-    """Raises what OneCycleLR raises, if this is one at its end: before anything is updated."""
-    step, total = schedule._steps_taken + 1, getattr(schedule, "total_steps", None)
-    if total is not None and step > total:
-        raise ValueError(f"Tried to step {step} times. The specified number of total steps is {total}")
+    """Raises what a OneCycleLR raises at its end, if this is one or its next step is that of one."""
+    step = getattr(schedule, "last_epoch", 0) + 1  # a ChainedScheduler counts none
+    if isinstance(schedule, OneCycleLR) and step > schedule.total_steps:
+        raise ValueError(f"Tried to step {step} times. The specified number of total steps is {schedule.total_steps}")
+    members, milestones = getattr(schedule, "_schedulers", []), getattr(schedule, "_milestones", None)
+    if milestones is not None:
+        members = [] if step in milestones else [members[bisect.bisect_right(milestones, step)]]
+    for member in members:
+        check_total(member)
