@@ -197,13 +197,17 @@ def mean(x: Any, dim: int | None = None) -> Any:
     return x.mean() if dim is None else x.mean(dim, keepdim=True)
 
 
-def batched(f: Callable[..., list[Tensor]], x: Any, *numbers: Any) -> Any:
-    """What ``f(tensors, *numbers)`` makes of a tensor, or in compiled steps of a list of them at once.
+def batched(f: Callable[..., Tensor], x: Any, *numbers: Any, of_list: Callable[..., list[Tensor]] | None = None) -> Any:
+    """What ``f(tensor, *numbers)`` makes of a tensor: one of the same shape. ``numbers`` must not depend on tensors.
 
-    ``f`` returns a tensor of the same shape for each. It may do what no loop over elements can, such as products of
-    matrices. ``numbers`` must not depend on tensors.
+    ``f`` may do what no loop over elements can, such as products of matrices. Compiled steps call
+    ``of_list(tensors, *numbers)`` for many tensors at once, if it is given; it may overwrite them.
     """
-    return x.batched(f, numbers) if isinstance(x, Value) else f([x], *numbers)[0]
+
+    def each(tensors: list[Tensor], *numbers: Any) -> list[Tensor]:
+        return [f(t, *numbers) for t in tensors]
+
+    return x.batched(of_list or each, numbers) if isinstance(x, Value) else f(x, *numbers)
 
 
 def of_shape(f: Callable[[torch.Size], float], x: Any) -> Any:

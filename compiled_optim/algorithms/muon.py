@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from compiled_optim._engine.newton_schulz import newton_schulz, newton_schulz_of_list
 from compiled_optim._engine.values import batched, lerp, of_shape
 from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, flag, number
 from compiled_optim.optimizer import Optimizer
@@ -75,20 +76,10 @@ class Muon(Optimizer):
         s.momentum_buffer = lerp(s.momentum_buffer, g, k.one_minus_momentum)
         u = lerp(g, s.momentum_buffer, k.momentum) if on.nesterov else s.momentum_buffer
         lr = sum(getattr(k, name) * of_shape(ratio, p) for name, ratio in RATIOS.items())
-        return p * k.decay - batched(orthogonalized, u, k.a, k.b, k.c, k.eps, k.ns_steps).to(p.dtype) * lr
+        return p * k.decay - _orthogonalized(u, p.dtype, k.a, k.b, k.c, k.eps, k.ns_steps) * lr
 
 
-def orthogonalized(matrices: list[Tensor], a: float, b: float, c: float, eps: float, steps: float) -> list[Tensor]:
-    """Each matrix after Newton-Schulz iterations in bfloat16: its singular values are near 1, or still 0."""
-    return [_orthogonalized(m, a, b, c, eps, int(steps)) for m in matrices]
-
-
-def _orthogonalized(matrix: Tensor, a: float, b: float, c: float, eps: float, steps: int) -> Tensor:
-    x = matrix.to(torch.bfloat16, copy=True)
-    if tall := x.size(0) > x.size(1):
-        x = x.T
-    x.div_(x.norm().clamp(min=eps))
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+def _orthogonalized(u: Value, dtype: torch.dtype, *numbers: Value) -> Value:
+    # A list is rounded in other places than torch.optim, but float64 is to be equal.
+    of_list = None if dtype == torch.float64 else newton_schulz_of_list
+    return batched(newton_schulz, u.to(torch.bfloat16), *numbers, of_list=of_list).to(dtype)

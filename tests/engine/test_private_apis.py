@@ -21,6 +21,7 @@ from compiled_optim._engine.kernels.trace import Signature, trace
 from compiled_optim._engine.torch_private import (
     absent_gpu,
     backward,
+    cpu,
     dynamo,
     inductor,
     modules,
@@ -347,3 +348,8 @@ def test_tensors_are_laid_out_as_the_host_module_expects() -> None:
     assert host.refusal(sample) is None
     assert host.matches(sample, torch.empty(2, 7, dtype=torch.float64))
     assert not host.matches(sample, torch.empty(7, 2, dtype=torch.float64).t())
+
+
+def test_torch_says_whether_the_cpu_multiplies_bfloat16() -> None:
+    assert isinstance(torch.cpu._is_avx512_bf16_supported(), bool)
+    assert cpu.multiplies_bfloat16() == torch.cpu._is_avx512_bf16_supported()

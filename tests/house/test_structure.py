@@ -25,15 +25,15 @@ def test_no_file_over_400_lines(file: Path) -> None:
 
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
-    "compiled_optim": 1840,
-    "compiled_optim/_engine": 1050,
+    "compiled_optim": 1830,
+    "compiled_optim/_engine": 1160,
     "compiled_optim/_engine/cache": 640,
     "compiled_optim/_engine/executions": 2730,
     "compiled_optim/_engine/in_graph": 470,
     "compiled_optim/_engine/kernels": 1020,
     "compiled_optim/_engine/kernels/backends": 530,
     "compiled_optim/_engine/kernels/host": 2500,
-    "compiled_optim/_engine/torch_private": 720,
+    "compiled_optim/_engine/torch_private": 730,
     "compiled_optim/algorithms": 560,
     "compiled_optim/integrations": 60,
     "compiled_optim/lbfgs": 640,
