@@ -15,7 +15,7 @@ import torch
 from cases import CLASSES
 
 import compiled_optim
-from compiled_optim import LBFGS, AdamW, Optimizer, explain, swa_utils
+from compiled_optim import LBFGS, AdamW, Optimizer, explain, lr_scheduler, swa_utils
 from compiled_optim.declare import Number, buffer, number
 from compiled_optim.swa_utils import AveragedModel
 
@@ -76,6 +76,7 @@ def test_help_hides_what_is_private(cls: type[Optimizer]) -> None:
 
 PUBLIC = {name: getattr(compiled_optim, name) for name in compiled_optim.__all__ if name != "__version__"}
 PUBLIC |= {name: getattr(swa_utils, name) for name in swa_utils.__all__}
+PUBLIC |= {name: getattr(lr_scheduler, name) for name in ("get_ema_decay_fn", "warmup")}
 
 
 @pytest.mark.parametrize(("name", "subject"), PUBLIC.items(), ids=PUBLIC)

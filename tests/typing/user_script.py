@@ -14,7 +14,7 @@ from typing_extensions import assert_type
 import compiled_optim
 from compiled_optim import AdamW, Optimizer, explain
 from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, counter, flag, number
-from compiled_optim.lr_scheduler import CosineAnnealingLR
+from compiled_optim.lr_scheduler import CosineAnnealingLR, warmup
 from compiled_optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 
@@ -62,7 +62,7 @@ def main(compiled: bool = False) -> None:
 
     groups: list[dict[str, Any]] = [{"params": [model.weight], "lr": 1e-2}, {"params": [model.bias]}]
     adamw = AdamW(groups, lr=torch.tensor(1e-3), weight_decay=0.1, compiled="multi_tensor" if compiled else False)
-    schedule = CosineAnnealingLR(adamw, T_max=3)
+    schedule = warmup(CosineAnnealingLR(adamw, T_max=3), 2, "cosine")
     assert_type(schedule.value(2), float)
     assert_type(schedule.value(torch.arange(3.0)), Tensor)
     adamw.attach(schedule)
