@@ -33,6 +33,8 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "Adamax": ("Adamax", {"lr": 0.01}),
     "Adadelta": ("Adadelta", {"lr": 0.1}),
     "SparseAdam": ("SparseAdam", {"lr": 0.01}),
+    "Adafactor": ("Adafactor", {"lr": 0.1, "weight_decay": 0.1, "eps": (1e-6, 1e-3)}),
+    "Muon": ("Muon", {"lr": 0.1}),
     "LBFGS": ("LBFGS", {"lr": 0.3, "max_iter": 3, "history_size": 3}),
     "Average": ("Average", {}),
 }
@@ -48,11 +50,17 @@ class Subject:
     def __init__(self, name: str, random: Random, dtypes: list[torch.dtype]) -> None:
         self.name, self.random, self.dtypes = name, random, dtypes
         self.class_name, self.options = ALGORITHMS[name]
+        cls = getattr(compiled_optim, self.class_name, None)
+        self.reduces = not getattr(cls, "elementwise", True)
+        self.matrices_only = getattr(cls, "matrices_only", False)
+        if not getattr(cls, "accepts_complex", True):
+            self.dtypes = [dtype for dtype in dtypes if not dtype.is_complex]
         self.params: list[Any] = [self.new_parameter() for _ in range(random.randint(1, 6))]
         if random.random() < 0.3:  # views of one storage
-            base = torch.randn(40, dtype=random.choice(dtypes))
+            base = torch.randn(40, dtype=random.choice(self.dtypes))
+            base = base.view(20, 2) if self.matrices_only else base
             self.params += [torch.nn.Parameter(base[:17]), torch.nn.Parameter(base[17:])]
-        self.compiled: Any = random.random() < 0.85
+        self.compiled: Any = random.random() < 0.85 and not self.reduces
         self.optimizer: Any = self.build()
 
     def build(self) -> Any:
@@ -61,7 +69,8 @@ class Subject:
         return getattr(compiled_optim, self.class_name)(groups, compiled=self.compiled, **self.options)
 
     def new_parameter(self) -> Any:
-        x = tensors.values(self.random, self.random.choice(tensors.SHAPES), self.random.choice(self.dtypes), 0)
+        shapes = [s for s in tensors.SHAPES if len(s) == 2 or not self.matrices_only]
+        x = tensors.values(self.random, self.random.choice(shapes), self.random.choice(self.dtypes), 0)
         return torch.nn.Parameter(tensors.laid_out(x, self.random.choice(["plain", *tensors.OWN_MEMORY])))
 
     def new_gradients(self) -> None:
@@ -146,7 +155,7 @@ class Subject:
                 made[id(p)] = (p, q)
             return made[id(p)][1]
 
-        stock = getattr(torch.optim, self.class_name)([torch.nn.Parameter(torch.zeros(1))], **self.options)
+        stock = getattr(torch.optim, self.class_name)([torch.nn.Parameter(torch.zeros(1, 1))], **self.options)
         groups = []
         for group in self.optimizer.param_groups:
             options = {

@@ -18,6 +18,13 @@ RATIOS = {
 }
 
 
+def _check(h: Hyper) -> None:
+    if h.adjust_lr_fn not in (None, *RATIOS):
+        raise ValueError(f"Muon: adjust_lr_fn must be None or one of {[*RATIOS]}, got {h.adjust_lr_fn!r}")
+    if h.ns_steps >= 100 or h.ns_steps % 1:
+        raise ValueError(f"Muon: ns_steps must be an integer below 100, got {h.ns_steps!r}")
+
+
 class Muon(Optimizer):
     r"""Momentum whose matrices are orthogonalized (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
@@ -57,11 +64,11 @@ class Muon(Optimizer):
 
     @classmethod
     def validate(cls, h: Hyper) -> None:
-        if h.adjust_lr_fn not in (None, *RATIOS):
-            raise ValueError(f"Muon: adjust_lr_fn must be None or one of {[*RATIOS]}, got {h.adjust_lr_fn!r}")
+        _check(h)
 
     @staticmethod
     def scalars(h: Hyper, step: Value) -> dict[str, Value]:
+        _check(h)  # for a param group may have changed
         chosen = h.adjust_lr_fn or "original"
         return {
             "momentum": h.momentum,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -105,16 +106,40 @@ def test_muon_names_what_is_wrong(options: dict[str, Any], message: str) -> None
         Muon([torch.nn.Parameter(torch.ones(2, 2))], **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("ns_steps", 100), ("ns_steps", 1e308), ("ns_steps", 2.5), ("adjust_lr_fn", "none")]
+)
+def test_muon_refuses_what_a_param_group_comes_to_hold(name: str, value: Any) -> None:
+    """Before it writes anything."""
+    params = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    optimizer = Muon([{"params": [p]} for p in params])
+    for p in params:
+        p.grad = torch.eye(2)
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=f"Muon: {name} must be .*, got {re.escape(repr(value))}"):
+        optimizer.step()
+    assert all(torch.equal(p, torch.ones(2, 2)) for p in params)
+    assert not optimizer.state
+
+
 def test_muon_names_the_parameter_that_is_no_matrix() -> None:
     matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
     with pytest.raises(
-        ValueError, match=r"Muon: params must be matrices, got shape \(2,\) at index 1 of param group 0"
+        ValueError, match=r"Muon: params must be matrices, got one of shape \(2,\) at index 1 of param group 0"
     ):
         Muon([matrix, vector])
     optimizer = Muon([matrix])
-    with pytest.raises(ValueError, match=r"got shape \(2,\) at index 0 of param group 1"):
+    with pytest.raises(ValueError, match=r"got one of shape \(2,\) at index 0 of param group 1"):
         optimizer.add_param_group({"params": [vector]})
     assert len(optimizer.param_groups) == 1
+    other = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer.add_param_group({"params": [other]})
+    other.data = torch.ones(2)
+    matrix.grad, other.grad = torch.ones(2, 2), torch.ones(2)
+    with pytest.raises(ValueError, match=r"got one of shape \(2,\) at index 0 of param group 1"):
+        optimizer.step()
+    assert torch.equal(matrix, torch.ones(2, 2))
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("eps", [(None, 1e-3), (1e-4, 0.1)])

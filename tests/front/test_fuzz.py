@@ -13,7 +13,7 @@ STEPS = 300
 def test_random_changes_of_everything_around_a_step() -> None:
     """See fuzz/; the seed is fixed, so a finding is one that came with a change of the code."""
     command = [sys.executable, "-m", "fuzz", "--seed", "1", "--steps", str(STEPS), "--mild"]
-    options = ["--algorithms", "Momentum,AdamW,Adagrad,LBFGS,Average", "--dtypes", "float64,complex128"]
+    options = ["--algorithms", "Momentum,AdamW,Adagrad,Adafactor,Muon,LBFGS,Average", "--dtypes", "float64,complex128"]
     result = subprocess.run(
         *([*command, *options],),
         cwd=Path(__file__).parents[2],

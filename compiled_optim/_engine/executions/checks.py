@@ -11,7 +11,6 @@ from torch import Tensor
 from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.work import Work
-from compiled_optim._engine.rule import Rule
 from compiled_optim._engine.torch_private import tensor_parts
 
 COUNT_DTYPES = (torch.float32, torch.float64)
@@ -57,12 +56,11 @@ def refuse(work: Work, choices: list[Group]) -> None:
                 raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
 
 
-def check_dimensions(rule: Rule, params: Iterable[Tensor], group: int) -> None:
-    """Raises ValueError for parameters of a param group that the rule does not take because of their dimensions."""
-    for i, p in enumerate(params):
-        if rule.matrices_only and p.dim() != 2:
-            found = f"shape {tuple(p.shape)} at index {i} of param group {group}"
-            raise ValueError(f"{rule.name}: params must be matrices, got {found}")
+def check_dimensions(work: Work, params: Iterable[Tensor]) -> None:
+    """Raises ValueError for parameters that the rule does not take because of their dimensions."""
+    for p in params:
+        if work.rule.matrices_only and p.dim() != 2:
+            raise ValueError(f"{work.rule.name}: params must be matrices, got one {place(work, p)}")
 
 
 def check_gradient(work: Work, choice: Group, grad: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from compiled_optim._engine.executions.checks import (
     PLAIN,
     are_fake,
     check_buffer,
+    check_dimensions,
     check_gradient,
     check_kind,
     check_param,
@@ -137,6 +138,7 @@ def look(
         key = (i, dtype, len(shape))
         if key not in kept:
             choices[i].hyper._fields  # noqa: B018  # or raises
+            check_dimensions(work, [p])
             kept[key] = rule.declaration.kept(choices[i].switches, dtype, len(shape))
         buffers = kept[key]
         sharded = type(p) not in PLAIN and tensor_parts.is_dtensor(p)
