@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from compiled_optim._engine import settings
 from compiled_optim._engine.kernels.backends import is_capturing
@@ -101,9 +102,10 @@ class Attached:
         if self._is_changed and self._was_changed:  # not only once, by hand
             self.warn_of_another("Something else")
         schedule._check_next()
-        self._on = self._devices() if self._has_tensors else set()
-        if self._on and not self._is_captured and any(map(is_capturing, self._on)):
-            self._begin_capture()
+        if self._has_tensors:
+            self._on = self._devices()
+            if not self._is_captured and any(map(is_capturing, self._on)):
+                self._begin_capture()
 
     def _begin_capture(self) -> None:
         """Takes the closed forms for good.
@@ -201,9 +203,13 @@ class Attached:
         """
         self._is_lost = False
         schedule = self.schedule
-        optimizer = schedule.optimizer
-        self._look_up()
+        optimizer, before = schedule.optimizer, schedule._steps_taken
+        counts = "step" in optimizer.rule.declaration.counts
         counted = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+        rates = [_number(group["lr"]) for group in optimizer.param_groups]
+        if counts and counted == before and rates == list(map(_number, schedule._last_lr)):
+            return  # it has loaded what it had, as Accelerate's prepare does
+        self._look_up()
         last = min(getattr(schedule, "total_steps", _SEARCHED), _SEARCHED)
         steps = torch.arange(last + 2, dtype=torch.float64, device="cpu")
         steps[-1] = counted
@@ -217,9 +223,9 @@ class Attached:
                 is_narrow = isinstance(group["lr"], Tensor) and group["lr"].dtype != torch.float64
                 fits &= (_at(function, steps) - lr).abs() <= (1e-5 if is_narrow else 1e-9) * max(abs(lr), abs(initial))
         places = steps[:-1][fits[:-1]].tolist()
-        if fits[-1] and "step" in optimizer.rule.declaration.counts:
+        if fits[-1] and counts:
             places = [counted]
-        name, before = type(schedule).__name__, schedule._steps_taken
+        name = type(schedule).__name__
         if places == [before]:
             return
         if len(places) == 1:
@@ -309,7 +315,12 @@ def _stock(cls: Any) -> Any:
 
 
 def check_total(schedule: Any) -> None:
-    """Raises what OneCycleLR raises, if this is one at its end: before anything is updated."""
-    step, total = schedule._steps_taken + 1, getattr(schedule, "total_steps", None)
-    if total is not None and step > total:
-        raise ValueError(f"Tried to step {step} times. The specified number of total steps is {total}")
+    """Raises what a OneCycleLR raises at its end, if this is one or its next step is that of one."""
+    step = getattr(schedule, "last_epoch", 0) + 1  # a ChainedScheduler counts none
+    if isinstance(schedule, OneCycleLR) and step > schedule.total_steps:
+        raise ValueError(f"Tried to step {step} times. The specified number of total steps is {schedule.total_steps}")
+    members, milestones = getattr(schedule, "_schedulers", []), getattr(schedule, "_milestones", None)
+    if milestones is not None:
+        members = [] if step in milestones else [members[bisect.bisect_right(milestones, step)]]
+    for member in members:
+        check_total(member)

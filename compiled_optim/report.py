@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,9 +13,6 @@ from compiled_optim._engine.executions.dispatch import Execution
 from compiled_optim._engine.kernels import cost
 from compiled_optim._engine.kernels.trace import Signature
 from compiled_optim.optimizer import Optimizer
-
-if TYPE_CHECKING:
-    from compiled_optim.lbfgs import LBFGS
 
 
 @dataclass(frozen=True)
@@ -139,26 +136,26 @@ def explain(optimizer: torch.optim.Optimizer, *, bandwidth: float | None = None)
         raise ValueError(f"bandwidth must be above 0 GB/s, got {bandwidth!r}")
     optimizer = _unwrapped(optimizer)
     found = _explain(optimizer, bandwidth)
-    if isinstance(optimizer, Optimizer):
+    if optimizer.rule.declaration.options:
         found.state = _memory(optimizer)
         if optimizer._attached is not None and (note := optimizer._attached.note):
             found.notes.append(note)
     return found
 
 
-def _explain(optimizer: Optimizer | LBFGS, bandwidth: float | None) -> Explanation:
+def _explain(optimizer: Optimizer, bandwidth: float | None) -> Explanation:
     execution: Any = optimizer._execution
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     if not optimizer._compiled:
         return Explanation(_eager_rows(everything, "compiled=False"), [])
-    parts = execution.parts if isinstance(optimizer, Optimizer) and execution is not None else []
-    if execution is None or (isinstance(optimizer, Optimizer) and not any(part.has_stepped for part in parts)):
+    if execution is None or (isinstance(execution, Execution) and not any(p.has_stepped for p in execution.parts)):
         return Explanation(_eager_rows(everything, "no step was taken yet"), [])
-    if not isinstance(optimizer, Optimizer):  # LBFGS
+    if not isinstance(execution, Execution):  # that of LBFGS
         rows, k = _eager_rows(everything, execution.reason), execution.kernels
         if not execution.reason:
             rows = [replace(r, execution="lbfgs", kernel=k.name, origin=k.origin, seconds=k.seconds) for r in rows]
         return Explanation(rows, [])
+    parts = execution.parts
     rows = [row for part in parts for row in _rows(part, bandwidth)]
     rebuilt = [why for part in parts for why in part.rebuilt]
     return Explanation(_summed(rows), rebuilt if len(parts) == 1 else [*dict.fromkeys(rebuilt)])
@@ -225,19 +222,17 @@ def _memory(optimizer: Optimizer) -> list[StateMemory]:
     ]
 
 
-def _unwrapped(wrapper: Any) -> Optimizer | LBFGS:
+def _unwrapped(wrapper: Any) -> Optimizer:
     found = _innermost(wrapper, set())
     if found is None:
         raise TypeError(f"optimizer must be a compiled_optim.Optimizer, or hold one, got {type(wrapper).__name__}")
     return found
 
 
-def _innermost(wrapper: Any, seen: set[int]) -> Optimizer | LBFGS | None:
+def _innermost(wrapper: Any, seen: set[int]) -> Optimizer | None:
     """The innermost optimizer of this package. A wrapper may be of its class, but it is not the wrapper that steps."""
-    from compiled_optim.lbfgs import LBFGS
-
     seen.add(id(wrapper))
-    is_ours = isinstance(wrapper, Optimizer | LBFGS)
+    is_ours = isinstance(wrapper, Optimizer)
     held = [getattr(wrapper, name, None) for name in ("_optimizer", "optimizer")]
     if not is_ours:  # an optimizer of ours that holds another under a name of its own may step both
         held += [v for v in getattr(wrapper, "__dict__", {}).values() if isinstance(v, torch.optim.Optimizer)]

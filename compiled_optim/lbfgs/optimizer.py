@@ -18,11 +18,12 @@ from compiled_optim._engine.in_graph import operators
 from compiled_optim._engine.torch_private import dynamo, optim, tensor_parts
 from compiled_optim.lbfgs import checks
 from compiled_optim.lbfgs.history import DTYPES, History, Kernels
+from compiled_optim.optimizer import Optimizer
 
 T = TypeVar("T")
 
 
-class LBFGS(torch.optim.LBFGS):
+class LBFGS(torch.optim.LBFGS, Optimizer):
     """Limited-memory BFGS: torch.optim.LBFGS, with the update of its history and the direction compiled.
 
     D. C. Liu and J. Nocedal, "On the limited memory BFGS method for large scale optimization", Math. Programming 45,
@@ -64,7 +65,7 @@ class LBFGS(torch.optim.LBFGS):
     """
 
     _compiled: bool = False
-    _execution: _Execution | None = None  # made by the first step, and again after a copy
+    _execution: _Execution | None = None  # type: ignore[assignment]  # made by the first step, and again after a copy
     _inputs: Any = None  # of the user's graphs
 
     def __init__(
@@ -108,13 +109,13 @@ class LBFGS(torch.optim.LBFGS):
     step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it, and torch.compile traces the wrapper
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # so do schedulers; they need `_opt_called`
 
-    def _run_step(self, closure: Callable[[], Any]) -> Any:
+    def _run_step(self, closure: Any) -> Any:
         self._opt_called = True
         # A step overridden in a subclass was wrapped by torch, which has run the hooks.
         return _observed_step(self, closure) if type(self).step is LBFGS.step else self._step(closure)
 
     @torch.no_grad()
-    def _step(self, closure: Callable[[], Any]) -> Any:
+    def _step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         self._params = self.param_groups[0]["params"]  # torch's parts read this, and others may have been swapped in
         if any(map(tensor_parts.is_dtensor, self._params)):
             raise RuntimeError(

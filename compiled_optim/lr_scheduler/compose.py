@@ -195,6 +195,9 @@ def warmup(
     transformers: a cosine over T steps in all is ``warmup(CosineAnnealingLR(optimizer, T - W), W)``. To multiply a
     schedule that counts all steps by a warm-up, chain it with `LinearLR`.
 
+    It begins from the ``initial_lr`` of each param group, as `SequentialLR`, and sets learning rates when it is built.
+    So build it before the optimizer loads a checkpoint, and load its own ``state_dict`` too.
+
     Args:
         schedule: any scheduler of `compiled_optim.lr_scheduler` at its first step, compositions too; it is stepped by
             what this returns from here on. Momentum that it moves stays at its first value during warm-up.

@@ -91,6 +91,11 @@ def test_positional_arguments_stand_where_torchs_stand(name: str) -> None:
     assert ours[: len(theirs)] == theirs
 
 
+@pytest.mark.parametrize("name", [n for n, (theirs, _) in CLASSES.items() if issubclass(theirs, torch.optim.Optimizer)])
+def test_every_optimizer_is_an_optimizer(name: str) -> None:
+    assert issubclass(CLASSES[name][1], compiled_optim.Optimizer)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_parameters_of_functions(name: str) -> None:
     theirs, ours = FUNCTIONS[name]

@@ -136,10 +136,10 @@ def test_checkpoints(way: Way, tmp_path: Path) -> None:
     way.check(second.optimizer)
 
 
-def attached(way: Way) -> Any:
+def attached(way: Way, module: Any) -> Any:
     def build(params: Any) -> Any:
         optimizer, _ = with_ours(way)(params)
-        optimizer.attach(lr_scheduler.CosineAnnealingLR(optimizer, 16))
+        optimizer.attach(module.CosineAnnealingLR(optimizer, 16))
         return optimizer, None
 
     return build
@@ -150,9 +150,9 @@ def by_hand(params: Any) -> Any:
     return optimizer, CosineAnnealingLR(optimizer, 16)
 
 
-def compare_resumed(way: Way, directory: Path, *, registered: bool) -> None:
+def compare_resumed(way: Way, directory: Path, module: Any, *, registered: bool) -> None:
     """Two epochs, with a checkpoint between them, beside torch's two with a schedule that is prepared."""
-    whole, first, second = Run(by_hand, torch.float64), *(Run(attached(way), torch.float64) for _ in range(2))
+    whole, first, second = Run(by_hand, torch.float64), *(Run(attached(way, module), torch.float64) for _ in range(2))
     if registered:
         for run in (first, second):
             run.accelerator.register_for_checkpointing(run.raw._attached.schedule)
@@ -168,10 +168,11 @@ def compare_resumed(way: Way, directory: Path, *, registered: bool) -> None:
 @pytest.mark.host("Accelerate", "an attached schedule, which warns that it was not saved and goes on")
 def test_attached_schedule(way: Way, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="attached CosineAnnealingLR did not: it goes on from step 8"):
-        compare_resumed(way, tmp_path, registered=False)
+        compare_resumed(way, tmp_path, lr_scheduler, registered=False)
 
 
-@pytest.mark.host("Accelerate", "an attached schedule, registered for checkpointing")
-def test_registered_schedule(way: Way, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    compare_resumed(way, tmp_path, registered=True)
-    assert not [w for w in recwarn if "attached" in str(w.message)]
+@pytest.mark.parametrize("module", [lr_scheduler, torch.optim.lr_scheduler], ids=["ours", "torch"])
+@pytest.mark.host("Accelerate", "an attached schedule of either library, registered for checkpointing")
+def test_registered_schedule(way: Way, tmp_path: Path, recwarn: pytest.WarningsRecorder, module: Any) -> None:
+    compare_resumed(way, tmp_path, module, registered=True)
+    assert not [text for w in recwarn if "attached" in (text := str(w.message))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def test_hydra(way: Way) -> None:
     assert_same(*models, tolerance=1e-12)
 
 
-@pytest.mark.host("LightningCLI", "an optimizer and its options from YAML")
+@pytest.mark.host("LightningCLI", "an optimizer, and EMA by `integrations.lightning`, from YAML")
 def test_command_line(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     L = pytest.importorskip("lightning", **MISSING)
     pytest.importorskip("jsonargparse", **MISSING)
@@ -77,21 +78,24 @@ def test_command_line(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             return DataLoader(digits(dtype=torch.float64), batch_size=16)
 
     modules = []
-    for module, extra in (
-        ("compiled_optim", f"compiled: {str(way.options()['compiled']).lower()}"),
-        ("torch.optim", ""),
+    for module, callbacks, extra in (
+        ("compiled_optim", "compiled_optim.integrations.lightning", way.options()),
+        ("torch.optim", "lightning.pytorch.callbacks", {}),
     ):
-        config = tmp_path / f"{module}.yaml"
-        config.write_text(
-            f"optimizer:\n  class_path: {module}.AdamW\n"
-            f"  init_args:\n    lr: 0.01\n    betas: [0.8, 0.9]\n    {extra}\n"
-            "trainer:\n  max_epochs: 2\n  accelerator: cpu\n  logger: false\n  enable_checkpointing: false\n"
-            "  enable_progress_bar: false\n  enable_model_summary: false\n"
-        )
-        cli = LightningCLI(Digits, save_config_callback=None, args=["fit", "--config", str(config)])
+        silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        averages = {"class_path": f"{callbacks}.EMAWeightAveraging", "init_args": {"decay": 0.8, **extra}}
+        config = {
+            "optimizer": {"class_path": f"{module}.AdamW", "init_args": {"lr": 0.01, "betas": [0.8, 0.9], **extra}},
+            "trainer": {"max_epochs": 2, "accelerator": "cpu", "callbacks": [averages], **silent},
+        }
+        path = tmp_path / f"{module}.yaml"
+        path.write_text(json.dumps(config))  # which is YAML too
+        cli = LightningCLI(Digits, save_config_callback=None, args=["fit", "--config", str(path)])
         modules.append(cli.model)
         optimizer = cli.trainer.optimizers[0]
         assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
         if extra:
             way.check(optimizer)
+            (average,) = [c._average_model for c in cli.trainer.callbacks if hasattr(c, "_average_model")]
+            assert average.compiled == extra["compiled"]
     assert_same(*modules, tolerance=1e-12)

@@ -40,6 +40,13 @@ CASES = [
     for i, options in enumerate([{}] * (kind not in NEEDS) + OPTIONS.get(kind, []))
     for warmup in (0, 5)
 ]
+CLOSED = [case for case in CASES if case.values[0] not in BY_METRIC]
+
+
+class Nobody:
+    """In the place of a schedule, for the optimizer moves the attached one."""
+
+    def step(self) -> None: ...
 
 
 def stepped(optimizer: Any, schedule: Any, steps: int, by_metric: bool = False) -> list[float]:
@@ -89,7 +96,7 @@ def ours(kind: str, optimizer: Any, options: dict[str, Any], warmup: int) -> Any
     )
 
 
-@pytest.mark.parametrize(("kind", "options", "warmup"), [case for case in CASES if case.values[0] not in BY_METRIC])
+@pytest.mark.parametrize(("kind", "options", "warmup"), CLOSED)
 @pytest.mark.host("transformers", "our schedules of the same names: stepped, as closed forms, attached, resumed")
 def test_closed_forms(way: Way, kind: str, options: Any, warmup: int) -> None:
     theirs = torch.optim.SGD(parameter(), lr=LR)
@@ -107,8 +114,7 @@ def test_closed_forms(way: Way, kind: str, options: Any, warmup: int) -> None:
     attached: Any = way.of("SGD")(parameter(), lr=LR)
     moved = ours(kind, attached, options, warmup)
     attached.attach(moved)
-    nobody = type("Nobody", (), {"step": lambda self: None})()
-    assert stepped(attached, nobody, STEPS + 4) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert stepped(attached, Nobody(), STEPS + 4) == pytest.approx(expected, rel=1e-12, abs=1e-15)
     way.check(attached)
 
     half = torch.optim.SGD(parameter(), lr=LR)
@@ -120,3 +126,25 @@ def test_closed_forms(way: Way, kind: str, options: Any, warmup: int) -> None:
     goes_on.load_state_dict(saved.state_dict())
     rest = stepped(resumed, goes_on, STEPS // 2)
     assert rest == pytest.approx(expected[STEPS // 2 : 2 * (STEPS // 2)], rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(("kind", "options", "warmup"), CLOSED)
+@pytest.mark.host("transformers", "every kind of `get_scheduler` that needs no metric, attached")
+def test_attached(way: Way, kind: str, options: Any, warmup: int) -> None:
+    theirs = torch.optim.SGD(parameter(), lr=LR)
+    expected = stepped(theirs, of_transformers(kind, theirs, options, warmup), STEPS + 4)
+    optimizer: Any = way.of("SGD")(parameter(), lr=LR)
+    optimizer.attach(of_transformers(kind, optimizer, options, warmup))
+    assert stepped(optimizer, Nobody(), STEPS + 4) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    way.check(optimizer)
+
+
+@pytest.mark.parametrize("kind", sorted(BY_METRIC))
+@pytest.mark.host("transformers", "a kind of `get_scheduler` that needs a metric, attached")
+def test_a_metric_cannot_be_attached(way: Way, kind: str) -> None:
+    optimizer: Any = way.of("SGD")(parameter(), lr=LR)
+    with pytest.raises(TypeError, match=r"ReduceLROnPlateau is not|GreedyLR"):
+        optimizer.attach(of_transformers(kind, optimizer, {}, 0))
+    way.result = "refused with TypeError"
+    stepped(optimizer, Nobody(), 1)
+    way.check(optimizer)

@@ -228,11 +228,20 @@ def test_copies_and_pickles_of_an_attached_object_of_torch_are_plain() -> None:
 
 
 @modules
-def test_past_its_end_nothing_is_updated(module: Any) -> None:
+@pytest.mark.parametrize(
+    ("build", "steps"),
+    [
+        (lambda m, o: m.OneCycleLR(o, 0.3, 6), 6),
+        (lambda m, o: m.SequentialLR(o, [m.ConstantLR(o, 0.5, 9), m.OneCycleLR(o, 0.3, 6)], [3]), 9),
+        (lambda m, o: m.ChainedScheduler([m.OneCycleLR(o, 0.3, 6), m.StepLR(o, 2)]), 6),
+    ],
+    ids=["alone", "in a sequence", "in a chain"],
+)
+def test_past_its_end_nothing_is_updated(module: Any, build: Build, steps: int) -> None:
     optimizer = make()
-    schedule = module.OneCycleLR(optimizer, 0.3, 6)
+    schedule = build(module, optimizer)
     optimizer.attach(schedule)
-    run(optimizer, 6)
+    run(optimizer, steps)
     before = copy.deepcopy((optimizer.param_groups, optimizer.state_dict()["state"]))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"Tried to step 7 times\. The specified number of total steps is 6"):

@@ -156,3 +156,14 @@ def test_a_schedule_of_fewer_groups() -> None:
     add(optimizer)
     optimizer.load_state_dict(copy.deepcopy(first.state_dict()))
     assert run(optimizer, 3) == rows(run(first, 3))
+
+
+@pytest.mark.parametrize("module", [lr_scheduler, torch.optim.lr_scheduler], ids=["ours", "torch"])
+def test_a_checkpoint_of_what_it_has_is_no_news(module: Any) -> None:
+    """As Accelerate's ``prepare`` loads one: of a schedule without a formula, too."""
+    optimizer = compiled_optim.Adam([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    optimizer.attach(module.LambdaLR(optimizer, {0: 1.0, 1: 0.5, 2: 0.25, 3: 0.1}.__getitem__))
+    for before, after in ((1.0, 0.5), (0.5, 0.25), (0.25, 0.1)):
+        assert scheduled(optimizer)[0] == pytest.approx(0.1 * before)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert run(optimizer, 1)[0][0] == pytest.approx(0.1 * after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from typing import Any
 
 import pytest
@@ -267,6 +268,59 @@ def test_compositions() -> None:
     for build in builds:
         stepped_is_the_value(build(make_optimizer()))
         stepped_is_the_value(build(make_optimizer(dtype=torch.float64)))
+
+
+def drawn(rng: random.Random, o: Any, depth: int) -> Any:
+    """A composition of compositions, down to single schedules."""
+    kind = rng.randrange(4) if depth else 0
+    if kind == 1:
+        ramp, start = rng.choice(sorted(RAMPS)), rng.choice([0.0, 0.1])
+        return ours.warmup(drawn(rng, o, depth - 1), rng.randint(0, 8), ramp, start_factor=start)
+    if kind == 2:
+        milestones = sorted(rng.sample(range(1, 45), rng.randint(0, 2)))
+        return ours.SequentialLR(o, [drawn(rng, o, depth - 1) for _ in range(len(milestones) + 1)], milestones)
+    scaling: list[Any] = [
+        lambda: ours.StepLR(o, rng.randint(1, 9), 0.5),
+        lambda: ours.ExponentialLR(o, 0.9),
+        lambda: ours.LinearLR(o, rng.choice([0.1, 0.5]), rng.choice([1.0, 0.3]), rng.randint(1, 12)),
+        lambda: ours.PolynomialLR(o, rng.randint(60, 90), 2.0),
+    ]
+    if kind == 3:
+        return ours.ChainedScheduler([rng.choice(scaling)() for _ in range(rng.randint(1, 3))])
+    setting: list[Any] = [
+        lambda: ours.CosineAnnealingLR(o, rng.randint(60, 90), 0.001),
+        lambda: ours.CosineAnnealingWarmRestarts(o, rng.randint(2, 9), 2),
+        lambda: ours.SymbolicLR(o, "base_lr*(1 + cos(pi*t/30))/2 + 0.001"),
+        lambda: ours.LambdaLR(o, lambda i: 1 / (1 + i) if i < 7 else 0.1),
+        lambda: ours.get_rex_schedule(o, rng.randint(0, 4), rng.randint(10, 60)),
+    ]
+    return rng.choice(scaling + setting)()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_compositions_of_compositions(seed: int) -> None:
+    """Stepped, as values, attached, and resumed at a step they agree."""
+
+    def build(tensor: bool = False) -> Any:
+        optimizer = make_optimizer("SGD", torch.float64 if tensor else None)
+        return drawn(random.Random(seed), optimizer, 3)
+
+    schedule, place = build(), random.Random(seed).randrange(50)
+    wanted = [[schedule.value(i, group) for group in (0, 1)] for i in range(55)]
+    saved: Any = None
+    for i in range(55):
+        if i == place:
+            saved = copy.deepcopy((schedule.optimizer.state_dict(), schedule.state_dict()))
+        assert scheduled(schedule.optimizer)[:2] == near(wanted[i]), i
+        step(schedule)
+    moved = build(tensor=True)
+    optimizer = attach(moved)
+    assert [row[:2] for row in run(moved, 55, attached=True)] == rows(wanted)
+    resumed = build()
+    optimizer = attach(resumed)
+    optimizer.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    assert [row[:2] for row in run(resumed, 5, attached=True)] == rows(wanted[place : place + 5])
 
 
 def test_a_warm_up_multiplies_in_a_chain_with_a_schedule_that_counts_all_steps() -> None:
