@@ -340,7 +340,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             optim.undecorated("add_param_group")(self, param_group)
             group = self.param_groups[-1]
             group.update({name: coerce(group[name]) for name in self.rule.declaration.options})
-            check_dimensions(self._work(), group["params"])
+            check_dimensions(self.rule, self.param_groups, group["params"])
         except BaseException:
             del self.param_groups[count:]
             raise

@@ -11,6 +11,7 @@ from torch import Tensor
 from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions import dtensors
 from compiled_optim._engine.executions.work import Work
+from compiled_optim._engine.rule import Rule
 from compiled_optim._engine.torch_private import tensor_parts
 
 COUNT_DTYPES = (torch.float32, torch.float64)
@@ -56,11 +57,11 @@ def refuse(work: Work, choices: list[Group]) -> None:
                 raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
 
 
-def check_dimensions(work: Work, params: Iterable[Tensor]) -> None:
+def check_dimensions(rule: Rule, groups: list[dict[str, Any]], params: Iterable[Tensor]) -> None:
     """Raises ValueError for parameters that the rule does not take because of their dimensions."""
     for p in params:
-        if work.rule.matrices_only and p.dim() != 2:
-            raise ValueError(f"{work.rule.name}: params must be matrices, got one {place(work, p)}")
+        if rule.matrices_only and p.dim() != 2:
+            raise ValueError(f"{rule.name}: params must be matrices, got one {_place_in(groups, p)}")
 
 
 def check_gradient(work: Work, choice: Group, grad: Tensor) -> Tensor:
@@ -163,7 +164,11 @@ def _named(work: Work, name: str) -> str:
 
 
 def place(work: Work, p: Tensor) -> str:
-    for i, group in enumerate(work.listed_in or work.groups):
+    return _place_in(work.listed_in or work.groups, p)
+
+
+def _place_in(groups: list[dict[str, Any]], p: Tensor) -> str:
+    for i, group in enumerate(groups):
         for j, other in enumerate(group["params"]):
             if other is p:
                 return f"of shape {tuple(p.shape)} at index {j} of param group {i}"
