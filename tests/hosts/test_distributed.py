@@ -85,3 +85,17 @@ def test_a_checkpoint_goes_on_in_one_process(way: Way, directory: Path, mesh: An
         assert_same(model, stock, 1e-12)
         if builder is mine:
             way.check(optimizer)
+
+
+@pytest.mark.host("FSDP2", "Adafactor and Muon, which reduce over whole matrices")
+def test_rules_that_reduce(way: Way, mesh: Any) -> None:
+    for name in ("Adafactor", "Muon"):
+        model = sharded(mesh)
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        before = whole(model)
+        optimizer = way.of(name)(matrices, lr=LR)
+        with pytest.raises(RuntimeError, match=f"{name} does not support DTensor parameters.*not elementwise"):
+            train(model, optimizer, steps=1)
+        assert_same(whole(model), before, 0)
+        assert not optimizer.state
+    way.refused("refused with RuntimeError")

@@ -256,3 +256,49 @@ def test_averages_of_lightning(way: Way) -> None:
         ours, _ = [fit(model, callbacks=[callback()], max_epochs=3) for model in models]
         assert_same(*models, tolerance=1e-5)
         way.check(ours.optimizers[0])
+
+
+class Matrices(Manual):
+    """As torch's Muon is used: a second optimizer for what is no matrix. Ours is one, in automatic optimization."""
+
+    def __init__(self, configure: Any) -> None:
+        super().__init__(configure)
+        self.automatic_optimization = configure is not None
+
+    def configure_optimizers(self) -> Any:
+        if self.configure is not None:
+            return self.configure(self.parameters())
+        matrices, others = ([p for p in self.parameters() if (p.dim() == 2) == is_2d] for is_2d in (True, False))
+        return [torch.optim.Muon(matrices, lr=LR), torch.optim.AdamW(others, lr=LR)]
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        loss = self.loss(batch)
+        if self.configure is None:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+        return loss
+
+
+@pytest.mark.host("Lightning", "Adafactor: clipping, resumed, from torch's too")
+def test_adafactor(way: Way, tmp_path: Path) -> None:
+    def mine(params: Any) -> Any:
+        return way.of("Adafactor")(params, lr=LR)
+
+    def theirs(params: Any) -> Any:
+        return torch.optim.Adafactor(params, lr=LR)
+
+    straight = [Digits(mine), Digits(theirs)]
+    for model in straight:  # in float64, which a checkpoint of Lightning does not keep
+        fit(model, gradient_clip_val=0.1, precision="64-true")
+    assert_same(*straight, tolerance=1e-12)
+    whole = Digits(theirs)
+    fit(whole, max_epochs=2)
+    for i, first in enumerate((mine, theirs)):
+        fit(Digits(first), callbacks=[saving(tmp_path / str(i))])
+        resumed = Digits(mine)
+        trainer = fit(resumed, checkpoint=tmp_path / str(i) / "epoch=0.ckpt", max_epochs=2)
+        assert_same(resumed, whole, 1e-6)
+        way.check(trainer.optimizers[0], reduces=True)
