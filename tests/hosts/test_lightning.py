@@ -258,28 +258,32 @@ def test_averages_of_lightning(way: Way) -> None:
         way.check(ours.optimizers[0])
 
 
-class Matrices(Manual):
-    """As torch's Muon is used: a second optimizer for what is no matrix. Ours is one, in automatic optimization."""
+class Matrices(Digits):
+    """A second optimizer for what is no matrix. ``configure(name)`` returns the class of an optimizer."""
 
     def __init__(self, configure: Any) -> None:
         super().__init__(configure)
-        self.automatic_optimization = configure is not None
+        self.automatic_optimization = False
 
     def configure_optimizers(self) -> Any:
-        if self.configure is not None:
-            return self.configure(self.parameters())
         matrices, others = ([p for p in self.parameters() if (p.dim() == 2) == is_2d] for is_2d in (True, False))
-        return [torch.optim.Muon(matrices, lr=LR), torch.optim.AdamW(others, lr=LR)]
+        return [self.configure("Muon")(matrices, lr=LR), self.configure("AdamW")(others, lr=LR)]
 
-    def training_step(self, batch: Any, index: int) -> Any:
-        loss = self.loss(batch)
-        if self.configure is None:
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(loss)
-            for optimizer in self.optimizers():
-                optimizer.step()
-        return loss
+    def training_step(self, batch: Any, index: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+@pytest.mark.host("Lightning", "Muon beside AdamW, in manual optimization")
+def test_muon(way: Way) -> None:
+    models = [Matrices(way.of), Matrices(lambda name: getattr(torch.optim, name))]
+    ours, _ = [fit(model, precision="64-true") for model in models]
+    assert_same(*models, tolerance=1e-12)
+    way.check(ours.optimizers[0], reduces=True)
+    way.check(ours.optimizers[1])
 
 
 @pytest.mark.host("Lightning", "Adafactor: clipping, resumed, from torch's too")
