@@ -29,6 +29,7 @@ import inspect
 from collections.abc import Callable
 from typing import ParamSpec
 
+import torch
 from torch import Tensor
 
 from compiled_optim import algorithms
@@ -59,20 +60,20 @@ _Maybe = list[Tensor | None]
 
 
 def _updates(cls: type[Optimizer], *, counts: bool = True) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Makes of a signature of torch the function that runs the rule of ``cls``.
-
-    Args:
-        counts: whether the step counts are advanced. Otherwise they are numbers, which count this step already.
-    """
+    """Makes of a signature of torch the function that runs the rule of ``cls``; ``counts``: see `Functional`."""
 
     def decorate(declared: Callable[P, None]) -> Callable[P, None]:
         run = Functional(cls.rule, inspect.signature(declared), counts)
 
-        @functools.wraps(declared)
-        def function(*args: P.args, **options: P.kwargs) -> None:
+        @dynamo.never_traced  # which imports Dynamo
+        def outside_graphs(*args: P.args, **options: P.kwargs) -> None:
             run(*args, **options)
 
-        return dynamo.never_traced(function)
+        @functools.wraps(declared)
+        def function(*args: P.args, **options: P.kwargs) -> None:
+            (outside_graphs if torch.compiler.is_compiling() else run)(*args, **options)
+
+        return function
 
     return decorate
 

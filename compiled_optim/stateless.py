@@ -24,7 +24,8 @@ def swap_in_optimizer_params_and_state(
         optimizer: any, with state.
         swapin_parameters: the parameters by name, in the order in which the param groups list theirs.
         swapin_optim_state: as ``state_dict()`` returns it, with as many groups and parameters, and the same options, as
-            the optimizer has. Its tensors are written in place; state that a step makes or replaces is dropped.
+            the optimizer has. Its tensors are written in place, so copy what is the optimizer's own; state that a step
+            makes or replaces is dropped. An attached schedule does not move.
 
     Raises:
         RuntimeError: for state that does not fit the optimizer, and for an optimizer without state.
@@ -43,6 +44,7 @@ def swap_in_optimizer_params_and_state(
     """
     params = _checked(optimizer, [*swapin_parameters.values()], swapin_optim_state)
     live_state, live_groups = optimizer.state, [dict(group) for group in optimizer.param_groups]
+    attached = vars(optimizer).pop("_attached", None)
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     try:
         for group, saved, own in zip(optimizer.param_groups, swapin_optim_state["param_groups"], params, strict=True):
@@ -56,6 +58,8 @@ def swap_in_optimizer_params_and_state(
             group.clear()
             group.update(live)
         optimizer.state = live_state
+        if attached is not None:
+            vars(optimizer)["_attached"] = attached
 
 
 def _checked(optimizer: torch.optim.Optimizer, params: list[Tensor], given: Any) -> list[list[Tensor]]:

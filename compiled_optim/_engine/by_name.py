@@ -37,6 +37,8 @@ def arranged(
     saved = state_dict["param_groups"]
     if not all("param_names" in group for group in (*groups, *saved)):
         return None
+    if any(len(group["param_names"]) != len(group["params"]) for group in groups):  # somebody has changed a param group
+        return None
     names = [list(group["param_names"]) for group in groups]
     if names == [list(group["param_names"]) for group in saved]:
         return None

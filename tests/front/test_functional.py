@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from beside_torch import MATRICES, assert_same, tensors
 from cases import ALL, CLASSES, IDS, gradient, oracle, rich_options
 from torch import Tensor
 
+import compiled_optim
 from compiled_optim import Optimizer, functional
 
 KEYS = {"state_steps": "step", "state_sums": "sum", "momentum_buffer_list": "momentum_buffer"}
@@ -105,9 +108,11 @@ def test_updates_are_torchs(cls: type[Optimizer], options: dict[str, Any]) -> No
         assert_agree(mine, stock)
 
 
-@pytest.mark.parametrize("cls", [cls for cls in CLASSES if "fused" in inspect.signature(ours(cls)).parameters])
-def test_fused_launches_a_kernel_and_scales_as_torch_does(cls: type[Optimizer]) -> None:
+@pytest.mark.parametrize("name", ["Adam", "SGD"])  # with a step count and without
+def test_fused_launches_a_kernel_and_scales_as_torch_does(name: str) -> None:
     torch.set_default_dtype(torch.float64)
+    cls = getattr(compiled_optim, name)
+    before = compiled_optim.cache_info().kernels
     mine, chosen = call(cls, {})
     chosen |= {"fused": True, "foreach": False}
     stock = copied(mine)
@@ -119,6 +124,7 @@ def test_fused_launches_a_kernel_and_scales_as_torch_does(cls: type[Optimizer]) 
         if scaling and scaling["found_inf"] is yes:
             mine[1] = stock[1]  # torch divides the gradients of a step that it skips, too
         assert_agree(mine, stock, 1e-10)
+    assert compiled_optim.cache_info().kernels - before in (0, 1)  # another test may have had it
 
 
 def test_a_first_momentum_is_put_into_the_list() -> None:
@@ -167,6 +173,29 @@ def test_a_tensor_given_twice_is_updated_twice() -> None:
     assert_agree([[p]], [stock[:1]])
 
 
+def test_a_call_imports_no_compiler_and_breaks_a_graph_that_it_is_in() -> None:
+    options = {"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "lr": 0.5}
+    program = f"""
+import sys, torch
+from compiled_optim.functional import sgd
+p = torch.ones(2)
+sgd([p], [p], [], **{options})
+assert "torch._dynamo" not in sys.modules and p.tolist() == [0.5, 0.5]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    p = torch.ones(2)
+
+    @torch.compile(backend="eager")
+    def update(g: Tensor) -> Tensor:
+        doubled = g * 2
+        functional.sgd([p], [doubled], [], **options)
+        return doubled + 1
+
+    for value in (0.0, -1.0):
+        assert update(torch.ones(2)).tolist() == [3.0, 3.0]
+        assert p.tolist() == [value, value]
+
+
 def test_what_is_refused_changes_nothing() -> None:
     (cls,) = [c for c in CLASSES if c.__name__ == "Adam"]
     mine, chosen = call(cls, {})
@@ -184,6 +213,7 @@ def test_what_is_refused_changes_nothing() -> None:
         ({0: [torch.nn.Parameter(p) for p in mine[0]]}, {}, RuntimeError, r"params\[0\] is a leaf that requires grad"),
         ({1: [g[:1] for g in mine[1]]}, {}, RuntimeError, "gradient of the parameter of shape"),
         ({}, {"lr": "fast"}, TypeError, "lr must be at least 0, got 'fast'"),
+        ({1: [mine[1][0], None, mine[1][2]]}, {}, TypeError, "grads must be tensors, got None"),
     ]
     for lists, options, kind, message in wrong:
         with pytest.raises(kind, match=message):

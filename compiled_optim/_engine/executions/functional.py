@@ -47,7 +47,9 @@ class Functional:
         bound.apply_defaults()
         given = bound.arguments
         if not self._counts:
-            given["state_steps"] = [torch.tensor(float(n) - 1, device="cpu") for n in given["state_steps"]]
+            given["state_steps"] = [
+                torch.tensor(float(n) - 1, dtype=torch.float64, device="cpu") for n in given["state_steps"]
+            ]
         params, grads = given[self._params], given[self._grads]
         held = {self._params, self._grads, *self._state.values()}
         group = self._group({_HYPER.get(name, name): value for name, value in given.items() if name not in held})
@@ -63,6 +65,8 @@ class Functional:
         for i, p in enumerate(params if records else ()):
             if p.requires_grad and p.is_leaf:
                 raise RuntimeError(f"params[{i}] is a leaf that requires grad: call this under torch.no_grad()")
+            if any(p is other for other in params[:i]):
+                raise RuntimeError(f"params[{i}] is given twice, and autograd can record one update only")
         if (records or given.get("differentiable")) and (fused or given.get("foreach")):
             chosen = "fused=True" if fused else "foreach=True"
             raise RuntimeError(f"{chosen} records no graph: leave it out, or call this under torch.no_grad()")
@@ -105,17 +109,22 @@ class Functional:
         """The lists of the state that these options keep, by the name of the state.
 
         Raises:
-            ValueError: for a list of another length. RuntimeError: for step counts that are no tensors.
+            ValueError: for a list of another length. TypeError: for parameters and gradients that are no tensors.
+            RuntimeError: for such step counts, as in torch.optim.
         """
         declaration = self._rule.declaration
         switches = declaration.read(group, keep_tensors=True).switches
-        kinds = {(p.dtype, p.dim()) for p in params}
+        kinds = {(p.dtype, p.dim()) for p in params if isinstance(p, Tensor)}
         kept = dict.fromkeys([*declaration.counts, *(n for kind in kinds for n in declaration.kept(switches, *kind))])
         state = {name: given[self._state[name]] for name in kept}
         lengths = {self._grads: len(given[self._grads]), **{self._state[name]: len(state[name]) for name in kept}}
         for argument, length in lengths.items():
             if length != len(params):
                 raise ValueError(f"{argument} must be as long as params, got {length} beside {len(params)}")
+        for argument in (self._params, self._grads):
+            for value in given[argument]:
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{argument} must be tensors, got {value!r}")
         for count in state.get("step", ()):
             if not isinstance(count, Tensor):
                 raise RuntimeError(f"state_steps must be tensors of one element, got {count!r}")
