@@ -112,7 +112,7 @@ def test_updates_are_torchs(cls: type[Optimizer], options: dict[str, Any]) -> No
 def test_fused_launches_a_kernel_and_scales_as_torch_does(name: str) -> None:
     torch.set_default_dtype(torch.float64)
     cls = getattr(compiled_optim, name)
-    before = compiled_optim.cache_info().kernels
+    compiled_optim.cache_clear()
     mine, chosen = call(cls, {})
     chosen |= {"fused": True, "foreach": False}
     stock = copied(mine)
@@ -124,7 +124,7 @@ def test_fused_launches_a_kernel_and_scales_as_torch_does(name: str) -> None:
         if scaling and scaling["found_inf"] is yes:
             mine[1] = stock[1]  # torch divides the gradients of a step that it skips, too
         assert_agree(mine, stock, 1e-10)
-    assert compiled_optim.cache_info().kernels - before in (0, 1)  # another test may have had it
+    assert compiled_optim.cache_info().kernels == 1
 
 
 def test_a_first_momentum_is_put_into_the_list() -> None:
