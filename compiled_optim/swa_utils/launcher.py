@@ -22,7 +22,7 @@ from compiled_optim._engine.torch_private import inductor, modules
 from compiled_optim._engine.values import lerp
 from compiled_optim.declare import number
 from compiled_optim.optimizer import Optimizer
-from compiled_optim.swa_utils.functions import Weighted
+from compiled_optim.swa_utils.functions import AvgFn, weighted
 
 QuickUpdate = Callable[[Module, Module], bool]  # of an average by a model; False if that is left to `Launcher.run`
 SETTINGS = ("avg_fn", "multi_avg_fn", "use_buffers", "compiled")  # attributes that decide how an average is updated
@@ -58,18 +58,48 @@ def _custom(avg_fn: Any) -> type[_Rule]:
     return Custom
 
 
+def _of_one(multi_avg_fn: Any, tensors: int) -> AvgFn:
+    """A ``multi_avg_fn`` as an ``avg_fn``, tried on lists of so many ``tensors``.
+
+    Raises:
+        ValueError: when it is called, if a tensor is not averaged as it is alone.
+    """
+
+    def alone(average: Tensor, model: Tensor, n: Any) -> Tensor:
+        new = average.clone()
+        multi_avg_fn([new], [model], n)
+        return new
+
+    def of_one(average: Tensor, model: Tensor, n: Any) -> Tensor:
+        if type(average) is not Tensor:  # it is traced, which takes no writes
+            new: Tensor = torch.func.functionalize(alone)(average, model, n)
+            return new
+        pairs = [(average + i % 2, model - i % 2) for i in range(tensors)]
+        averages = [p.clone() for p, _ in pairs]
+        multi_avg_fn(averages, [q for _, q in pairs], n)
+        expected = [alone(p, q, n) for p, q in pairs[:2]]
+        if not all(torch.equal(p, expected[i % 2]) for i, p in enumerate(averages)):
+            raise ValueError("what it does to one tensor of its lists depends on the others")
+        return expected[0]
+
+    return of_one
+
+
 class Launcher:
     """The launch that updates one set of averaged tensors.
 
     Args:
-        fn: `Weighted`, or a user's ``avg_fn``.
+        fn: what averages them, a ``multi_avg_fn`` if ``in_lists``.
         on_device: whether the weight of a model is a tensor on a device.
     """
 
-    def __init__(self, averaged: list[Tensor], fn: Any, on_device: bool, told: Fallback) -> None:
-        self.averaged, self.fn, self.on_device, self.fallback = averaged, fn, on_device, told
-        self.weight = fn.weight if isinstance(fn, Weighted) else float
-        rule = (_Average if isinstance(fn, Weighted) else _custom(fn)).rule
+    def __init__(self, averaged: list[Tensor], fn: Any, in_lists: bool, on_device: bool, told: Fallback) -> None:
+        self.averaged, self.on_device, self.fallback = averaged, on_device, told
+        self._function = fn, in_lists
+        known = weighted(fn)
+        self.weight = known.weight if known else float
+        custom = known is None and _custom(_of_one(fn, len(averaged)) if in_lists else fn)
+        rule = (custom or _Average).rule
         options = rule.declaration.check({})
         group = {"params": averaged, **options, "capturable": on_device}
         self.work = Work(rule, [group], defaultdict(dict), options, Memory())
@@ -77,8 +107,9 @@ class Launcher:
         self.plan: Plan | None = None
         self.failed = ""
 
-    def fits(self, averaged: list[Tensor], fn: Any, on_device: bool) -> bool:
-        return self.fn is fn and self.on_device == on_device and same(averaged, self.averaged)
+    def fits(self, averaged: list[Tensor], fn: Any, in_lists: bool, on_device: bool) -> bool:
+        as_it_was = self._function[0] is fn and self._function[1] == in_lists and self.on_device == on_device
+        return as_it_was and same(averaged, self.averaged)
 
     def run(
         self,

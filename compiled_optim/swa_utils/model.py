@@ -111,9 +111,10 @@ class AveragedModel(swa_utils.AveragedModel):
 
     def _has_weight(self) -> bool:
         """Whether a launch can be told the weight of a model. The host does not wait to see if that is the first."""
+        if self.n_averaged.is_cpu:
+            return bool(self.n_averaged)
         known = weighted(self._function)
-        on_device = not self.n_averaged.is_cpu
-        return (on_device and known is not None and not known.waits) or bool(self.n_averaged)
+        return known is not None and (not known.waits or bool(self.n_averaged))
 
     def _pairs(self, model: Module) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """The tensors that are averaged and the buffers that are copied, each with the model's.
@@ -179,18 +180,16 @@ class AveragedModel(swa_utils.AveragedModel):
     ) -> None:
         on_device = not self.n_averaged.is_cpu
         kind = weighted(self._function)
-        if self.multi_avg_fn is not None and kind is None:
-            raise inductor.LoweringError("a multi_avg_fn works on lists in place, and only an avg_fn can be compiled")
         if any(p.shape != q.shape for p, q in copies.items()):
             raise inductor.LoweringError("the buffers of the model are of other shapes than those of its average")
         if not _PLAIN.issuperset(map(type, pairs.values())):  # most subclasses of Parameter are plain underneath
             pairs = {p: current.detach() for p, current in pairs.items()}
         averaged = list(pairs)
         if kind is None and any(p.is_complex() for p in averaged):
-            raise inductor.LoweringError("a kernel takes complex numbers as two, which an avg_fn may not")
-        launcher = self._launcher
-        if launcher is None or not launcher.fits(averaged, kind or self._function, on_device):
-            launcher = self._launcher = Launcher(averaged, kind or self._function, on_device, fallback)
+            raise inductor.LoweringError("a kernel takes complex numbers as two, which a function may not")
+        launcher, in_lists = self._launcher, self.multi_avg_fn is not None
+        if launcher is None or not launcher.fits(averaged, self._function, in_lists, on_device):
+            launcher = self._launcher = Launcher(averaged, self._function, in_lists, on_device, fallback)
         weight: Any
         if on_device and kind:
             n = self.n_averaged.double()
@@ -204,7 +203,7 @@ class AveragedModel(swa_utils.AveragedModel):
             weight = launcher.weight(int(self.n_averaged))
         self._check_storage(copies)
         try:
-            launcher.run(pairs, weight, self._other, casts=self.multi_avg_fn is None)
+            launcher.run(pairs, weight, self._other, casts=not in_lists)
         except RuntimeError:
             self._check_storage(pairs)  # the launch has, too, but knows no names
             raise

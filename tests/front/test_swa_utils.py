@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -172,26 +173,47 @@ def in_place(averages: Any, models: Any, averaged: Any) -> None:
     torch._foreach_lerp_(averages, models, 0.3)
 
 
-def test_a_multi_avg_fn_of_ones_own_is_called_as_torch_calls_it(lenient: None) -> None:
+def by_place(averages: Any, models: Any, averaged: Any) -> None:
+    for i, (average, current) in enumerate(zip(averages, models, strict=True)):
+        average.lerp_(current, 0.3 if i < 7 else 0.5)
+
+
+def by_norm(averages: Any, models: Any, averaged: Any) -> None:
+    torch._foreach_lerp_(averages, models, 1 / (1 + torch.stack(torch._foreach_norm(models)).max().item()))
+
+
+def by_greatest(averages: Any, models: Any, averaged: Any) -> None:
+    greatest = torch.cat([m.flatten() for m in models]).max()
+    for average, current in zip(averages, models, strict=True):
+        average.add_(current / greatest)
+
+
+def one_by_one(averages: Any, models: Any, averaged: Any) -> None:
+    for average, current in zip(averages, models, strict=True):
+        average.copy_(torch.where(current > average, average * 0.9 + current * 0.1, average)).mul_(0.5).mul_(2)
+
+
+@pytest.mark.parametrize("function", [in_place, one_by_one, by_place, by_norm, by_greatest])
+def test_a_multi_avg_fn_of_ones_own(function: Any, lenient: None) -> None:
+    """It is compiled if each tensor of its lists is averaged alike and for itself, else called as torch calls it."""
     model = Net().double()
-    reference = stock.AveragedModel(model, multi_avg_fn=in_place)
-    mine = AveragedModel(model, multi_avg_fn=in_place, compiled=True)
-    mine.update_parameters(model)
-    reference.update_parameters(model)
-    change(model)
-    with pytest.warns(CompileFallbackWarning, match="multi_avg_fn"):
-        mine.update_parameters(model)
-    mine.update_parameters(model)  # warned once
-    for _ in range(2):
-        reference.update_parameters(model)
-    assert_same_state(mine, reference)
+    reference = stock.AveragedModel(model, multi_avg_fn=function)
+    mine = AveragedModel(model, multi_avg_fn=function, compiled=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            change(model)
+            mine.update_parameters(model)
+            reference.update_parameters(model)
+            assert_same_state(mine, reference)
+    assert [w.category for w in caught] == [CompileFallbackWarning] * ("by" in function.__name__.split("_")[0])
 
 
 @pytest.mark.parametrize(
-    "options", [{"multi_avg_fn": in_place}, {"avg_fn": lambda a, m, n: a + (m - a) / m.norm()}], ids=["multi", "norm"]
+    "options", [{"multi_avg_fn": by_place}, {"avg_fn": lambda a, m, n: a + (m - a) / m.norm()}], ids=["multi", "norm"]
 )
 def test_strict_mode_forbids_to_fall_back(options: dict[str, Any]) -> None:
-    model = nn.Linear(3, 3)
+    model = Net()
     mine = AveragedModel(model, **options, compiled=True)
     mine.update_parameters(model)
     change(model)

@@ -17,8 +17,9 @@ from averaging import AVERAGES, Net, assert_same_state, change
 from torch import Tensor, nn
 from torch.optim import swa_utils as stock
 
-from compiled_optim import CompileFallbackWarning
+from compiled_optim import CompileFallbackWarning, swa_utils
 from compiled_optim.swa_utils import AveragedModel
+from compiled_optim.testing import assert_compiles
 
 compiled = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 
@@ -132,6 +133,115 @@ def test_complex_tensors_are_not_split_for_a_function_of_ones_own(lenient: None)
     assert_same_state(mine, reference)
 
 
+# ---- decays that change
+
+
+DECAYS: dict[str, Callable[[int], float]] = {
+    "a function": lambda n: min(0.9, (1 + n) / (10 + n)),
+    "one that begins late": lambda n: 0.0 if n < 3 else 0.75,
+    "ones and zeros": lambda n: float(n % 2),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("get", ["get_ema_avg_fn", "get_ema_multi_avg_fn"])
+def test_a_decay_may_change_with_each_update(get: str, compiled: bool) -> None:
+    """As a function, as a tensor that is filled, by assignment to what we return, and in the closure of torch's."""
+    argument = get.removeprefix("get_ema_")
+    for decay in DECAYS.values():
+        model, tensor = Net().double(), torch.tensor(0.0, dtype=torch.float64)
+        functions = [getattr(swa_utils, get)(d) for d in (decay, tensor, 0.5)] + [getattr(stock, get)(0.5)]
+        averages = [AveragedModel(model, **{argument: f}, compiled=compiled) for f in functions]
+        expected = copy.deepcopy(averages[0])
+        with assert_compiles() as found:
+            for n in range(8):
+                change(model)
+                tensor.fill_(decay(n))
+                functions[2].decay = decay(n)
+                functions[3].__wrapped__.__closure__[0].cell_contents = decay(n)
+                stock.AveragedModel.update_parameters(expected, model)
+                for average in averages:
+                    average.update_parameters(model)
+                    assert_same_state(average, expected)
+        assert (found.kernels, found.graphs) <= (1, 0)
+
+
+@compiled
+def test_a_decay_out_of_range_changes_nothing(compiled: bool) -> None:
+    for get, option in ((swa_utils.get_ema_avg_fn, "avg_fn"), (swa_utils.get_ema_multi_avg_fn, "multi_avg_fn")):
+        model, function = Net().double(), get(lambda n: 0.5 if n < 4 else n / 2)
+        average = AveragedModel(model, **{option: function}, compiled=compiled)
+        for _ in range(4):
+            average.update_parameters(model)
+        before = copy.deepcopy(average.state_dict())
+        change(model)
+        with pytest.raises(ValueError, match=r"decay must be at least 0 and at most 1, got 2.0 after 4 models"):
+            average.update_parameters(model)
+        assert_same_state(average, before, 0)
+        function.decay = 0.5
+        average.update_parameters(model)
+        assert average.n_averaged == 5
+
+
+# ---- buffers of every dtype
+
+DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32]
+DTYPES += [torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+DTYPES += [torch.complex32, *FLOAT8]
+
+
+class Buffered(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+        self.register_buffer("values", torch.tensor([5, 0, 3]).to(dtype))
+        self.register_buffer("count", torch.tensor(7))
+
+
+def averaged_buffers(dtype: torch.dtype, wide: torch.dtype, make: Callable[[nn.Module], Any]) -> list[Tensor]:
+    """After each update; computed in a dtype that may be wider, and rounded to the buffer's."""
+    torch.manual_seed(0)
+    model = Buffered(wide)
+    average = make(model)
+    found = []
+    for values in ([5, 1, 3], [2, 0, 4], [0, 1, 9], [1, 0, 2]):
+        model.values = torch.tensor(values).to(wide)
+        average.update_parameters(model)
+        found.append(average.module.values.to(dtype, copy=True))
+        average.module.values.copy_(found[-1])
+    return found
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:ComplexHalf", "ignore::compiled_optim.CompileFallbackWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_buffers_of_every_dtype(dtype: torch.dtype, compiled: bool, lenient: None) -> None:
+    """As torch averages them, or if that raises, as it averages a wider dtype, which is then rounded."""
+    wide = {torch.complex32: torch.complex64, torch.bool: torch.float32, **dict.fromkeys(FLOAT8, torch.float32)}
+    for label, (theirs, ours) in AVERAGES.items():
+        if "custom" in label:
+            continue
+        single = {"avg_fn": stock.get_ema_avg_fn(0.9) if "EMA" in label else stock.get_swa_avg_fn()}
+        for options, other in ((theirs, dtype), (single, dtype), (single, wide.get(dtype, torch.float64))):
+            with contextlib.suppress(RuntimeError):
+                make = functools.partial(stock.AveragedModel, use_buffers=True, **options)
+                expected = averaged_buffers(dtype, other, make)
+                break
+        make = functools.partial(AveragedModel, use_buffers=True, compiled=compiled, **ours)
+        rounding = 0 if not (dtype.is_floating_point or dtype.is_complex) else 4 * torch.finfo(dtype).eps
+        for mine, theirs_now in zip(averaged_buffers(dtype, dtype, make), expected, strict=True):
+            assert mine.dtype is dtype
+            kind = torch.complex128 if dtype.is_complex else torch.float64
+            torch.testing.assert_close(
+                mine.to(kind),
+                theirs_now.to(kind),
+                rtol=max(rounding, 1e-7 if "multi" in label and rounding else 0),
+                atol=rounding,
+                msg=label,
+            )
+
+
 # ---- a model that is not what it was
 
 
@@ -207,7 +317,7 @@ def test_an_average_that_cannot_be_updated_is_left_as_it_is(kind: str, lenient: 
 @compiled
 @pytest.mark.parametrize("option", ["avg_fn", "multi_avg_fn"])
 def test_a_function_that_raises_midway_changes_nothing(option: str, compiled: bool, lenient: None) -> None:
-    fails_at = [100]
+    fails_at = [1000]
 
     def single(average: Tensor, model: Tensor, averaged: Any) -> Tensor:
         fails_at[0] -= 1
