@@ -124,7 +124,8 @@ def get_ema_avg_fn(decay: Decay = 0.999) -> Exponential:
 
     Args:
         decay: a number in [0, 1], a 0-d tensor, or a function that returns one for the number of models so far,
-            from 1 on. A new value needs no new kernel: fill the tensor, or assign to ``.decay`` of what this returns.
+            from 1 on, and may be called twice for one update. A new value needs no new kernel: fill the tensor, or
+            assign to ``.decay`` of what this returns.
 
     Raises:
         ValueError: if the decay is not in [0, 1]; in an update, if a function returns such a one.

@@ -115,13 +115,13 @@ class Launcher:
         self,
         model_of: dict[Tensor, Tensor],
         weight: float | Tensor,
-        other: Callable[[Tensor, Tensor], Tensor],
+        others: Callable[[dict[Tensor, Tensor]], list[Tensor]],
         casts: bool,
     ) -> None:
         """Updates the averages in place, all or none.
 
         Args:
-            other: the new value of an average that no kernel takes, given that and the model's.
+            others: the new values of averages that no kernel takes, given these with the model's.
             casts: whether the model's may be of another dtype.
 
         Raises:
@@ -140,13 +140,13 @@ class Launcher:
                 if self.plan is None or isinstance(outcome, str):  # there is none, or it no longer fits
                     _check(model_of, model_of, casts)
                     self.plan = self._make_plan()
-                others = [p for _, p, _ in self.plan.elsewhere]
-                _check((*self.plan.copied, *others), model_of, casts)  # the launch checks the rest
-                new = [(p, other(p, model_of[p]).expand(p.shape)) for p in others]
+                elsewhere = [p for _, p, _ in self.plan.elsewhere]
+                _check((*self.plan.copied, *elsewhere), model_of, casts)  # the launch checks the rest
+                new = others({p: model_of[p] for p in elsewhere}) if elsewhere else []
                 outcome = self.plan.run(self.work, self._rows(self.plan, weight))
                 if outcome is None:
-                    for p, value in new:
-                        p.copy_(value)
+                    for p, value in zip(elsewhere, new, strict=True):
+                        p.copy_(value.expand(p.shape))
                     return
                 if isinstance(outcome, list):
                     self.counts = outcome

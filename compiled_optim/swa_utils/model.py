@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from operator import is_
 from typing import Any
@@ -38,10 +39,10 @@ class AveragedModel(swa_utils.AveragedModel):
         avg_fn: ``avg_fn(average, model, n)`` returns the new average of one tensor after ``n`` models; default: the
             equal average.
         multi_avg_fn: the same for lists of tensors, in place. Not together with ``avg_fn``.
-        use_buffers: average the buffers of the model too; otherwise they are copied.
-        compiled: False averages as torch does. True updates all tensors of a dtype in one launch, in place. Your own
-            ``avg_fn`` is compiled if it is elementwise, for as long as what it refers to does not change. After that it
-            is called as torch calls it, with a warning, as your own ``multi_avg_fn`` always is.
+        use_buffers: average the buffers of the model too, of every dtype; otherwise they are copied.
+        compiled: False averages as torch does. True updates all tensors of a dtype in one launch, in place. A function
+            of your own is compiled if it is elementwise and treats all tensors of its lists alike, for as long as what
+            it refers to does not change. Otherwise it is called as torch calls it, with a warning.
 
     Example:
         >>> import torch
@@ -135,6 +136,8 @@ class AveragedModel(swa_utils.AveragedModel):
                 problem = f"of the model is of shape {tuple(q.shape)}, and its average of shape {tuple(p.shape)}"
             elif p.dtype != q.dtype and kind and kind.in_lists and p in pairs and self.n_averaged:
                 problem = f"of the model is {q.dtype}, and its average {p.dtype}, which a multi_avg_fn does not convert"
+            elif q.is_meta and not p.is_meta:
+                problem = "of the model is on meta, where there are no values"
             if problem:
                 raise RuntimeError(f"{_named(p, self.module)} {problem}")
         return pairs, copies
@@ -182,8 +185,9 @@ class AveragedModel(swa_utils.AveragedModel):
         kind = weighted(self._function)
         if any(p.shape != q.shape for p, q in copies.items()):
             raise inductor.LoweringError("the buffers of the model are of other shapes than those of its average")
-        if not _PLAIN.issuperset(map(type, pairs.values())):  # most subclasses of Parameter are plain underneath
-            pairs = {p: current.detach() for p, current in pairs.items()}
+        elsewhere = any(p.device != q.device for p, q in pairs.items())
+        if elsewhere or not _PLAIN.issuperset(map(type, pairs.values())):  # most subclasses are plain underneath
+            pairs = {p: q.detach().to(p.device) for p, q in pairs.items()}
         averaged = list(pairs)
         if kind is None and any(p.is_complex() for p in averaged):
             raise inductor.LoweringError("a kernel takes complex numbers as two, which a function may not")
@@ -203,7 +207,7 @@ class AveragedModel(swa_utils.AveragedModel):
             weight = launcher.weight(int(self.n_averaged))
         self._check_storage(copies)
         try:
-            launcher.run(pairs, weight, self._other, casts=not in_lists)
+            launcher.run(pairs, weight, self._others, casts=not in_lists)
         except RuntimeError:
             self._check_storage(pairs)  # the launch has, too, but knows no names
             raise
@@ -212,8 +216,24 @@ class AveragedModel(swa_utils.AveragedModel):
         self.n_averaged += 1
         self._quick = launcher.offer(self, model, pairs, [*copies.items()])
 
+    def _others(self, pairs: dict[Tensor, Tensor]) -> list[Tensor]:
+        """The new values of averages that no kernel takes, from the function that torch would call."""
+        known = weighted(self._function)
+        alike = defaultdict(list)  # many of these are numbers, such as the counts of BatchNorms
+        for p, q in pairs.items():
+            joins = known and type(p) is type(q) is Tensor and not (p.is_floating_point() or p.is_complex())
+            alike[(p.dtype, p.device, q.dtype, q.device) if joins else id(p)].append(p)
+        new: dict[Tensor, Tensor] = {}
+        for some in alike.values():
+            if len(some) == 1:
+                new[some[0]] = self._other(some[0], pairs[some[0]])
+            else:
+                flat = (torch.cat([*map(torch.flatten, tensors)]) for tensors in (some, [pairs[p] for p in some]))
+                parts = torch.split(self._other(*flat), [*map(Tensor.numel, some)])
+                new |= zip(some, map(Tensor.view_as, parts, some), strict=True)
+        return [*map(new.__getitem__, pairs)]
+
     def _other(self, average: Tensor, current: Tensor) -> Tensor:
-        """The new value of an average, from the function that torch would call."""
         average, current, n = average.detach(), current.detach().to(average.device), self.n_averaged.to(average.device)
         function = weighted(self._function) or self._function
         if self.multi_avg_fn is None:

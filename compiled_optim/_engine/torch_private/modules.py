@@ -12,8 +12,19 @@ HELD = ("_parameters", "_buffers", "_modules")
 def tensors(module: Module) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters and the buffers of a module and of those below it; tied ones at each place.
 
-    In one walk. torch's two walks take half of the time of a small average.
+    In one walk. The generators of torch take half of the time of a small average.
     """
-    modules = list(module.modules())
-    parameters: list[Tensor] = [p for m in modules for p in m._parameters.values() if p is not None]
-    return parameters, [b for m in modules for b in m._buffers.values() if b is not None]
+    parameters: list[Tensor] = []
+    buffers: list[Tensor] = []
+    seen = set()
+
+    def visit(m: Module) -> None:
+        seen.add(m)
+        parameters.extend([p for p in m._parameters.values() if p is not None])
+        buffers.extend([b for b in m._buffers.values() if b is not None])
+        for child in m._modules.values():
+            if child is not None and child not in seen:
+                visit(child)
+
+    visit(module)
+    return parameters, buffers
