@@ -72,7 +72,7 @@ def _of_one(multi_avg_fn: Any, tensors: int) -> AvgFn:
 
     def of_one(average: Tensor, model: Tensor, n: Any) -> Tensor:
         if type(average) is not Tensor:  # it is traced, which takes no writes
-            new: Tensor = torch.func.functionalize(alone)(average, model, n)
+            new: Tensor = inductor.WithoutWrites(alone)(average, model, n)
             return new
         pairs = [(average + i % 2, model - i % 2) for i in range(tensors)]
         averages = [p.clone() for p, _ in pairs]

@@ -234,6 +234,20 @@ def test_rules_trace_on_a_symbolic_length() -> None:
     assert sum(node.target is torch.ops.aten.copy_.default for node in traced.graph.graph.nodes) == 3
 
 
+def test_what_writes_in_place_is_traced_without_writes() -> None:
+    def lerp(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        new = p.clone()
+        torch._foreach_lerp_([new], [g], 0.25)
+        return new
+
+    def body(p: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
+        return [inductor.WithoutWrites(lerp)(p, g)]
+
+    graph, _, _ = inductor.trace_flat(body, [torch.float32] * 2, [], "cpu")
+    assert not [n for n in graph.graph.nodes if "_." in str(n.target)]
+    torch.testing.assert_close(graph(torch.zeros(3), torch.ones(3)), [torch.full((3,), 0.25)])
+
+
 def test_inductor_makes_one_serial_loop_and_its_arguments_are_found() -> None:
     lowered = inductor.lower_cpp(trace(signature()))
     assert lowered.source.count("void") >= 1

@@ -110,7 +110,8 @@ def test_averages_in_place_without_memory_of_their_size() -> None:
     mine.update_parameters(model)
     mine.update_parameters(model)
     before = [(p, p.data_ptr(), p._version) for p in mine.parameters()]
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, acc_events=True, activities=activities) as profile:
         mine.update_parameters(model)
     assert sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages()) < 4096
     for p, address, version in before:

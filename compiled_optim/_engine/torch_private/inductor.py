@@ -166,6 +166,19 @@ def trace_flat(
         return torch.fx.GraphModule(tracer.root, tracer.graph), mode, inputs
 
 
+class WithoutWrites:
+    """A function that `trace_flat` can trace although it writes to tensors of its own."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        from torch._dispatch.python import enable_python_dispatcher
+
+        with enable_python_dispatcher():  # else torch 2.15 decomposes foreach operations for real sizes only
+            return torch.func.functionalize(self.function)(*args)
+
+
 class Recorder:
     """Stands in for a compiled kernel: keeps its source, and the arguments of one call."""
 
