@@ -101,8 +101,11 @@ class Launcher:
         custom = known is None and _custom(_of_one(fn, len(averaged)) if in_lists else fn)
         rule = (custom or _Average).rule
         options = rule.declaration.check({})
-        group = {"params": averaged, **options, "capturable": on_device}
-        self.work = Work(rule, [group], defaultdict(dict), options, Memory())
+        groups = [{"params": averaged, **options, "capturable": False}]
+        if on_device:
+            groups[0]["params"] = [p for p in averaged if p.is_cpu]
+            groups.append({"params": [p for p in averaged if not p.is_cpu], **options, "capturable": True})
+        self.work = Work(rule, groups, defaultdict(dict), options, Memory())
         self.counts: list[Counts] = [] if on_device else [(0, (2.0,))]  # whose scalars a launch needs
         self.plan: Plan | None = None
         self.failed = ""
@@ -133,7 +136,8 @@ class Launcher:
         if self.failed:
             raise inductor.LoweringError(self.failed)
         self.work.substitutes = model_of
-        self.work.groups[0]["weight"] = weight
+        for group in self.work.groups:
+            group["weight"] = weight
         outcome: Any = None
         try:
             for _ in range(3):
@@ -193,7 +197,7 @@ class Launcher:
     def _make_plan(self) -> Plan:
         try:
             choices = self.work.read(keep_tensors=self.on_device)
-            return make_plan(self.work, choices, [("weight",)], self._refused)
+            return make_plan(self.work, choices, [("weight",)] * len(choices), self._refused)
         except COMPILE_ERRORS as error:
             self.failed = str(error)
             raise

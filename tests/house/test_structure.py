@@ -33,12 +33,12 @@ BUDGETS = {
     "compiled_optim/_engine/kernels": 1020,
     "compiled_optim/_engine/kernels/backends": 530,
     "compiled_optim/_engine/kernels/host": 2500,
-    "compiled_optim/_engine/torch_private": 730,
+    "compiled_optim/_engine/torch_private": 750,
     "compiled_optim/algorithms": 560,
     "compiled_optim/integrations": 60,
     "compiled_optim/lbfgs": 640,
     "compiled_optim/lr_scheduler": 1280,
-    "compiled_optim/swa_utils": 450,
+    "compiled_optim/swa_utils": 500,
 }
 
 
