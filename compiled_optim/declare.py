@@ -84,6 +84,13 @@ class Buffer(Field):
     of: Literal["all", "matrices", "vectors"] = "all"
     mean_over: int | None = None
 
+    def is_kept(self, switches: Any) -> bool:
+        """Whether it exists under these switches."""
+        if self.when is None:
+            return True
+        switch = self.when.removeprefix("not ")
+        return bool(getattr(switches, switch)) == (switch == self.when)
+
     def belongs_to(self, dim: int) -> bool:
         """Whether parameters of ``dim`` dimensions have it."""
         return self.of == "all" or (self.of == "matrices") == (dim > 1)
@@ -169,7 +176,7 @@ def buffer(
     """Declares a state tensor shaped like its parameter.
 
     Args:
-        when: the name of a switch; the buffer exists only while that is on.
+        when: the name of a switch; the buffer exists only while that is on, or with "not " before it while it is off.
         initial: the value it begins with, or the name of the hyperparameter that holds it.
         of: which parameters have it: "matrices" are those of two dimensions or more, "vectors" the others. Only a rule
             with ``elementwise = False`` may tell them apart.

@@ -112,7 +112,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
     accepts_sparse: ClassVar[bool] = False
     accepts_dense: ClassVar[bool] = True
     accepts_complex: ClassVar[bool] = True
-    matrices_only: ClassVar[bool] = False
+    matrices_only: ClassVar[bool | str] = False
     state_at_construction: ClassVar[bool] = False  # False: state is made when the first gradient arrives
     elementwise: ClassVar[bool] = True  # False: ``update`` is given one whole tensor at a time, and may reduce it
 
@@ -340,7 +340,7 @@ class Optimizer(_Attributes, torch.optim.Optimizer):
             optim.undecorated("add_param_group")(self, param_group)
             group = self.param_groups[-1]
             group.update({name: coerce(group[name]) for name in self.rule.declaration.options})
-            check_dimensions(self.rule, self.param_groups, group["params"])
+            check_dimensions(self.rule, group, group["params"], self.param_groups)
         except BaseException:
             del self.param_groups[count:]
             raise

@@ -98,7 +98,7 @@ class Declaration:
         known = {"when": switches, "initial": list(self.options)}
         for name, buffer in state.items():
             for what, there in known.items():
-                if isinstance(given := getattr(buffer, what), str) and given not in there:
+                if isinstance(given := getattr(buffer, what), str) and given.removeprefix("not ") not in there:
                     raise TypeError(f"{self.name}: {what} of {name!r} must be one of {there}, got {given!r}")
         self._values = itemgetter(*self.options) if self.options else lambda group: ()
         names = [(n, field) for k, field in self.options.items() for n in self.rule_names(k)]
@@ -268,9 +268,7 @@ class Declaration:
         return tuple(
             k
             for k, b in self.buffers.items()
-            if (b.when is None or getattr(switches, b.when))
-            and b.belongs_to(dim)
-            and not (whole and k == "master" and k in self.copies)
+            if b.is_kept(switches) and b.belongs_to(dim) and not (whole and k == "master" and k in self.copies)
         )
 
     def shape_of(self, name: str, shape: torch.Size) -> torch.Size:

@@ -84,8 +84,9 @@ class Rule:
         return bool(self.owner.accepts_complex)
 
     @property
-    def matrices_only(self) -> bool:
-        return bool(self.owner.matrices_only)
+    def matrices_only(self) -> bool | str:
+        """Whether all parameters must have two dimensions; or the switch of a param group that says so for its own."""
+        return self.owner.matrices_only  # type: ignore[no-any-return]
 
     @property
     def accepts_dense(self) -> bool:

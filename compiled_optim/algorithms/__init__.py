@@ -7,6 +7,7 @@ from compiled_optim.algorithms.adam import Adam, AdamW
 from compiled_optim.algorithms.adamax import Adamax
 from compiled_optim.algorithms.asgd import ASGD
 from compiled_optim.algorithms.muon import Muon
+from compiled_optim.algorithms.muon_adamw import MuonAdamW
 from compiled_optim.algorithms.nadam import NAdam
 from compiled_optim.algorithms.radam import RAdam
 from compiled_optim.algorithms.rmsprop import RMSprop
@@ -24,6 +25,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Muon",
+    "MuonAdamW",
     "NAdam",
     "RAdam",
     "RMSprop",

@@ -1,6 +1,7 @@
 """Muon."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class Muon(Optimizer):
 
     elementwise = False
     accepts_complex = False
-    matrices_only = True
+    matrices_only: ClassVar[bool | str] = True
 
     @classmethod
     def validate(cls, h: Hyper) -> None:

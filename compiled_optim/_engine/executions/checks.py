@@ -57,10 +57,11 @@ def refuse(work: Work, choices: list[Group]) -> None:
                 raise RuntimeError(f"capturable=True needs parameters on a device with graphs, got one on {p.device}")
 
 
-def check_dimensions(rule: Rule, groups: list[dict[str, Any]], params: Iterable[Tensor]) -> None:
-    """Raises ValueError for parameters that the rule does not take because of their dimensions."""
-    for p in params:
-        if rule.matrices_only and p.dim() != 2:
+def check_dimensions(rule: Rule, group: dict[str, Any], params: Iterable[Tensor], groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError for parameters of a group that the rule does not take because of their dimensions."""
+    only = rule.matrices_only
+    for p in params if only is True or (only and group[only]) else ():
+        if p.dim() != 2:
             raise ValueError(f"{rule.name}: params must be matrices, got one {_place_in(groups, p)}")
 
 

@@ -138,7 +138,7 @@ def look(
         key = (i, dtype, len(shape))
         if key not in kept:
             choices[i].hyper._fields  # noqa: B018  # or raises
-            check_dimensions(rule, work.listed_in or groups, [p])
+            check_dimensions(rule, groups[i], [p], work.listed_in or groups)
             kept[key] = rule.declaration.kept(choices[i].switches, dtype, len(shape))
         buffers = kept[key]
         sharded = type(p) not in PLAIN and tensor_parts.is_dtensor(p)
