@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lines test test-torch gpu lint graphs bench bench-one-pass bench-peers bench-gpu fuzz test-hosts clean
+.PHONY: help venv demo lines test test-torch gpu lint graphs bench bench-one-pass bench-reduce bench-peers bench-gpu fuzz test-hosts clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -73,6 +73,11 @@ bench-one-pass: .venv/.stamp ## time what one pass does against separate passes;
 	$(BIN)/python -m pytest bench/bench_one_pass.py bench/bench_storage.py bench/bench_norm.py bench/bench_quick.py -m "" \
 		-k "not GPT" --benchmark-disable-gc --benchmark-columns=median,rounds --benchmark-json=benchmark-one-pass.json
 	$(BIN)/python bench/table.py benchmark-one-pass.json README.md "make bench-one-pass"
+
+bench-reduce: .venv/.stamp ## time Adafactor and Muon beside torch.optim; the table goes to the README
+	$(BIN)/python -m pytest bench/bench_reduce.py -m "" --benchmark-disable-gc --benchmark-columns=median,rounds \
+		--benchmark-json=benchmark-reduce.json
+	$(BIN)/python bench/table.py benchmark-reduce.json README.md "make bench-reduce"
 
 # Other libraries, in an environment of their own. DeepSpeed compiles its optimizer when it is first used.
 PEERS := .venv-peers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,16 @@ def passes(results: Results) -> Iterator[str]:
             yield from table([re.sub("^(masters|moments)-", r"\1, ", label), "ms", "over the first"], rows)
 
 
+def reducing(results: Results) -> Iterator[str]:
+    names = ["torch for-loop", "torch foreach", "ours eager", "ours compiled", "torch's products alone"]
+    rows = []
+    for label, info in results:
+        if times := info.get("reducing_milliseconds"):
+            cells = [number(times.get(name)) for name in names]
+            rows.append([label.replace("-", ", ", 1), *cells, ratio(info["best_torch_over_ours"])])
+    yield from table(["step of a rule that reduces", *names, "best of torch / ours compiled"], rows)
+
+
 def norms(results: Results) -> Iterator[str]:
     rows = []
     for label, info in results:
@@ -207,16 +217,25 @@ def _machine(report: dict[str, Any]) -> str:
     return str(report["machine_info"]["cpu"].get("brand_raw", "CPU"))
 
 
-def one_pass_tables(report: dict[str, Any]) -> str:
-    """Of `make bench-one-pass`, which times only what surrounds a step."""
+def _in_rotation(report: dict[str, Any], parts: Sequence[Callable[[Results], Iterator[str]]]) -> str:
     results = _results(report)
     lines = [
         f"Medians, all rows of a table in one run, in rotation, on the same tensors. {_machine(report)}, 2 cores, "
         f"a copy moves {_first(results, 'copy_gigabytes_per_second')} GB/s. torch 2.13.0, CPU.",
     ]
-    for part in (passes, norms, quick):
+    for part in parts:
         lines += part(results)
     return "\n".join(lines)
+
+
+def one_pass_tables(report: dict[str, Any]) -> str:
+    """Of `make bench-one-pass`, which times only what surrounds a step."""
+    return _in_rotation(report, (passes, norms, quick))
+
+
+def reducing_tables(report: dict[str, Any]) -> str:
+    """Of `make bench-reduce`, in milliseconds."""
+    return _in_rotation(report, (reducing,))
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -248,7 +267,7 @@ def insert(text: str, command: str, part: str) -> str:
 
 
 def main(report: Path, readme: Path, command: str = "make bench") -> None:
-    made = one_pass_tables if command == "make bench-one-pass" else tables
+    made = {"make bench-one-pass": one_pass_tables, "make bench-reduce": reducing_tables}.get(command, tables)
     readme.write_text(insert(readme.read_text(), command, made(json.loads(report.read_text()))))
 
 

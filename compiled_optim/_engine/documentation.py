@@ -94,9 +94,14 @@ def _state(declaration: Declaration) -> Iterator[str]:
         what = [
             field.help,
             "0-d" if isinstance(field, Carried) else "",
-            f"kept while {field.when} is on" if field.when else "",
+            _condition(field.when) if field.when else "",
         ]
         yield f"{name}: {', '.join(filter(None, what)) or 'shaped like its parameter'}."
+
+
+def _condition(when: str) -> str:
+    switch = when.removeprefix("not ")
+    return f"kept while {switch} is {'on' if switch == when else 'off'}"
 
 
 def _example(cls: Any) -> Iterator[str]:
