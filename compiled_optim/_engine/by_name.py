@@ -42,6 +42,10 @@ def arranged(
     names = [list(group["param_names"]) for group in groups]
     if names == [list(group["param_names"]) for group in saved]:
         return None
+    if any(isinstance(number, str) for group in saved for number in group["params"]):
+        # torch.distributed.checkpoint has put all in their places, by names of its own, but for the list of names.
+        found = [{**group, "param_names": own} for group, own in zip(saved, names, strict=False)]
+        return {**state_dict, "param_groups": found} if len(saved) == len(groups) else None
     at = _places(optimizer, saved)
     params = [(name, p) for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)]
     if len(dict(params)) < len(params):

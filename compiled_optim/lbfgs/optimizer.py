@@ -353,8 +353,8 @@ def _check_loaded(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
     sizes = [p.numel() * (2 if p.is_complex() else 1) for p in group["params"]]
     checks.check_checkpoint(state_dict, sum(sizes))
     arranged = by_name.arranged("LBFGS", [group], lambda name, shape: None, state_dict)
-    if arranged is None:
-        return None
+    if arranged is None or arranged["state"] is state_dict["state"]:
+        return arranged
     (saved,) = state_dict["param_groups"]
     state = dict(state_dict["state"].get(saved["params"][0], {}))  # of all parameters, in flat vectors
     size_of = dict(zip(group["param_names"], sizes, strict=True))

@@ -192,3 +192,22 @@ def test_state_in_other_dtypes_is_found_by_name_too(options: dict[str, Any]) -> 
         for name, value in source.state[p].items():
             assert target.state[q][name].dtype == value.dtype
             assert torch.equal(target.state[q][name], value)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_distributed_checkpoint_finds_parameters_by_itself(flat: bool) -> None:
+    """What it loads is in the order of the optimizer, with the list of names as it was saved."""
+    state_dicts = pytest.importorskip("torch.distributed.checkpoint.state_dict", reason="torch without distributed")
+    options = state_dicts.StateDictOptions(flatten_optimizer_state_dict=flat)
+    models = [torch.nn.Sequential(*(torch.nn.Linear(2, 2, bias=False) for _ in range(3))) for _ in range(2)]
+    first, second = (dict(model.named_parameters()) for model in models)
+    source = AdamW(first.items())
+    set_gradients([*first.values()])
+    source.step()
+    order = ["2.weight", "0.weight", "1.weight"]
+    target = AdamW([(name, second[name]) for name in order])
+    saved = copy.deepcopy(state_dicts.get_optimizer_state_dict(models[0], source, options=options))
+    state_dicts.set_optimizer_state_dict(models[1], target, saved, options=options)
+    for name, p in first.items():
+        assert torch.equal(target.state[second[name]]["exp_avg"], source.state[p]["exp_avg"])
+    assert target.param_groups[0]["param_names"] == order
