@@ -25,7 +25,7 @@ def test_no_file_over_400_lines(file: Path) -> None:
 
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
-    "compiled_optim": 1840,
+    "compiled_optim": 1850,
     "compiled_optim/_engine": 1160,
     "compiled_optim/_engine/cache": 640,
     "compiled_optim/_engine/executions": 2750,
