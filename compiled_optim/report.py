@@ -202,6 +202,9 @@ def _sum(rows: list[Row]) -> Row:
 
 
 def _with_cost(row: Row, signature: Signature, bandwidth: float) -> Row:
+    if not signature.rule.elementwise:
+        moved = row.elements * (row.bytes_per_element or 0)  # what stages read again is counted again
+        return replace(row, bytes=moved, milliseconds=moved / bandwidth / 1e6)
     found = cost.of(signature)
     sizes = row.elements, row.tensors
     moved, computed = (int(found.at(e, *sizes)) for e in (found.bytes, found.arithmetic))

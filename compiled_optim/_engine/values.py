@@ -197,6 +197,34 @@ def mean(x: Any, dim: int | None = None) -> Any:
     return x.mean() if dim is None else x.mean(dim, keepdim=True)
 
 
+def mean_square(x: Any, dim: int | None = None) -> Any:
+    """The `mean` of the squares; that of all, in eager steps on the CPU, as a number."""
+    if isinstance(x, Value):
+        return (x * x).mean(dim)
+    if dim is None:
+        norm = torch.linalg.vector_norm(x)
+        return (norm.item() if _is_eager(x) else norm) ** 2 / x.numel()
+    if min(x.shape[-2:]) < 16:  # norms over short dimensions are slow
+        return mean(x * x, dim)
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True).square() / x.shape[dim]
+
+
+def divided(x: Any, divisor: Any, least: Any) -> Any:
+    """``x / max(divisor, least)``. Eager steps on the CPU take the memory of the divisor, which nothing reads later."""
+    if _is_eager(divisor):
+        return torch.div(x, divisor.clamp_min_(least), out=divisor)
+    return x / maximum(divisor, least)
+
+
+def add_scaled(start: Any, x: Any, factor: Any) -> Any:
+    """``start + x * factor``, the factor one number for a tensor. Takes the memory of ``x`` as `divided` does."""
+    return torch.add(start, x, alpha=factor, out=x) if _is_eager(x) else start + x * factor
+
+
+def _is_eager(x: Any) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and not torch.compiler.is_compiling()
+
+
 def batched(f: Callable[..., Tensor], x: Any, *numbers: Any, of_list: Callable[..., list[Tensor]] | None = None) -> Any:
     """What ``f(tensor, *numbers)`` makes of a tensor: one of the same shape. ``numbers`` must not depend on tensors.
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from compiled_optim._engine.values import lerp, maximum, mean, where
+from compiled_optim._engine.values import add_scaled, divided, lerp, maximum, mean, mean_square, where
 from compiled_optim.declare import Hyper, Scalars, State, Switches, Value, buffer, counter, number
 from compiled_optim.optimizer import Optimizer
 
@@ -32,7 +32,7 @@ class Adafactor(Optimizer):
         default=(None, 1e-3), low=0, names=("eps1", "eps2"), help="least root of v (None: the dtype's eps), least RMS"
     )
     d: float = number(default=1.0, low=1, help="largest RMS of u")
-    weight_decay: float = number(default=0.0, low=0, unit="1 / lr", help="decay of the parameter per step")
+    weight_decay: float = number(default=0.0, low=0, switch=True, unit="1 / lr", help="decay of the parameter per step")
     differentiable = None  # type: ignore[assignment]  # torch.optim.Adafactor has it not
 
     step_count = counter()
@@ -52,15 +52,16 @@ class Adafactor(Optimizer):
     @staticmethod
     def update(p: Value, g: Value, s: State, k: Scalars, on: Switches) -> Value:
         eps1 = k.eps1 + k.own_eps * k.dtype_eps
-        size, square = mean(p * p).sqrt(), g * g
+        size = mean_square(p) ** 0.5
         if hasattr(s, "variance"):
-            s.variance = v = lerp(s.variance, square, k.weight)
+            s.variance = lerp(s.variance, g * g, k.weight)
+            root = s.variance.sqrt()
         else:
-            s.row_var = lerp(s.row_var, mean(square, -1), k.weight)
-            s.col_var = lerp(s.col_var, mean(square, -2), k.weight)
-            v = s.row_var * s.col_var / maximum(mean(s.row_var, -2), eps1)
-        u = g / maximum(v, eps1 * eps1).sqrt()
-        # where NaN is compared, as torch.optim does in Python: the bound is taken
-        excess = mean(u * u).sqrt() / k.most
+            s.row_var = lerp(s.row_var, mean_square(g, -1), k.weight)
+            s.col_var = lerp(s.col_var, mean_square(g, -2), k.weight)
+            # as factors, because a root of each costs less than that of each element
+            root = (s.row_var / maximum(mean(s.row_var, -2), eps1)).sqrt() * s.col_var.sqrt()
+        u = divided(g, root, eps1)
+        excess = mean_square(u) ** 0.5 / k.most
         step_size = where(size > k.eps2, size, k.eps2) * k.step_size / where(excess > 1, excess, 1.0)
-        return p * k.decay - u * step_size
+        return add_scaled(p * k.decay if on.weight_decay else p, u, -step_size)

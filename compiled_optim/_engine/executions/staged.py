@@ -7,10 +7,12 @@ over all tensors of a kernel, and one more after each `batched` function of the 
 from __future__ import annotations
 
 import ctypes
+import functools
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from torch.autograd.graph import increment_version
 from compiled_optim._engine import process
 from compiled_optim._engine.declaration import Group
 from compiled_optim._engine.executions import gradients, lists
+from compiled_optim._engine.executions.checks import PLAIN
 from compiled_optim._engine.executions.launch import Launch, reason_of, references_of
 from compiled_optim._engine.executions.state import Journal, withdraw
 from compiled_optim._engine.executions.survey import Member, Values, advance, commit, in_order, look
@@ -36,11 +39,11 @@ _RUN = ctypes.CFUNCTYPE(
 _MOST_IN_BATCH = 1 << 23
 
 
-class _Row(NamedTuple):
-    """One tensor of a launch, with the scalars of its step."""
+class _Rows(NamedTuple):
+    """Tensors of one kind in a launch, with the scalars of their step."""
 
-    member: Member
-    scalars: Mapping[str, float]
+    members: list[Member]
+    scalars: dict[str, float]
 
 
 @dataclass
@@ -76,21 +79,23 @@ def prepare(
         return work.evaluate(choices[group].hyper, counts)
 
     found = in_order(updates, scalars, [False] * len(choices))
-    rows: dict[Signature, list[_Row]] = defaultdict(list)
+    rows: dict[Signature, list[_Rows]] = defaultdict(list)
     for members, values, _ in found:
         assert values is not None
+        choice = choices[members[0].group]
+        signature = _signature(work, choice, members[0], tuple(values[0]), plan.references)
+        of_all = reason_of(work, choice, members[0]) or _reason_of_kind(work, members[0])
         for m in members:
-            signature = _signature(work, choices[m.group], m, tuple(values[0]), plan.references)
-            m.reason = _reason(work, choices[m.group], m, signature)
-            if m.reason:
-                plan.elsewhere.append((m.group, m.listed, m.reason))
-            else:
-                rows[signature].append(_Row(m, {k: float(v) for k, v in values[0].items()}))
+            m.reason = of_all or _reason(m, signature)
+        plan.elsewhere += [(m.group, m.listed, m.reason) for m in members if m.reason]
+        if taken := [m for m in members if not m.reason]:
+            rows[signature].append(_Rows(taken, {k: float(v) for k, v in values[0].items()}))
     refused([(p, reason) for _, p, reason in plan.elsewhere])
     _, kernels = registry.get(list(rows))
     for signature, its in rows.items():
-        launch = Launch(kernels[signature], its[0].member.param.dtype, its[0].member.param.device)
-        launch.tensors, launch.elements = len(its), sum(row.member.param.numel() for row in its)
+        params = [m.param for kind in its for m in kind.members]
+        launch = Launch(kernels[signature], params[0].dtype, params[0].device)
+        launch.tensors, launch.elements = len(params), sum(map(Tensor.numel, params))
         launch.launches += len(staged.stages_of(signature)[0].batches)
         plan.launches.append(launch)
     eagerly = lists.prepare(work, [(group, p) for group, p, _ in plan.elsewhere]) if plan.elsewhere else None
@@ -126,94 +131,104 @@ def _signature(work: Work, choice: Group, m: Member, scalars: tuple[str, ...], r
     )
 
 
-def _reason(work: Work, choice: Group, m: Member, signature: Signature) -> str:
+def _reason_of_kind(work: Work, m: Member) -> str:
+    """Why no kernel takes parameters of a kind, or an empty string."""
+    if not m.param.is_cpu:
+        return f"it is on {m.param.device}, where rules that reduce have no kernels"
+    if m.param.is_complex():
+        return f"it is {m.param.dtype}"
+    return "it is rounded at random" if work.rule.rounds(m.param.dtype) else ""
+
+
+def _reason(m: Member, signature: Signature) -> str:
     """Why no kernel takes a parameter, or an empty string."""
     p = m.param
-    if reason := reason_of(work, choice, m):
-        return reason
-    if not p.is_cpu:
-        return f"it is on {p.device}, where rules that reduce have no kernels"
-    if p.is_complex():
-        return f"it is {p.dtype}"
+    if type(p) not in PLAIN:
+        return f"its type is {type(p).__name__}"
     if m.turn or m.listed is not p:
         return "it shares memory with another parameter"
-    if work.rule.rounds(p.dtype):
-        return "it is rounded at random"
-    if not all(t is None or t.is_contiguous() for t in (p, *(m.state[name] for name in m.buffers))):
+    if not all([t is None or t.is_contiguous() for t in (p, *map(m.state.get, m.buffers))]):  # noqa: C419
         return "it is not contiguous"
-    if staged.stages_of(signature)[0].of_matrices and p.dim() < 2:
+    if p.dim() < 2 and staged.stages_of(signature)[0].of_matrices:
         return f"it has {p.dim()} dimensions"
     return ""
 
 
-def _in_memory(signature: Signature, rows: list[_Row]) -> Iterator[list[_Row]]:
+def _in_memory(signature: Signature, rows: list[_Rows]) -> Iterator[list[_Rows]]:
     """All at once, unless `batched` functions need memory for each: then some of them, those of one shape together."""
     if not staged.stages_of(signature)[0].batches:
         yield rows
         return
-    part: list[_Row] = []
-    total = 0
-    for row in sorted(rows, key=lambda row: (id(row.scalars), row.member.param.shape)):
-        size = row.member.param.numel()
-        if part and (total + size > _MOST_IN_BATCH or row.scalars != part[0].scalars):
-            yield part
-            part, total = [], 0
-        part.append(row)
-        total += size
-    yield part
+    for members, scalars in rows:
+        part: list[Member] = []
+        total = 0
+        for m in sorted(members, key=lambda m: m.param.shape):
+            if part and total + m.param.numel() > _MOST_IN_BATCH:
+                yield [_Rows(part, scalars)]
+                part, total = [], 0
+            part.append(m)
+            total += m.param.numel()
+        yield [_Rows(part, scalars)]
 
 
-def _launch(kernel: registry.Kernel, rows: list[_Row]) -> None:
+def _launch(kernel: registry.Kernel, rows: list[_Rows]) -> None:
     """All stages of these tensors."""
     stages, layout = staged.stages_of(kernel.signature)
-    written = [(row.member.param, *(row.member.state[name] for name in row.member.buffers)) for row in rows]
-    grads = [_as_read(row.member) for row in rows]
-    batches = [(batch, _operands(stages, batch, rows)) for batch in stages.batches]
-    results: list[list[Tensor]] = []
-    table, slots = array("q"), array("d")
-    blank = [0.0] * (len(layout.slots) - len(kernel.signature.scalars) - len(stages.shapes))
-    for i, (row, tensors, grad) in enumerate(zip(rows, written, grads, strict=True)):
-        p, *buffers = tensors
-        table.extend(_shape(stages, p))
-        table.extend([p.data_ptr(), grad.data_ptr(), *map(Tensor.data_ptr, buffers)])
-        for _, operands in batches:
-            table.extend((operands[i].data_ptr(), 0))
-        slots.extend([*row.scalars.values(), *(float(of(p.shape)) for of in stages.shapes.values()), *blank])
+    members = [m for kind in rows for m in kind.members]
+    params = [m.param for m in members]
+    grads = [_as_read(m) for m in members]
+    buffers = [[m.state[name] for m in members] for name in kernel.signature.buffers]
+    batches = [(batch, _operands(stages, batch, params)) for batch in stages.batches]
+    blank = [0] * len(members)
+    columns: list[Any] = [*zip(*[_shape(stages.of_matrices, p.shape) for p in params], strict=True)]
+    columns += [map(Tensor.data_ptr, tensors) for tensors in (params, grads, *buffers)]
+    for _, operands in batches:
+        columns += [map(Tensor.data_ptr, operands), blank]
+    table = array("q", chain.from_iterable(zip(*columns, strict=True)))
+    zeros = [0.0] * (len(layout.slots) - len(kernel.signature.scalars) - len(stages.shapes))
+    slots = array("d")
+    for kind in rows:
+        if stages.shapes:
+            for m in kind.members:
+                slots.extend([*kind.scalars.values(), *(of(m.param.shape) for of in stages.shapes.values()), *zeros])
+        else:
+            slots += array("d", [*kind.scalars.values(), *zeros]) * len(kind.members)
     run = _RUN(kernel.entry)
 
     def launch(first: int, last: int) -> None:
-        run(len(rows), table.buffer_info()[0], slots.buffer_info()[0], first, last, process.team_size())
+        run(len(members), table.buffer_info()[0], slots.buffer_info()[0], first, last, process.team_size())
 
     at = 0
+    results: list[list[Tensor]] = []  # whose memory the table refers to
     for k, (batch, operands) in enumerate(batches):
         launch(at, (at := stages.stages[batch.node]) - 1)
         numbers = [rows[0].scalars[n] if isinstance(n, str) else n for n in batch.numbers]
         made = [t.to(operands[0].dtype).contiguous() for t in batch.function(operands, *numbers)]
         results.append(made)
+        column = layout.columns - 2 * (len(batches) - k) + 1
         for i, t in enumerate(made):
-            table[i * layout.columns + layout.columns - 2 * (len(batches) - k) + 1] = t.data_ptr()
+            table[i * layout.columns + column] = t.data_ptr()
     launch(at, max(part.stage for part in stages.parts))
-    increment_version([t for tensors in written for t in tensors])
+    increment_version([*params, *chain.from_iterable(buffers)])
 
 
 def _as_read(m: Member) -> Tensor:
     """The gradient, contiguous and in the dtype that the kernel reads."""
-    dtype = gradients.read_dtype(m.param, m.grad.dtype)
-    return m.grad if m.grad.is_contiguous() and m.grad.dtype == dtype else gradients.like_parameter(m.param, m.grad)
+    grad: Tensor = m.grad
+    as_it_is = grad.dtype == m.param.dtype or grad.dtype == gradients.read_dtype(m.param, grad.dtype)
+    return grad if as_it_is and grad.is_contiguous() else gradients.like_parameter(m.param, grad)
 
 
-def _shape(stages: Stages, p: Tensor) -> tuple[int, int, int]:
+@functools.lru_cache(maxsize=4096)
+def _shape(of_matrices: bool, shape: torch.Size) -> tuple[int, int, int]:
     """How many matrices, and their rows and columns; elements are rows where these are not told apart."""
-    if not stages.of_matrices:
-        return 1, p.numel(), 1
-    rows, columns = p.shape[-2:]
-    return p.shape[:-2].numel(), rows, columns
+    return (shape[:-2].numel(), *shape[-2:]) if of_matrices else (1, shape.numel(), 1)
 
 
-def _operands(stages: Stages, batch: Batch, rows: list[_Row]) -> list[Tensor]:
-    """Memory for what a batch is given. Matrices of one shape lie side by side, in the order of the rows."""
+def _operands(stages: Stages, batch: Batch, params: list[Tensor]) -> list[Tensor]:
+    """Memory for what a batch is given. Tensors of one shape lie side by side, in the order of the parameters."""
     dtype = stages.nodes[batch.operand][1]
-    shapes = [row.member.param.shape for row in rows]
+    shapes = [p.shape for p in params]
     memory = {
         shape: iter(torch.empty(shapes.count(shape), *shape, dtype=dtype).unbind()) for shape in dict.fromkeys(shapes)
     }

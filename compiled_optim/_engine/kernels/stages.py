@@ -8,6 +8,7 @@ Those over elements keep nothing that can be computed again, and only the last o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -125,7 +126,7 @@ class Stages:
     reductions: list[Reduction] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def of_matrices(self) -> bool:
         """Whether rows and columns are told apart."""
         return any(space in (Space.MATRIX, Space.ROW, Space.COLUMN) for space in self.spaces)
