@@ -306,3 +306,15 @@ def test_adafactor(way: Way, tmp_path: Path) -> None:
         trainer = fit(resumed, checkpoint=tmp_path / str(i) / "epoch=0.ckpt", max_epochs=2)
         assert_same(resumed, whole, 1e-6)
         way.check(trainer.optimizers[0], reduces=True)
+
+
+@pytest.mark.host("Lightning", "MuonAdamW in automatic optimization, beside torch's Muon and AdamW")
+def test_muon_adamw(way: Way) -> None:
+    def stock(name: str) -> Any:
+        options = {"AdamW": {"betas": (0.9, 0.95)}, "Muon": {"adjust_lr_fn": "match_rms_adamw"}}[name]
+        return lambda params, lr: getattr(torch.optim, name)(params, lr=lr, weight_decay=0.1, eps=1e-8, **options)
+
+    model, plain = Digits(lambda params: way.of("MuonAdamW")(params, lr=LR, weight_decay=0.1)), Matrices(stock)
+    trainer, _ = (fit(one, precision="64-true") for one in (model, plain))
+    assert_same(model, plain, 1e-12)
+    way.check(trainer.optimizers[0], reduces=True)

@@ -95,6 +95,37 @@ def test_adafactor(way: Way, tmp_path: Path) -> None:
     way.check(ours.optimizer, reduces=True)
 
 
+class Pair(torch.optim.Optimizer):
+    """torch's Muon and AdamW in one, for the Trainer."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, options)
+        self.parts = []
+        for i, group in enumerate(self.param_groups):
+            for is_2d, kind in ((True, torch.optim.Muon), (False, torch.optim.AdamW)):
+                part = [p for p in group["params"] if (p.dim() == 2) == is_2d]
+                given = {"adjust_lr_fn": "match_rms_adamw"} if is_2d else {"betas": (0.9, 0.95)}
+                if part:
+                    self.parts.append((i, kind(part, weight_decay=group["weight_decay"], eps=1e-8, **given)))
+
+    def step(self, closure: Any = None) -> None:
+        for i, optimizer in self.parts:  # Accelerate replaces the groups
+            optimizer.param_groups[0]["lr"] = self.param_groups[i]["lr"]
+            optimizer.step()
+
+
+@pytest.mark.host("Trainer", "MuonAdamW, with the linear schedule, resumed")
+def test_muon_adamw(way: Way, tmp_path: Path) -> None:
+    given = (compiled_optim.MuonAdamW, {"lr": LR, **way.options()})
+    whole = train(tmp_path, gpt2(), given)
+    stock = train(tmp_path, gpt2(), (Pair, {"lr": LR}))
+    assert_same(whole.model, stock.model, 1e-9)
+    assert [group["use_muon"] for group in whole.optimizer.param_groups] == [True, False]
+    way.check(whole.optimizer, reduces=True)
+    train(tmp_path, gpt2(), given, callbacks=[Stop()], save_strategy="steps", save_steps=STEPS // 2)
+    assert_same(train(tmp_path, gpt2(), given, resume=True).model, whole.model, 1e-9)
+
+
 class Stop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = state.global_step == STEPS // 2
