@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.optim import utils
 
@@ -27,7 +28,12 @@ class _OnePerParameter:
     def __init__(self, cls: Any, params: list[Tensor], *args: Any, **kwargs: Any) -> None:
         kwargs.pop("_allow_empty_param_list")  # DDP never says which parameters there are
         self._make = partial(cls, *args, **kwargs)
-        self._make([Tensor()])  # raises for wrong options, here and not in a thread of the backward pass
+        tried = self._make([torch.empty(0, 0)])  # raises for wrong options, here and not in the backward pass
+        if tried.rule.extras.factor:
+            raise ValueError(
+                "max_grad_norm and skip_nonfinite must not be given: they decide from all gradients, and "
+                "DistributedDataParallel hands over one at a time"
+            )
         self.optimizers: dict[Tensor, Optimizer] = {}
 
     def step_param(self, p: Tensor, grad: Tensor | None) -> None:
@@ -41,7 +47,10 @@ class _OnePerParameter:
 
 
 def register(cls: type[Optimizer]) -> None:
-    """Lets ``DistributedDataParallel._register_fused_optim`` take an optimizer class, such as one of your own."""
+    """Lets ``DistributedDataParallel._register_fused_optim`` take an optimizer class, such as one of your own.
+
+    Its arguments may not be ``max_grad_norm`` and ``skip_nonfinite``, for which DDP raises ValueError.
+    """
     _torch.register_functional_optim(cls, partial(_OnePerParameter, cls))
 
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import compiled_optim
 from compiled_optim import AdamW, explain
 
 
@@ -67,6 +68,10 @@ def test_steps_between_the_reductions(compiled: bool) -> None:
         ours._register_fused_optim(AdamW, lr=-1)
     with pytest.raises(TypeError, match="betas must have 2 values"):
         DistributedDataParallel(models[0])._register_fused_optim(AdamW, betas=0.5)
+    for whole in ({"max_grad_norm": 1.0}, {"skip_nonfinite": True}):
+        with pytest.raises(ValueError, match="max_grad_norm and skip_nonfinite must not be given"):
+            DistributedDataParallel(models[0])._register_fused_optim(AdamW, **whole)
+    DistributedDataParallel(models[0])._register_fused_optim(compiled_optim.Muon)  # of a model of matrices
     ours = DistributedDataParallel(models[0])
     ours._register_fused_optim(Mine, lr=0.1, compiled=compiled)
     built.clear()  # of the check of the options

@@ -58,6 +58,29 @@ def test_hydra(way: Way) -> None:
     assert_same(*models, tolerance=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "values"),
+    [
+        ("Adafactor", "eps", [None, 1e-4]),
+        ("Muon", "ns_coefficients", [3.0, -4.0, 2.0]),
+        ("Rprop", "etas", [0.4, 1.3]),
+        ("AdamW", "lr", 0.1),
+    ],
+)
+@pytest.mark.host("hydra", "what else is a sequence or a number in YAML, as a plain value in checkpoints")
+def test_plain_values(way: Way, name: str, option: str, values: Any) -> None:
+    omegaconf = pytest.importorskip("omegaconf", **MISSING)
+    given = omegaconf.OmegaConf.create({option: values})[option]
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.ones(2, 3)
+    optimizer = way.of(name)([p], **{option: given})
+    optimizer.step()
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert group[option] == (tuple(values) if isinstance(values, list) else values)
+    assert type(group[option]) in (tuple, float)
+    way.check(optimizer, reduces=True)
+
+
 @pytest.mark.host("LightningCLI", "an optimizer, and EMA by `integrations.lightning`, from YAML")
 def test_command_line(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     L = pytest.importorskip("lightning", **MISSING)
