@@ -1,5 +1,8 @@
 """The fields of an optimizer: hyperparameters with their bounds, options, and the state of each parameter.
 
+Beside them, functions with which a rule that says ``elementwise = False`` looks at whole tensors. One that takes no more
+of them than `mean`, `batched` and `of_shape` is compiled to native loops on the CPU, others through ``torch.compile``.
+
 From the fields of a class follow its constructor, the checks of its arguments, its documentation, its lazily made
 state, the key of its kernels and its test cases.
 """
@@ -10,6 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
+
+from compiled_optim._engine.values import batched as batched
+from compiled_optim._engine.values import mean as mean
+from compiled_optim._engine.values import of_shape as of_shape
 
 # What ``scalars`` and ``update`` are given. All are Any to a type checker, because one rule runs on numbers, on tensors
 # and on lists of tensors.

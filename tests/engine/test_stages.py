@@ -11,8 +11,8 @@ from cases import oracle
 from torch import Tensor
 
 from compiled_optim import Adafactor, CompileError, Muon, Optimizer, explain
-from compiled_optim._engine.values import batched, lerp, maximum, mean, of_shape
-from compiled_optim.declare import buffer, counter, number
+from compiled_optim._engine.values import lerp, maximum
+from compiled_optim.declare import batched, buffer, counter, mean, number, of_shape
 from compiled_optim.testing import assert_compiles
 
 # Matrices of few elements and of many, of short rows and of long, alone and in stacks; parts of them go to threads.
@@ -245,9 +245,26 @@ class Misshapen(Trusted):
         return mean(p, -1)
 
 
+class Many(Trusted):
+    """More rows than a loop over elements can be given at once."""
+
+    lr: float = number(default=0.1, low=0)
+
+    @staticmethod
+    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+        for i in range(13):
+            p = p - mean(g * (i + 2), -1)
+        return p
+
+
 @pytest.mark.parametrize(
     ("cls", "message"),
-    [(KeepsRows, "means over rows or columns"), (Branches, "cannot branch"), (Misshapen, "another shape")],
+    [
+        (Many, "too many values"),
+        (KeepsRows, "means over rows or columns"),
+        (Branches, "cannot branch"),
+        (Misshapen, "another shape"),
+    ],
 )
 def test_what_cannot_be_cut_is_told(cls: Any, message: str) -> None:
     ours, _, compiled, _ = pair(cls, [(3, 4)])

@@ -20,7 +20,7 @@ SNAPSHOT = Path(__file__).parents[1] / "golden" / "public.json"
 MODULES = {
     "compiled_optim": compiled_optim.__all__,
     "compiled_optim.functional": None,
-    "compiled_optim.declare": ["number", "flag", "buffer", "carried", "counter"],
+    "compiled_optim.declare": ["number", "flag", "buffer", "carried", "counter", "mean", "batched", "of_shape"],
     "compiled_optim.lr_scheduler": None,  # all of its __all__
     "compiled_optim.swa_utils": None,
     "compiled_optim.testing": ["assert_compiles", "check"],

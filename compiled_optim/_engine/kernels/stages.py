@@ -21,6 +21,8 @@ from compiled_optim._engine.record import Record, Symbol
 from compiled_optim._engine.rule import apply
 from compiled_optim._engine.torch_private.inductor import LoweringError
 
+MOST_TILES, MOST_ARGUMENTS = 12, 64  # of a part, as in host/stages.h
+
 
 class Space(IntEnum):
     """What there is one value of: the whole tensor, or each of its matrices, rows, columns or elements."""
@@ -176,7 +178,12 @@ def cut(signature: Signature) -> Stages:
             reads = dict.fromkeys(_leaves(found, makes, (stage, space)))
             if space == Space.ELEMENT:
                 reads |= dict.fromkeys(t for t in makes.values() if t is not None)
-            found.parts.append(Part(stage, space, tuple(reads), tuple(makes), tuple(makes.values())))
+            part = Part(stage, space, tuple(reads), tuple(makes), tuple(makes.values()))
+            written, arrays, numbers = found.arguments(part)
+            tiles = len(written) + sum(found.spaces[node] != space for node in arrays)
+            if tiles > MOST_TILES or len([*written, *arrays, *numbers]) > MOST_ARGUMENTS:
+                raise LoweringError(f"the update of {signature.name} needs too many values at once")
+            found.parts.append(part)
     return found
 
 

@@ -42,8 +42,8 @@ constexpr int64_t TILE_ELEMENTS = 2048;      // of a loop: all it reads and writ
 constexpr int64_t CHUNK_ELEMENTS = 1 << 16;  // of a tensor: the unit that threads share out
 constexpr int64_t WIDE = 1 << 17;            // tensors of more elements are shared among threads
 constexpr int64_t MOST_CHUNKS = 64;          // of one matrix, because each has column sums of its own
-constexpr int TILES = 12;
-constexpr int MOST_ARGUMENTS = 32;
+constexpr int TILES = 12, MOST_ARGUMENTS = 64;  // as in kernels/stages.py
+constexpr size_t KEPT_BYTES = 1 << 25;          // of a thread, from step to step
 
 // Whole rows, or a part of one.
 struct Span { int64_t row, rows, column, width; int64_t elements() const { return rows * width; } };
@@ -153,6 +153,7 @@ template <class Width> class Walk {
       const Array& a = program_.arrays.first[i];
       if (a.copy >= 0) std::memcpy(column(a.copy), arrays_[i], shape_.count(a.space) * a.size);
     }
+    if (memory().size() > KEPT_BYTES) std::vector<char>().swap(memory());
   }
 
  private:
