@@ -68,7 +68,7 @@ KINDS = _one_of_each_kind()  # for what depends on the kind of state and not on 
 
 def fits(cls: type[torch.optim.Optimizer], tensor: Tensor) -> bool:
     """Whether the class, ours or torch's, takes parameters of this shape."""
-    return tensor.dim() == 2 or not getattr(algorithms, cls.__name__, cls).matrices_only
+    return tensor.dim() == 2 or not getattr(compiled_optim, cls.__name__, cls).matrices_only
 
 
 def fitted(cls: type[torch.optim.Optimizer], tensor: Tensor) -> Tensor:
