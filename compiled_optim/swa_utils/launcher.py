@@ -163,7 +163,9 @@ class Launcher:
     ) -> QuickUpdate | None:
         """What takes the next update if that finds what this one, which has run, has found: see host/averages.h."""
         plan = self.plan
-        if plan is None or self.on_device or plan.elsewhere or plan.copied or plan.sharded:
+        if plan is None or plan.elsewhere or plan.copied or plan.sharded:
+            return None
+        if any(launch.device.type != "cpu" for launch in plan.launches):  # which a CUDA graph may be capturing
             return None
         known, functions = plan.references, plan.frozen
         native: QuickUpdate | None = plan.host.quick_average(

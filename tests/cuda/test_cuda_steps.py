@@ -232,6 +232,20 @@ def test_an_average_of_tensors_on_the_host_and_on_a_device(gpu: Any) -> None:
     assert average.n_averaged.item() == 4
 
 
+def test_an_average_on_the_host_of_a_model_on_a_device(gpu: Any) -> None:
+    model = torch.nn.ParameterList([torch.randn(7, device=GPU)])
+    average = AveragedModel(model, torch.device("cpu"), compiled=True)
+    seen = []
+    for _ in range(4):
+        with torch.no_grad():
+            model[0].add_(on_device.on(GPU, 1.0))
+        seen.append(model[0].detach().cpu().clone())
+        average.update_parameters(model)
+        torch.testing.assert_close(average.module[0].detach(), torch.stack(seen).mean(0))
+    assert average.module[0].is_cpu
+    assert not gpu.kernels.count("update")
+
+
 # ---- graphs
 
 

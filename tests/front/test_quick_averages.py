@@ -96,9 +96,15 @@ TO_BOTH: dict[str, Callable[[Any], Any]] = {
     "one more is tied": lambda m: assign(m.norm, bias=m.norm.weight),
     "one less is tied": lambda m: assign(m.tied, weight=nn.Parameter(m.tied.weight.detach().clone())),
 }
+TOGETHER: dict[str, Callable[[Any, Any], Any]] = {
+    "a parameter is shared": lambda m, a: assign(a.module.last, weight=m.last.weight),
+    "memory is shared": lambda m, a: assign(a.module.last.weight, data=m.last.weight.data),
+    "a buffer is shared": lambda m, a: assign(a.module.norm, running_mean=m.norm.running_mean),
+}
 EVENTS: dict[str, Callable[[Any, list[Any]], Any]] = {
     **{f"model: {k}": lambda m, averages, f=f: f(m) for k, f in TO_THE_MODEL.items()},  # type: ignore[misc]
     **{f"average: {k}": lambda m, averages, f=f: [f(a) for a in averages] for k, f in TO_AN_AVERAGE.items()},  # type: ignore[misc]
+    **{f"together: {k}": lambda m, averages, f=f: [f(m, a) for a in averages] for k, f in TOGETHER.items()},  # type: ignore[misc]
     **{
         f"both: {k}": lambda m, averages, f=f: [
             torch.manual_seed(1) and f(x) for x in (m, *(a.module for a in averages))

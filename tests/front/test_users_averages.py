@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils as stock
 
 from compiled_optim import CompileFallbackWarning, swa_utils
+from compiled_optim.lr_scheduler import get_ema_decay_fn
 from compiled_optim.swa_utils import AveragedModel
 from compiled_optim.testing import assert_compiles
 
@@ -137,7 +138,7 @@ def test_complex_tensors_are_not_split_for_a_function_of_ones_own(lenient: None)
 
 
 DECAYS: dict[str, Callable[[int], float]] = {
-    "a function": lambda n: min(0.9, (1 + n) / (10 + n)),
+    "ready-made": get_ema_decay_fn(0.9),
     "one that begins late": lambda n: 0.0 if n < 3 else 0.75,
     "ones and zeros": lambda n: float(n % 2),
 }

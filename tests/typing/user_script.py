@@ -66,7 +66,9 @@ def main(compiled: bool = False) -> None:
     assert_type(schedule.value(2), float)
     assert_type(schedule.value(torch.arange(3.0)), Tensor)
     adamw.attach(schedule)
-    average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.9), compiled=compiled)
+    average_fn = get_ema_avg_fn(lambda n: min(0.9, n / 4))
+    average = AveragedModel(model, avg_fn=average_fn, compiled=compiled)
+    average_fn.decay = 0.9
 
     def closure() -> Tensor:
         adamw.zero_grad()
