@@ -1,4 +1,4 @@
-"""How averages are weighted: torch's functions, and the weight that a kernel is given in their stead."""
+"""The averages of torch.optim.swa_utils: torch's functions, and the weight that a kernel uses instead of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Weighted:
         in_lists: whether it is a ``multi_avg_fn``, which updates lists of tensors in place.
     """
 
-    # torch has no arithmetic for these
+    # torch's functions raise for these dtypes. They are averaged in a wider one.
     _wider: dict[torch.dtype, torch.dtype] = dict.fromkeys(_FLOAT8, torch.float32)
 
     def __init__(self, in_lists: bool) -> None:
@@ -37,11 +37,11 @@ class Weighted:
 
     @property
     def waits(self) -> bool:
-        """Whether the weight needs the count as a number, and runs code that may raise."""
+        """Whether the user's function computes the weight: it needs the count as a number, and may raise."""
         return False
 
-    def odd(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether there is a tensor among these for which torch's functions raise."""
+    def exceeds_torch(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether torch's functions raise for one of these tensors."""
         return any(t.dtype in self._wider for t in tensors)
 
     def _stock(self, n: Any) -> tuple[AvgFn, MultiAvgFn]:

@@ -111,7 +111,10 @@ class AveragedModel(swa_utils.AveragedModel):
         self._update_eagerly(model, pairs | copies)
 
     def _has_weight(self) -> bool:
-        """Whether a launch can be told the weight of a model. The host does not wait to see if that is the first."""
+        """Whether a kernel can average the next model.
+
+        The first model is copied, unless the count lies on a device: to read it, the host would have to wait.
+        """
         if self.n_averaged.is_cpu:
             return bool(self.n_averaged)
         known = weighted(self._function)
@@ -157,11 +160,11 @@ class AveragedModel(swa_utils.AveragedModel):
         self._check_storage(pairs)
         mine, theirs = list(pairs), list(pairs.values())
         kind = weighted(self._function)
-        safe = kind is not None and not kind.waits and _kinds(mine) == _kinds(theirs) and not kind.odd(mine)
+        safe = kind is not None and not kind.waits and _kinds(mine) == _kinds(theirs) and not kind.exceeds_torch(mine)
         saved = [] if safe else [(t, t.detach().clone()) for t in mine]
-        default = self.avg_fn is None and self.multi_avg_fn is None and EQUAL.odd(mine)
+        replaces_default = self.avg_fn is None and self.multi_avg_fn is None and EQUAL.exceeds_torch(mine)
         try:
-            if default:  # torch's own raises for these
+            if replaces_default:
                 self.avg_fn = EQUAL
             super().update_parameters(model)
         except BaseException:
@@ -170,7 +173,7 @@ class AveragedModel(swa_utils.AveragedModel):
                     tensor.copy_(value)
             raise
         finally:
-            if default:
+            if replaces_default:
                 self.avg_fn = None
 
     @property
@@ -247,10 +250,10 @@ _update_outside_graphs = dynamo.never_traced(AveragedModel._update)
 
 
 def _match(mine: list[Tensor], theirs: list[Tensor], average: Module, model: Module, kind: str) -> dict[Tensor, Tensor]:
-    """Each tensor of an average with the model's at the same place; tied ones, which have several places, once.
+    """Pairs the tensors of an average with the model's at the same places. A tied tensor is paired once.
 
     Raises:
-        ValueError: if that is no pairing; the message names tensors that have no counterpart.
+        ValueError: if two tensors of one model belong to one of the other; the message names those without counterpart.
     """
     pairs = dict(zip(mine, theirs, strict=False))
     if (

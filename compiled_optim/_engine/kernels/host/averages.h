@@ -1,5 +1,5 @@
-// An update of an average in one call while nothing but values changes: the average and the model hold the tensors that
-// they held at the last update, and models are counted on the host. All else is left to Python.
+// Updates an average in one call while nothing but values changes: the average and the model hold the tensors that they held
+// at the last update, and models are counted on the host. Everything else is left to Python.
 #pragma once
 #include <unordered_set>
 
@@ -7,11 +7,11 @@
 
 namespace {
 
-// What a module and those below it hold, each module once, in the order of `Module.modules()`.
+// The parameters, buffers and modules below a module, each module once, in the order of `Module.modules()`.
 class Tree {
  public:
-  explicit Tree(PyObject* held) : held_(held) {}  // the names of a module's dicts of parameters, buffers and modules
-  // Adds it to `seen`. False if a module keeps its tensors in another way than torch.nn.Module does.
+  explicit Tree(PyObject* held) : held_(held) {}  // names of a module's dicts of parameters, of buffers and of modules
+  // Remembers the tree, and adds its objects to `seen`. False if a module keeps them in other ways than torch.nn.Module.
   bool note(PyObject* root, std::unordered_set<PyObject*>& seen) {
     seen.insert(root);
     return walk(root, [&](PyObject* object, int kind) {
@@ -19,7 +19,7 @@ class Tree {
       return found_.back().next;
     });
   }
-  // Whether it holds the same objects as then. They are looked up anew, so none of them can have died.
+  // Whether the tree has the same objects as in `note`. They are looked up again, so a dead object is never compared.
   bool is_same(PyObject* root) const {
     size_t at = 0;
     return walk(root, [&](PyObject* object, int kind) {
@@ -33,7 +33,7 @@ class Tree {
   static constexpr int kModules = 2;
   struct Found {
     PyObject* object;
-    int kind;  // an index of `held_`
+    int kind;  // index into `held_`
     Next next;
   };
 
@@ -58,8 +58,8 @@ class Tree {
   std::vector<Found> found_;
 };
 
-// The arguments of `quick_average` in host.cpp, and what was found when it was called. The modules hold the tensors: each
-// update finds them there before it looks at any.
+// The arguments of `quick_average`, and the trees that it found. It owns no tensor: an update uses a tensor only after it
+// has found it in the tree again.
 struct QuickAverage {
   Plan* plan;
   PyObject *held, *settings, *watched, *weight, *contexts;
@@ -69,7 +69,7 @@ struct QuickAverage {
   bool is_running = false;
 };
 
-// The count of models so far; nullptr if it does not lie on the host.
+// Where a count of models is stored; nullptr if the object is not a count in host memory.
 int64_t* count_in(PyObject* object) {
   const auto* tensor = object ? unpack(object) : nullptr;
   const auto* t = tensor ? tensor->unsafeGetTensorImpl() : nullptr;
@@ -93,7 +93,7 @@ void copy(PyObject* target, PyObject* source) {
   if (to->numel()) std::memmove(const_cast<char*>(written.begin), read.begin, read.end - read.begin);
 }
 
-// False if Python has to update the average, or after a Python error. Nothing is written then.
+// False if Python has to update the average, or after a Python error. Then nothing was written.
 bool update_average(QuickAverage& quick, PyObject* average, PyObject* model) {
   static PyObject* const n_averaged = interned("n_averaged");
   const Owned attributes(PyObject_GenericGetDict(average, nullptr));
@@ -113,7 +113,8 @@ bool update_average(QuickAverage& quick, PyObject* average, PyObject* model) {
     return PyDict_GetItemWithError(attributes, PyTuple_GET_ITEM(setting, 0)) == PyTuple_GET_ITEM(setting, 1);
   };
   if (!all_of(quick.settings, is_set) || !all_of(quick.watched, is_as_allowed)) return false;
-  // From here on no Python runs, but in a long launch. So tensors that are written afterwards are held, and checked again.
+  // From here on Python runs only in other threads, while a long launch has released the lock. What is written after the
+  // launch is therefore kept alive and checked again.
   const Owned counter = Owned::borrowed(count());
   const int64_t* now = count_in(counter);
   if (!now || *now != n || !quick.average.is_same(average) || !quick.model.is_same(model)) return false;
@@ -133,7 +134,7 @@ bool update_average(QuickAverage& quick, PyObject* average, PyObject* model) {
   return true;
 }
 
-// update(average, model): whether the average was updated. Raises only what is no Exception.
+// update(average, model): whether the average was updated. Python raises a failed look-up again, in better words.
 PyObject* quick_update(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (count != 2) return PyErr_Format(PyExc_TypeError, "update takes 2 arguments, got %zd", count);
   auto* quick = static_cast<QuickAverage*>(PyCapsule_GetPointer(PyTuple_GET_ITEM(self, 0), "compiled_optim.average"));
@@ -147,31 +148,31 @@ PyObject* quick_update(PyObject* self, PyObject* const* args, Py_ssize_t count) 
     const bool updated = update_average(*quick, args[0], args[1]);
     if (!PyErr_Occurred()) return PyBool_FromLong(updated);
     if (!PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
-    PyErr_Clear();  // Python raises it again, in better words
+    PyErr_Clear();
     Py_RETURN_FALSE;
   });
 }
 
-constexpr int64_t kMostCopied = 1 << 20;  // bytes of buffers, by one thread
+constexpr int64_t kMostCopied = 1 << 20;  // bytes of buffers that one thread copies; more is left to torch
 
 void drop_average(PyObject* capsule) {
   delete static_cast<QuickAverage*>(PyCapsule_GetPointer(capsule, "compiled_optim.average"));
 }
 
 // quick_average(plan, average, model, averaged, models, copies, state, held, settings, watched, weight, contexts): a function
-// that updates the average in one call, or returns False and leaves that to `run`. None if it would have to leave every one.
-//   averaged, models: tensors of the average, as the plan has them, and of the model.
-//   copies: [(buffer of the average, buffer of the model)]: are copied.
-//   held: the attributes of a module that are its dicts of parameters, buffers and modules.
-//   settings: [(attribute of the average, the value that it must have)]; watched, contexts: as in `quick`.
+// that updates the average in one call, or returns False and leaves that to `run`. None if it could never do so.
+//   averaged, models: the tensors of the average, in the order of the plan, and those of the model.
+//   copies: [(buffer of the average, buffer of the model)], whose values are copied.
+//   held: names of a module's dicts of parameters, of buffers and of modules.
+//   settings: ((attribute of the average, the value that it must have), ...); watched, contexts: as in `quick`.
 //   weight(n): the scalar of the update after n models.
 PyObject* quick_average(PyObject*, PyObject* args) {
   static PyMethodDef method = {"update", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(quick_update)), METH_FASTCALL,
                                nullptr};
   PyObject *capsule, *average, *model, *averaged, *models, *copies, *state, *held, *settings, *watched, *weight, *contexts;
-  if (!PyArg_ParseTuple(args, "OOOO!O!O!O!O!O!O!OO!", &capsule, &average, &model, &PyList_Type, &averaged, &PyList_Type, &models,
-                        &PyList_Type, &copies, &PyDict_Type, &state, &PyTuple_Type, &held, &PyTuple_Type, &settings, &PyTuple_Type, &watched,
-                        &weight, &PyTuple_Type, &contexts))
+  if (!PyArg_ParseTuple(args, "OOOO!O!O!O!O!O!O!OO!", &capsule, &average, &model, &PyList_Type, &averaged, &PyList_Type,
+                        &models, &PyList_Type, &copies, &PyDict_Type, &state, &PyTuple_Type, &held, &PyTuple_Type, &settings,
+                        &PyTuple_Type, &watched, &weight, &PyTuple_Type, &contexts))
     return nullptr;
   return guarded([&]() -> PyObject* {
     auto* plan = plan_of(capsule);
@@ -206,7 +207,7 @@ PyObject* quick_average(PyObject*, PyObject* args) {
     const Owned holder(PyCapsule_New(quick.get(), "compiled_optim.average", drop_average));
     if (!holder) return nullptr;
     quick.release();
-    // What it refers to but does not own.
+    // The objects that `quick` points to live as long as the function.
     const Owned self(PyTuple_Pack(8, holder.get(), capsule, state, held, settings, watched, weight, contexts));
     return self ? PyCFunction_New(&method, self) : nullptr;
   });
