@@ -60,7 +60,7 @@ class Subject:
             base = torch.randn(40, dtype=random.choice(self.dtypes))
             base = base.view(20, 2) if self.matrices_only else base
             self.params += [torch.nn.Parameter(base[:17]), torch.nn.Parameter(base[17:])]
-        self.compiled: Any = random.random() < 0.85 and not self.reduces
+        self.compiled: Any = random.random() < 0.85
         self.optimizer: Any = self.build()
 
     def build(self) -> Any:

@@ -49,14 +49,3 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out compiled steps of rules that reduce, until they have a native execution."""
-
-    def reduces_compiled(item: Any) -> bool:
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        compiled = params.get("compiled") or "compiled" in item.name
-        return not getattr(params.get("cls") or params.get("subject"), "elementwise", True) and bool(compiled)
-
-    items[:] = [item for item in items if not reduces_compiled(item)]

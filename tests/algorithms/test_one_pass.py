@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from compiled_optim import SGD, Adam, AdamW, SparseAdam, cache_info, explain
 from compiled_optim.lr_scheduler import StepLR
 
-DENSE = [(cls, options) for cls, options in FEW if cls.accepts_dense]
+DENSE = [(cls, options) for cls, options in FEW if cls.accepts_dense and (cls.elementwise or not options)]
 each = pytest.mark.parametrize(("cls", "options"), DENSE, ids=[f"{c.__name__}-{named(o)}" for c, o in DENSE])
 each_kind = pytest.mark.parametrize("cls", [c for c in KINDS if c.accepts_dense], ids=lambda cls: cls.__name__)
 

@@ -217,7 +217,7 @@ def test_any_values_and_shapes(cls: Any) -> None:
     def check(switches: Options, data: Any, shapes: list[tuple[int, ...]], seed: int) -> None:
         options = data.draw(values_for(cls, switches), label="options")
         torch.manual_seed(seed)
-        run = lockstep(cls, options, tensors([*shapes, *SHAPES[:1]]), compiled=cls.elementwise)
+        run = lockstep(cls, options, tensors([*shapes, *SHAPES[:1]]))
         run.step(4)
         run.compare(1e-11)
 

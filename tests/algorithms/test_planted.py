@@ -21,7 +21,7 @@ def largest_error(cls: type[compiled_optim.Optimizer], options: dict[str, Any]) 
     start = fitted(cls, torch.linspace(-2, 2, 40, dtype=torch.float64))
     start = start if cls.elementwise else start / 4
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizers = cls([ours], **options, compiled=cls.elementwise), oracle(cls)([theirs], **options)
+    optimizers = cls([ours], **options, compiled=True), oracle(cls)([theirs], **options)
     torch.manual_seed(0)
     for i in range(10):
         # as small parameters, norms that are too small, and squares that grow faster than their mean: all are bounded

@@ -27,7 +27,7 @@ def rich(cls: Any, initial: list[Tensor]) -> Lockstep:
     reference = cls if cls.state_at_construction else oracle(cls)
     return Lockstep(
         lambda params: reference(params, **options),
-        lambda params: cls(params, **options, compiled=cls.elementwise),
+        lambda params: cls(params, **options, compiled=True),
         [fitted(cls, t) for t in initial],
     )
 
