@@ -1,7 +1,8 @@
 """Writes an archive of tests/golden: what one version pickles and saves, and how training continues from there.
 
-Run ``python tests/golden_files.py tests/golden/<version>.zip`` when the package has changed what it writes. Existing
-archives are never rewritten, because they stand for the files that users of that version have.
+Run ``python tests/golden_files.py tests/golden/<version>.zip`` when the package has changed what it writes, with the names
+of cases behind it when only these are new. Existing archives are never rewritten, because they stand for the files that
+users of that version have.
 
 An archive has two members per case, each written by ``torch.save``. ``<case>.saved`` holds state dicts, tensors and
 numbers, so that ``weights_only=True`` loads it. ``<case>.pickled`` holds the object itself.
@@ -32,11 +33,14 @@ STEPS_OF_SCHEDULES = 5
 
 RICH: dict[str, dict[str, Any]] = {  # options that need all the state an algorithm can have
     "Adadelta": {"weight_decay": 0.1},
+    "Adafactor": {"weight_decay": 0.1},
     "Adagrad": {"weight_decay": 0.1, "lr_decay": 0.1},
     "Adam": {"weight_decay": 0.1, "amsgrad": True},
     "AdamW": {"amsgrad": True, "maximize": True},
     "Adamax": {"weight_decay": 0.1},
     "ASGD": {"weight_decay": 0.1, "t0": 2.0},
+    "Muon": {"momentum": 0.9},
+    "MuonAdamW": {"use_muon": False},
     "NAdam": {"weight_decay": 0.1, "decoupled_weight_decay": True},
     "RAdam": {"weight_decay": 0.1, "decoupled_weight_decay": True},
     "RMSprop": {"weight_decay": 0.1, "momentum": 0.9, "centered": True},
@@ -200,9 +204,11 @@ def dumped(value: Any) -> bytes:
     return file.getvalue()
 
 
-def write(path: Path) -> None:
+def write(path: Path, names: list[str]) -> None:
     with zipfile.ZipFile(path, "x", zipfile.ZIP_DEFLATED) as archive:
         for name, make in CASES:
+            if names and name not in names:
+                continue
             saved, pickled = make(name)
             for kind, data in (("saved", dumped(saved)), ("pickled", pickled)):
                 if data is not None:
@@ -212,4 +218,4 @@ def write(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]), sys.argv[2:])
