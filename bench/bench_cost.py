@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from rivals import Shared, rotate, traffic
+from rivals import ALGORITHMS, Shared, rotate, traffic
 
 import compiled_optim
 
-ALGORITHMS = [n for n in compiled_optim.algorithms.__all__ if getattr(compiled_optim, n).accepts_dense]
 SHAPES: list[tuple[int, ...]] = [(4096, 4096)] * 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

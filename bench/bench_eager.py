@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from rivals import Shared, compare
+from rivals import ALGORITHMS, Shared, compare
 from shapes import SMALL, resnet50
 
 import compiled_optim
 
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}
-ALGORITHMS = [n for n in compiled_optim.algorithms.__all__ if getattr(compiled_optim, n).accepts_dense]
 MODELS = {"100 small tensors": (SMALL, 200), "ResNet-50": (resnet50(), 25)}
 
 

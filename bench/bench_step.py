@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from rivals import Shared, bandwidth, compare, traffic
+from rivals import ALGORITHMS, Shared, bandwidth, compare, traffic
 from shapes import SMALL, gpt2_small, resnet50
 
 import compiled_optim
 
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}
-ALGORITHMS = [n for n in compiled_optim.algorithms.__all__ if getattr(compiled_optim, n).accepts_dense]
 MODELS = {"100 small tensors": (SMALL, 200), "ResNet-50": (resnet50(), 25), "GPT-2 small": (gpt2_small(), 10)}
 CASES = [(a, m) for a in ALGORITHMS for m in MODELS if m != "GPT-2 small" or a in ("AdamW", "SGD")]
 

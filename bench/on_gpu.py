@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 import triton
 from bench_first_step import first_steps
-from rivals import Shared, Step
+from rivals import ALGORITHMS, Shared, Step
 from shapes import SMALL, Shapes, gpt2_small, resnet50
 
 import compiled_optim
@@ -41,7 +41,6 @@ MODELS: dict[str, Shapes] = {
     "one tensor of 2^28": [(1 << 28,)],
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ALGORITHMS = [n for n in compiled_optim.algorithms.__all__ if getattr(compiled_optim, n).accepts_dense]
 BLOCKS = [(2, 16), (4, 16), (8, 16), (4, 32), (8, 32), (4, 64)]  # warps, and bytes of the narrowest tensor per thread
 Result = dict[str, Any]
 

@@ -14,6 +14,13 @@ from compiled_optim.declare import buffer, number
 
 Step = Callable[[], Any]
 
+# Those with one kernel and dense gradients; bench_reduce.py has those that reduce, bench_sparse.py the sparse ones.
+ALGORITHMS = [
+    name
+    for name in compiled_optim.algorithms.__all__
+    if (cls := getattr(compiled_optim, name)).accepts_dense and cls.elementwise
+]
+
 
 def compare(steps: dict[str, Step], rounds: int, warmup: int = 3) -> dict[str, float]:
     """The median seconds of each rival."""

@@ -1,7 +1,7 @@
 """Writes an archive of tests/golden: what one version pickles and saves, and how training continues from there.
 
-Run ``python tests/golden_files.py tests/golden/<version>.zip`` when the package has changed what it writes, with the names
-of cases behind it when only these are new. Existing archives are never rewritten, because they stand for the files that
+Run ``python tests/golden_files.py tests/golden/<version>.zip`` when the package has changed what it writes, and append
+the names of cases when only these are new. Existing archives are never rewritten, because they stand for the files that
 users of that version have.
 
 An archive has two members per case, each written by ``torch.save``. ``<case>.saved`` holds state dicts, tensors and
