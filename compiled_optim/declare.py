@@ -1,7 +1,7 @@
 """The fields of an optimizer: hyperparameters with their bounds, options, and the state of each parameter.
 
-Beside them, functions with which a rule that says ``elementwise = False`` looks at whole tensors. One that needs no more
-than `mean`, `batched` and `of_shape` is compiled to native loops on the CPU, others through ``torch.compile``.
+Beside them, functions with which a rule that says ``elementwise = False`` looks at whole tensors. One that needs no
+more than `mean`, `batched` and `of_shape` is compiled to native loops on the CPU, others through ``torch.compile``.
 
 From the fields of a class follow its constructor, the checks of its arguments, its documentation, its lazily made
 state, the key of its kernels and its test cases.
