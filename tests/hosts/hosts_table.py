@@ -37,7 +37,7 @@ class Table:
         report = yield
         if marker := item.get_closest_marker("host"):
             way = item.callspec.params.get("way") if hasattr(item, "callspec") else None
-            row = self.rows.setdefault(marker.args, {"passed": True, "eager": "", "compiled": ""})
+            row = self.rows.setdefault(marker.args, {"passed": True, "result": "not run", "eager": "", "compiled": ""})
             row["passed"] &= report.outcome != "failed"
             if report.when == "teardown":
                 said = dict(item.user_properties)
