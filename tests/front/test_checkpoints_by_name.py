@@ -211,3 +211,33 @@ def test_the_distributed_checkpoint_finds_parameters_by_itself(flat: bool) -> No
     for name, p in first.items():
         assert torch.equal(target.state[second[name]]["exp_avg"], source.state[p]["exp_avg"])
     assert target.param_groups[0]["param_names"] == order
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._fsdp_wrapped_module."])
+@pytest.mark.parametrize("on_both", [False, True])
+def test_what_wrappers_of_a_model_add_makes_no_difference(prefix: str, on_both: bool) -> None:
+    first, second, in_order, mixed = both_ways(("head",), ("embedding", "hidden"))
+    source = AdamW(in_order)
+    train(1, (source, first))
+    saved = saved_by(source)
+    saved["param_groups"][0]["param_names"] = [f"{prefix}{name}" for name in NAMES]
+    target = AdamW(mixed)
+    if on_both:
+        for group in target.param_groups:
+            group["param_names"] = [f"{prefix}{name}" for name in group["param_names"]]
+    own = [group["param_names"] for group in target.param_groups]
+    target.load_state_dict(saved)
+    assert [group["param_names"] for group in target.param_groups] == own
+    for p, q in zip(first, second, strict=True):
+        assert torch.equal(target.state[q]["exp_avg"], source.state[p]["exp_avg"])
+
+
+def test_a_module_that_is_called_module_is_no_wrapper() -> None:
+    first, second, _, _ = both_ways(("head",), ("embedding", "hidden"))
+    names = ["module.weight", "weight", "head"]
+    source = AdamW([{"params": [(n, p)]} for n, p in zip(names, first, strict=True)])
+    train(1, (source, first))
+    target = AdamW([*zip(reversed(names), reversed(second), strict=True)])
+    target.load_state_dict(saved_by(source))
+    for p, q in zip(first, second, strict=True):
+        assert torch.equal(target.state[q]["exp_avg"], source.state[p]["exp_avg"])

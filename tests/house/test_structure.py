@@ -26,7 +26,7 @@ def test_no_file_over_400_lines(file: Path) -> None:
 # A number that rises is argued in the commit that raises it.
 BUDGETS = {
     "compiled_optim": 1850,
-    "compiled_optim/_engine": 1160,
+    "compiled_optim/_engine": 1180,
     "compiled_optim/_engine/cache": 640,
     "compiled_optim/_engine/executions": 2760,
     "compiled_optim/_engine/in_graph": 470,
