@@ -65,8 +65,13 @@ class Run:
 LOOP = {"foreach": False}
 
 
+def loop(cls: Any) -> dict[str, Any]:
+    return LOOP if "foreach" in cls.rule.declaration.options else {}
+
+
 def ways(cls: Any) -> list[dict[str, Any]]:
-    return [{}, LOOP] if "foreach" in cls.rule.declaration.options else [{}]
+    """Of compiled rules that are elementwise see test_shared_memory."""
+    return [{}, *([loop(cls)] if loop(cls) else []), *([] if cls.elementwise else [{"compiled": True}])]
 
 
 DENSE = [(cls, o, how) for cls, o in FEW if cls in KINDS and cls.accepts_dense for how in ways(cls)]
@@ -77,9 +82,11 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 @each_way
+@pytest.mark.filterwarnings("ignore::compiled_optim.CompileFallbackWarning")
 @pytest.mark.parametrize(("cls", "options", "how"), DENSE, ids=[f"{c.__name__}-{named(o)}-{h}" for c, o, h in DENSE])
-def test_parameters(cls: Any, options: dict[str, Any], how: dict[str, Any], views: Views) -> None:
-    theirs, ours = Run(oracle(cls), views, **options, **ways(cls)[-1]), Run(cls, views, **options, **how)
+def test_parameters(cls: Any, options: dict[str, Any], how: dict[str, Any], views: Views, lenient: None) -> None:
+    """Compiled rules that reduce are eager then, and say so."""
+    theirs, ours = Run(oracle(cls), views, **options, **loop(cls)), Run(cls, views, **options, **how)
     assert_same(ours.step(3), theirs.step(3))
 
 

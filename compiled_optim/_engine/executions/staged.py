@@ -79,6 +79,7 @@ def prepare(
         return work.evaluate(choices[group].hyper, counts)
 
     found = in_order(updates, scalars, [False] * len(choices))
+    in_turns = any([m.turn for m in updates])  # noqa: C419  # what one of them writes another reads: all are eager
     rows: dict[Signature, list[_Rows]] = defaultdict(list)
     for members, values, _ in found:
         assert values is not None
@@ -86,7 +87,7 @@ def prepare(
         signature = _signature(work, choice, members[0], tuple(values[0]), plan.references)
         of_all = reason_of(work, choice, members[0]) or _reason_of_kind(work, members[0])
         for m in members:
-            m.reason = of_all or _reason(m, signature)
+            m.reason = "it shares memory with another parameter" if in_turns else of_all or _reason(m, signature)
         plan.elsewhere += [(m.group, m.listed, m.reason) for m in members if m.reason]
         if taken := [m for m in members if not m.reason]:
             rows[signature].append(_Rows(taken, {k: float(v) for k, v in values[0].items()}))
@@ -145,8 +146,8 @@ def _reason(m: Member, signature: Signature) -> str:
     p = m.param
     if type(p) not in PLAIN:
         return f"its type is {type(p).__name__}"
-    if m.turn or m.listed is not p:
-        return "it shares memory with another parameter"
+    if m.listed is not p:
+        return "it is a shard"
     if not all([t is None or t.is_contiguous() for t in (p, *map(m.state.get, m.buffers))]):  # noqa: C419
         return "it is not contiguous"
     if p.dim() < 2 and staged.stages_of(signature)[0].of_matrices:
