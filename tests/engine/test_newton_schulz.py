@@ -143,3 +143,8 @@ def test_stacks_are_cut_where_they_would_be_large(monkeypatch: pytest.MonkeyPatc
     matrices = [torch.randn(5, 6) for _ in range(8)]
     for result, matrix in zip(of_list(matrices), matrices, strict=True):
         torch.testing.assert_close(result.float(), as_torch(matrix), rtol=0, atol=0.05)
+
+
+def test_matrices_on_several_devices_are_not_stacked_together() -> None:
+    found = of_list([torch.randn(4, 6), torch.empty(4, 6, device="meta"), torch.randn(4, 6)])
+    assert [m.device.type for m in found] == ["cpu", "meta", "cpu"]
