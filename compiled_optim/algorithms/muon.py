@@ -22,6 +22,9 @@ RATIOS = {
 def _check(h: Hyper) -> None:
     if h.adjust_lr_fn not in (None, *RATIOS):
         raise ValueError(f"Muon: adjust_lr_fn must be None or one of {[*RATIOS]}, got {h.adjust_lr_fn!r}")
+    largest = torch.finfo(torch.float32).max
+    if not all(abs(value) <= largest for value in (h.a, h.b, h.c, h.eps)):
+        raise ValueError(f"Muon: ns_coefficients and eps must fit float32, got {(h.a, h.b, h.c)} and {h.eps!r}")
     if h.ns_steps >= 100 or h.ns_steps % 1:
         raise ValueError(f"Muon: ns_steps must be an integer below 100, got {h.ns_steps!r}")
 
