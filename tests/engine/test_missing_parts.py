@@ -74,6 +74,16 @@ def step(compiled, graph=False):
     (row,) = compiled_optim.explain(optimizer)
     assert row.execution == "eager" or not asked or graph, row
     return row.reason
+def average():
+    os.environ["COMPILED_OPTIM_DISK_CACHE"] = "0"  # another child may have kept the kernel
+    from compiled_optim.swa_utils import AveragedModel
+    model = torch.nn.Linear(2, 2)
+    def lists(averages, current, count):
+        torch._foreach_lerp_(averages, current, 0.25)
+    averaged = AveragedModel(model, multi_avg_fn=lists, compiled=True)
+    for _ in range(2):
+        averaged.update_parameters(model)
+    return "an average"
 def report(module, name):
     builtins.__import__ = lacking(module, name)
     said = []
@@ -85,6 +95,8 @@ def report(module, name):
                 break
         if asked == ["compiled_optim._engine.torch_private.dynamo"] and not graph:
             step(False, graph=True)
+        if not asked:
+            said.append(average())
     return bool(asked), [str(w.message) for w in caught] + said
 for module, name in json.loads(sys.argv[1]):
     read, write = os.pipe()

@@ -239,8 +239,8 @@ def test_what_is_declared_is_inherited_and_can_be_withdrawn() -> None:
 
 
 def test_the_names_of_the_package() -> None:
-    optimizers = ["ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam"]
-    optimizers += ["Optimizer", "RAdam", "RMSprop", "Rprop", "SGD", "SparseAdam"]
+    optimizers = ["ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon"]
+    optimizers += ["MuonAdamW", "NAdam", "Optimizer", "RAdam", "RMSprop", "Rprop", "SGD", "SparseAdam"]
     others = ["CacheInfo", "CacheWarning", "CompileError", "CompileFallbackWarning", "__version__"]
     functions = ["cache_clear", "cache_dir", "cache_info", "explain", "swap_in_optimizer_params_and_state"]
     assert sorted(compiled_optim.__all__) == sorted(optimizers + others + functions)
