@@ -134,10 +134,13 @@ class Stages:
         return any(space in (Space.MATRIX, Space.ROW, Space.COLUMN) for space in self.spaces)
 
     def arguments(self, part: Part) -> tuple[list[int], list[int], list[int]]:
-        """What it writes to memory that is no input, and what it reads: first arrays, then numbers."""
+        """What it writes to memory that is no input, and what it reads: first arrays, then numbers.
+
+        To a part over numbers these are arrays of one element: of others, Inductor of torch 2.11 makes several loops.
+        """
         pairs = zip(part.makes, part.targets, strict=True)
         made = [node for node, target in pairs if target is None or part.space != Space.ELEMENT]
-        numbers = [node for node in part.reads if self.spaces[node] == Space.NUMBER]
+        numbers = [node for node in part.reads if self.spaces[node] == Space.NUMBER != part.space]
         return made, [node for node in part.reads if node not in numbers], numbers
 
 
