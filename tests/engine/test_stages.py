@@ -274,3 +274,43 @@ def test_what_cannot_be_cut_is_told(cls: Any, message: str) -> None:
         compiled.step()
     assert torch.equal(ours[0], before)
     assert not compiled.state
+
+
+class Shortened(Trusted):
+    """A function of whole tensors that gives back others."""
+
+    lr: float = number(default=0.1, low=0)
+
+    @staticmethod
+    def update(p: Any, g: Any, s: Any, k: Any, on: Any) -> Any:
+        return p - batched(transposed, g)
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.T
+
+
+def test_a_batch_of_other_shapes_is_an_error() -> None:
+    ours, _, compiled, _ = pair(Shortened, [(3, 4)])
+    before = ours[0].detach().clone()
+    ours[0].grad = torch.ones(3, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"Shortened: a batch must keep its shapes \[\(3, 4\)\], got \[\(4, 3\)\]"):
+        compiled.step()
+    assert torch.equal(ours[0], before)
+
+
+class Wrapped(torch.Tensor):
+    """A subclass, whose memory nobody may reach for."""
+
+
+def test_gradients_of_a_subclass_and_negated_ones_are_no_plain_memory(lenient: None) -> None:
+    ours, theirs, compiled, eager = pair(Adafactor, [(3, 4), (5, 2)])
+    values = torch.randn(3, 4, dtype=torch.complex128)
+    for params in (ours, theirs):
+        params[0].grad = values.conj().imag  # negated when it is read
+        params[1].grad = torch.ones(5, 2, dtype=torch.float64).as_subclass(Wrapped)
+    assert ours[0].grad.is_neg()
+    with pytest.warns(UserWarning, match="its gradient is a Wrapped"):
+        compiled.step()
+    eager.step()
+    assert_alike(ours, theirs, compiled, eager)

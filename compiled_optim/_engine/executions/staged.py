@@ -1,7 +1,8 @@
 """The steps of a rule that reduces, as native launches: kernels/stages.py cuts it, kernels/staged.py compiles it.
 
 Every step looks at all tensors again, as an eager one does, and fills a table with their addresses. There is one launch
-over all tensors of a kernel, and one more after each `batched` function of the rule.
+over all tensors of a kernel, and one more after each `batched` function of the rule. What such a function is given has
+to be held in memory, so large models are taken in portions, each with launches of its own.
 """
 
 from __future__ import annotations
@@ -93,11 +94,13 @@ def prepare(
             rows[signature].append(_Rows(taken, {k: float(v) for k, v in values[0].items()}))
     refused([(p, reason) for _, p, reason in plan.elsewhere])
     _, kernels = registry.get(list(rows))
+    portions: dict[Signature, list[list[_Rows]]] = {}
     for signature, its in rows.items():
         params = [m.param for kind in its for m in kind.members]
         launch = Launch(kernels[signature], params[0].dtype, params[0].device)
         launch.tensors, launch.elements = len(params), sum(map(Tensor.numel, params))
-        launch.launches += len(staged.stages_of(signature)[0].batches)
+        portions[signature] = [*_in_memory(signature, its)]
+        launch.launches = len(portions[signature]) * (1 + len(staged.stages_of(signature)[0].batches))
         plan.launches.append(launch)
     eagerly = lists.prepare(work, [(group, p) for group, p, _ in plan.elsewhere]) if plan.elsewhere else None
 
@@ -107,9 +110,9 @@ def prepare(
         taken = [u for u in updates if not u.reason]
         try:
             commit(work, choices, taken, journal)
-            for signature, its in rows.items():
-                for part in _in_memory(signature, its):
-                    _launch(kernels[signature], part)
+            for signature, its in portions.items():
+                for portion in its:
+                    _launch(kernels[signature], portion)
             for members, values, _ in found:
                 if its_members := [m for m in members if not m.reason]:
                     advance(its_members, values[1] if values else None)
@@ -146,8 +149,12 @@ def _reason(m: Member, signature: Signature) -> str:
     p = m.param
     if type(p) not in PLAIN:
         return f"its type is {type(p).__name__}"
+    if type(m.grad) not in PLAIN:
+        return f"its gradient is a {type(m.grad).__name__}"
     if m.listed is not p:
         return "it is a shard"
+    if not all([type(t) in PLAIN for t in map(m.state.get, m.buffers) if t is not None]):  # noqa: C419
+        return "its state is of another type"
     if not all([t is None or t.is_contiguous() for t in (p, *map(m.state.get, m.buffers))]):  # noqa: C419
         return "it is not contiguous"
     if p.dim() < 2 and staged.stages_of(signature)[0].of_matrices:
@@ -205,19 +212,23 @@ def _launch(kernel: registry.Kernel, rows: list[_Rows]) -> None:
         launch(at, (at := stages.stages[batch.node]) - 1)
         numbers = [rows[0].scalars[n] if isinstance(n, str) else n for n in batch.numbers]
         made = [t.to(operands[0].dtype).contiguous() for t in batch.function(operands, *numbers)]
+        if [t.shape for t in made] != [p.shape for p in params]:
+            got, expected = ([tuple(t.shape) for t in tensors] for tensors in (made, params))
+            raise ValueError(f"{kernel.signature.rule.name}: a batch must keep its shapes {expected}, got {got}")
         results.append(made)
         column = layout.columns - 2 * (len(batches) - k) + 1
         for i, t in enumerate(made):
             table[i * layout.columns + column] = t.data_ptr()
     launch(at, max(part.stage for part in stages.parts))
-    increment_version([*params, *chain.from_iterable(buffers)])
+    increment_version([t for t in (*params, *chain.from_iterable(buffers)) if not t.is_inference()])
 
 
 def _as_read(m: Member) -> Tensor:
     """The gradient, contiguous and in the dtype that the kernel reads."""
     grad: Tensor = m.grad
     as_it_is = grad.dtype == m.param.dtype or grad.dtype == gradients.read_dtype(m.param, grad.dtype)
-    return grad if as_it_is and grad.is_contiguous() else gradients.like_parameter(m.param, grad)
+    plain = grad.is_contiguous() and not grad.is_neg()
+    return grad if as_it_is and plain else gradients.like_parameter(m.param, grad)
 
 
 @functools.lru_cache(maxsize=4096)
