@@ -80,8 +80,8 @@ class AveragedModel(swa_utils.AveragedModel):
         """Takes the weights of ``model`` into the average, in place. The first call copies them.
 
         Raises:
-            ValueError: if the model has other parameters or buffers than its average, more, fewer or tied otherwise;
-                torch averages those that happen to stand at the same place.
+            ValueError: if the model has other parameters or buffers than its average, fewer, tied otherwise, or more
+                that do not come last; torch averages those that happen to stand at the same place.
             RuntimeError: for a parameter or a buffer of another shape or dtype, which the message names.
             CompileError: in strict mode, if this average cannot be compiled although it was to be.
         """
@@ -128,6 +128,10 @@ class AveragedModel(swa_utils.AveragedModel):
         """
         mine, my_buffers = modules.tensors(self.module)
         theirs, their_buffers = modules.tensors(model)
+        if self.use_buffers:  # which then come last
+            their_buffers = _without_later(my_buffers, their_buffers, self.module, model, "buffer")
+        else:
+            theirs = _without_later(mine, theirs, self.module, model, "parameter")
         pairs = _match(mine, theirs, self.module, model, "parameter")
         copies = _match(my_buffers, their_buffers, self.module, model, "buffer")
         if self.use_buffers:
@@ -217,7 +221,8 @@ class AveragedModel(swa_utils.AveragedModel):
         for average, buffer in copies.items():
             average.copy_(buffer)
         self.n_averaged += 1
-        self._quick = launcher.offer(self, model, pairs, [*copies.items()])
+        if [*map(len, modules.tensors(model))] == [*map(len, modules.tensors(self.module))]:
+            self._quick = launcher.offer(self, model, pairs, [*copies.items()])
 
     def _others(self, pairs: dict[Tensor, Tensor]) -> list[Tensor]:
         """The new values of averages that no kernel takes, from the function that torch would call."""
@@ -247,6 +252,18 @@ class AveragedModel(swa_utils.AveragedModel):
 
 
 _update_outside_graphs = dynamo.never_traced(AveragedModel._update)
+
+
+def _without_later(mine: list[Tensor], theirs: list[Tensor], average: Module, model: Module, kind: str) -> list[Tensor]:
+    """The tensors of a model without those that it came to have after all that its average has, which torch ignores."""
+    if len(theirs) <= len(mine):
+        return theirs
+    own, others = ([n for n, _ in getattr(m, f"named_{kind}s")(remove_duplicate=False)] for m in (average, model))
+    at_the_same_place = len(own) == len(mine) and all(
+        other == name or other.endswith(f".{name}")  # in a wrapper
+        for name, other in zip(own, others, strict=False)
+    )
+    return theirs[: len(mine)] if at_the_same_place else theirs
 
 
 def _match(mine: list[Tensor], theirs: list[Tensor], average: Module, model: Module, kind: str) -> dict[Tensor, Tensor]:

@@ -343,3 +343,21 @@ def test_a_function_that_raises_midway_changes_nothing(option: str, compiled: bo
         with pytest.raises(KeyboardInterrupt):
             mine.update_parameters(model)
     assert_same_state(mine, before, 0)
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_model_came_to_have_last_is_ignored_as_by_torch(compiled: bool, use_buffers: bool) -> None:
+    model = nn.Linear(4, 4)
+    model.register_buffer("memory", torch.ones(3))
+    reference = stock.AveragedModel(model, use_buffers=use_buffers)
+    mine = AveragedModel(model, use_buffers=use_buffers, compiled=compiled)
+    for i in range(5):
+        change(model)
+        if i == 2 and use_buffers:
+            model.register_buffer("late", torch.ones(2))
+        if i == 2 and not use_buffers:
+            model.register_parameter("late", nn.Parameter(torch.ones(2)))
+        reference.update_parameters(model)
+        mine.update_parameters(model)
+    assert_same_state(mine, reference, 1e-6)
